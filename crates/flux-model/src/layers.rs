@@ -1,0 +1,166 @@
+//! Pieces the networks share: norms, attention, rotary positions, the sinusoidal embedding.
+//!
+//! Everything here runs in f32, and reductions see contiguous input only (see [`packed`]).
+
+use burn::module::{Module, Param};
+use burn::nn::{Linear, LinearConfig};
+use burn::tensor::activation::softmax;
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::latent::Position;
+
+/// A linear layer with lazily initialised weights.
+pub(crate) fn linear_layer(inputs: usize, outputs: usize, bias: bool, device: &Device) -> Linear {
+    LinearConfig::new(inputs, outputs).with_bias(bias).init(device)
+}
+
+/// A row-major copy, unless `x` is row-major already.
+///
+/// On cubecl backends (wgpu seen, CUDA by source) Burn 0.22.1 can reduce a permuted tensor of rank 4 and more to wrong
+/// numbers, without an error. Reshaping to one dimension is what makes a real copy; on a contiguous tensor both reshapes
+/// are free.
+pub fn packed<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let shape = x.dims();
+    x.reshape([shape.iter().product::<usize>()]).reshape(shape)
+}
+
+/// Layer norm over the last dimension, without scale and shift.
+pub fn layer_norm<const D: usize>(x: Tensor<D>, eps: f64) -> Tensor<D> {
+    let centered = x.clone() - x.mean_dim(D - 1);
+    let variance = centered.clone().square().mean_dim(D - 1);
+    centered / (variance + eps).sqrt()
+}
+
+/// `x / rms(x) * weight` over the last dimension.
+#[derive(Module, Debug)]
+pub struct RmsNorm {
+    weight: Param<Tensor<1>>,
+    #[module(skip)]
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// A norm over `width` elements.
+    pub fn new(width: usize, eps: f64, device: &Device) -> Self {
+        let weight = Param::uninitialized(
+            burn::module::ParamId::new(),
+            move |device, _| Tensor::ones([width], device),
+            device.clone(),
+            false,
+            [width].into(),
+        );
+        Self { weight, eps }
+    }
+
+    /// # Shapes
+    /// - `x`: `[..., width]`, unchanged
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let mean_square = x.clone().square().mean_dim(D - 1);
+        x / (mean_square + self.eps).sqrt() * self.weight.val().unsqueeze()
+    }
+}
+
+/// Cosines and sines of the rotary position embedding, `[tokens, head_dim / 2]` each.
+#[derive(Debug, Clone)]
+pub struct RotaryTable {
+    /// `cos(position * frequency)`.
+    pub cos: Tensor<2>,
+    /// `sin(position * frequency)`.
+    pub sin: Tensor<2>,
+}
+
+impl RotaryTable {
+    /// The table for `positions`, with `axes` rotary dimensions for each of the three coordinates; angles in f64.
+    ///
+    /// # Source
+    /// diffusers `FluxPosEmbed`, `get_1d_rotary_pos_embed` (theta 10000, interleaved pairs).
+    pub fn new(positions: &[Position], axes: &[usize], device: &Device) -> Self {
+        let half: usize = axes.iter().sum::<usize>() / 2;
+        let mut cos = Vec::with_capacity(positions.len() * half);
+        let mut sin = Vec::with_capacity(positions.len() * half);
+        for position in positions {
+            for (&coordinate, &dims) in position.iter().zip(axes) {
+                for pair in 0..dims / 2 {
+                    let frequency = 10000f64.powf(-2.0 * pair as f64 / dims as f64);
+                    let (s, c) = (f64::from(coordinate) * frequency).sin_cos();
+                    cos.push(c as f32);
+                    sin.push(s as f32);
+                }
+            }
+        }
+        let tensor = |values| Tensor::from_data(TensorData::new(values, [positions.len(), half]), device);
+        Self { cos: tensor(cos), sin: tensor(sin) }
+    }
+
+    /// Rotates the pairs (2k, 2k + 1) of the last dimension.
+    ///
+    /// # Shapes
+    /// - `x`: `[batch, heads, tokens, head_dim]`, unchanged
+    fn rotate(&self, x: Tensor<4>) -> Tensor<4> {
+        let [batch, heads, tokens, dim] = x.dims();
+        let pairs = x.reshape([batch * heads, tokens, dim / 2, 2]);
+        let table = |t: &Tensor<2>| t.clone().reshape([1, tokens, dim / 2, 1]);
+        let (cos, sin) = (table(&self.cos), table(&self.sin));
+        let (even, odd) = (pairs.clone().narrow(3, 0, 1), pairs.narrow(3, 1, 1));
+        let rotated = Tensor::cat(
+            vec![even.clone() * cos.clone() - odd.clone() * sin.clone(), even * sin + odd * cos],
+            3,
+        );
+        rotated.reshape([batch, heads, tokens, dim])
+    }
+}
+
+/// `[batch, tokens, heads * head_dim]` to `[batch, tokens, heads, head_dim]`.
+pub(crate) fn split_heads(x: Tensor<3>, heads: usize) -> Tensor<4> {
+    let [batch, tokens, width] = x.dims();
+    x.reshape([batch, tokens, heads, width / heads])
+}
+
+/// Rotated scaled dot-product attention over all tokens.
+///
+/// # Shapes
+/// - `q`, `k`, `v`: `[batch, tokens, heads, head_dim]`; returns `[batch, tokens, heads * head_dim]`
+pub(crate) fn rotary_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, rotary: &RotaryTable) -> Tensor<3> {
+    let q = rotary.rotate(q.swap_dims(1, 2));
+    let k = rotary.rotate(k.swap_dims(1, 2));
+    let head_dim = q.dims()[3];
+    attention(q, k, v.swap_dims(1, 2), 1.0 / (head_dim as f64).sqrt(), None)
+}
+
+/// `softmax(scale * q kᵀ + bias) v`, heads merged.
+///
+/// # Shapes
+/// - `q`, `k`, `v`: `[batch, heads, tokens, head_dim]`, `bias`: broadcast to `[batch, heads, tokens, tokens]`
+/// - returns `[batch, tokens, heads * head_dim]`
+pub(crate) fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64, bias: Option<Tensor<4>>) -> Tensor<3> {
+    let [batch, heads, tokens, head_dim] = q.dims();
+    let scores = q.mul_scalar(scale).matmul(k.swap_dims(2, 3));
+    let scores = match bias {
+        Some(bias) => scores + bias,
+        None => scores,
+    };
+    softmax(scores, 3).matmul(v).swap_dims(1, 2).reshape([batch, tokens, heads * head_dim])
+}
+
+/// Sinusoidal embedding of `1000 * t`, `[batch, 256]`: cosines first.
+///
+/// The argument is rounded to f32 as diffusers does; cosine and sine are those of that argument.
+///
+/// # Source
+/// diffusers `get_timestep_embedding(flip_sin_to_cos=True, downscale_freq_shift=0)`.
+pub(crate) fn sinusoidal_embedding(t: &[f32], device: &Device) -> Tensor<2> {
+    const HALF: usize = 128;
+    let mut values = Vec::with_capacity(t.len() * 2 * HALF);
+    for &t in t {
+        let argument = t * 1000.0;
+        let angles: Vec<f64> = (0..HALF)
+            .map(|j| {
+                let frequency = f64::from(-(10000f64.ln() as f32) * j as f32 / HALF as f32).exp() as f32;
+                f64::from(argument * frequency)
+            })
+            .collect();
+        values.extend(angles.iter().map(|a| a.cos() as f32));
+        values.extend(angles.iter().map(|a| a.sin() as f32));
+    }
+    Tensor::from_data(TensorData::new(values, [t.len(), 2 * HALF]), device)
+}

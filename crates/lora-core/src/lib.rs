@@ -1,0 +1,55 @@
+//! LoRA for any [Burn](https://burn.dev) model: PEFT's configuration and files, adapter-only state, exact resume.
+//!
+//! An adapter (Hu et al. 2021, arXiv:2106.09685) sits on the parameter itself, through Burn's reparameterization, so no
+//! model has to be edited to carry one. There `Param::val()` gives the dense `W + scale * B A`, right everywhere; a model
+//! that computes its layers with [`linear`] gets `x W + b + scale * (x Aᵀ) Bᵀ` instead, without the dense sum and without
+//! a gradient for `W`.
+//!
+//! | file | idea |
+//! |---|---|
+//! | `config` | `LoraConfig`: which layers, which rank and alpha, by PEFT's rules |
+//! | `attach` | `Plan`: checked first, attached after; factors are born from their source |
+//! | `adapter` | the adapter type on Burn's reparameterization |
+//! | `forward`, `dropout` | the fast path; masks as a function of (seed, step, layer) |
+//! | `edit` | activate, weight, delete, detach, merge |
+//! | `state`, `adapter_file` | adapter-only state; its safetensors file in PEFT's form |
+//! | `gradients`, `optimizer` | gradients and optimizer state by parameter path |
+//! | `recompute` | per-block recompute with the bits of plain autodiff |
+//! | `record` | the chain in which a run is restored |
+//! | `random` | random numbers named by what they are for |
+//! | `host`, `tensor_file` | tensors on the host; strict safetensors reading |
+
+mod adapter;
+mod adapter_file;
+mod attach;
+mod config;
+mod dropout;
+mod edit;
+mod error;
+mod forward;
+mod gradients;
+pub mod host;
+mod optimizer;
+pub mod random;
+pub mod recompute;
+mod record;
+mod state;
+pub mod tensor_file;
+
+pub use adapter::{Adapter, AdapterSpec, LORA_A, LORA_B, LORA_BIAS, Lora, MAGNITUDE, WeightLayout};
+pub use adapter_file::{AdapterFile, METADATA_KEY, ModuleAdapter};
+pub use attach::{AdapterSource, DEFAULT_ADAPTER, ForwardPath, Plan};
+pub use config::{InitLoraWeights, LoraConfig, Matcher, Patterns, Targets};
+pub use dropout::DropoutScope;
+pub use edit::{adapter_names, delete_adapter, detach, merge, set_adapters};
+pub use error::LoraError;
+pub use forward::linear;
+pub use gradients::Gradients;
+pub use optimizer::{OptimizerScalars, OptimizerState, PathOptimizer};
+pub use record::{AdaptersRestored, OptimizerRestored, Training, TrainingRecord};
+pub use state::{ParameterCount, adapter_state, count_parameters, host as host_tensor, trainable_parameters};
+
+#[cfg(test)]
+mod test_model;
+#[cfg(test)]
+mod tests;

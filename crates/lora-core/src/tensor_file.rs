@@ -1,0 +1,1888 @@
+//! Safetensors files, read as if written by an adversary.
+//!
+//! The format is <https://huggingface.co/docs/safetensors>: a `u64` header length, a JSON header, the data. The
+//! `safetensors` crate keeps the last of two equal keys, takes any tensor name and wants the whole file in memory, so
+//! the header is parsed here instead:
+//!
+//! - Everything is checked when a file is opened: what the header says must account for every byte of the file, once.
+//!   Nothing is allocated from a length that has not been compared with the file first.
+//! - Data is read on demand at its offset; there is no memory map, so a file cut short later is an error, not a crash.
+//! - Whether the *values* are finite is for the caller to ask ([`HostTensor::first_non_finite`]).
+//! - Writing is deterministic: equal tensors and metadata give equal bytes.
+
+use std::borrow::Borrow;
+use std::cmp::{Ordering, Reverse};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::ops::Range;
+use std::path::{Component, Path, PathBuf};
+
+use serde::de::{Error, MapAccess, SeqAccess, Visitor};
+use serde::ser::{SerializeMap, Serializer};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::host::{Dtype, HostTensor};
+
+/// Largest header the format allows, in bytes.
+const MAX_HEADER: u64 = 100_000_000;
+/// Largest shard index read, in bytes; real ones stay below one MiB.
+const MAX_INDEX: u64 = 64 << 20;
+/// Bytes of the header length in front of the header.
+const LENGTH: u64 = 8;
+const METADATA: &str = "__metadata__";
+
+/// Why a tensor file cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say what the fields are")]
+pub enum FileError {
+    /// The operating system refused, or the file has changed since it was opened.
+    #[error("cannot read `{path}`")]
+    Read { path: PathBuf, source: io::Error },
+    /// Something else than a tensor file, often recognised by its first bytes.
+    #[error("`{path}` is {found}")]
+    NotSafetensors { path: PathBuf, found: &'static str },
+    /// A header or shard index longer than any real one.
+    #[error(
+        "`{path}`: a {part} of {bytes} bytes, over the limit of {limit}: is it the right file?"
+    )]
+    TooLarge {
+        path: PathBuf,
+        part: &'static str,
+        bytes: u64,
+        limit: u64,
+    },
+    /// The file ends inside its header or data.
+    #[error(
+        "`{path}` is cut short: its {part} takes {expected} bytes, {found} are there: download it again"
+    )]
+    Cut {
+        path: PathBuf,
+        part: &'static str,
+        expected: u64,
+        found: u64,
+    },
+    /// The JSON is not text.
+    #[error("`{path}`: the {part} is not UTF-8: write it again")]
+    NotUtf8 {
+        path: PathBuf,
+        part: &'static str,
+        source: std::str::Utf8Error,
+    },
+    /// The JSON is malformed, repeats a key or has the wrong structure; the source names the key.
+    #[error("`{path}`: the {part} is malformed: write it again")]
+    Json {
+        path: PathBuf,
+        part: &'static str,
+        source: serde_json::Error,
+    },
+    /// Bytes after the last tensor.
+    #[error("`{path}`: {bytes} bytes follow the last tensor: remove them")]
+    Trailing { path: PathBuf, bytes: u64 },
+    /// One tensor is at fault.
+    #[error("`{path}`: tensor `{}` {problem}", name.escape_debug())]
+    Tensor {
+        path: PathBuf,
+        name: String,
+        problem: TensorProblem,
+    },
+    /// The shard index names nothing.
+    #[error("`{path}`: `weight_map` is empty: name the shard of each tensor")]
+    EmptyIndex { path: PathBuf },
+    /// A shard elsewhere than beside the index.
+    #[error("`{path}`: shard `{}` is outside the folder of the index: move it there", shard.escape_debug())]
+    ShardOutside { path: PathBuf, shard: String },
+    /// A shard that does not exist.
+    #[error("`{path}`: shard `{shard}` does not exist: download it next to the index")]
+    NoShard { path: PathBuf, shard: String },
+}
+
+/// What is wrong with one tensor of a file.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say what the fields are")]
+pub enum TensorProblem {
+    /// A name that is nothing, could be taken for a path, or would garble a terminal.
+    #[error(
+        "has an empty or reserved name, or one with control characters or a `..` segment: rename it"
+    )]
+    Name,
+    /// A dtype this project does not read.
+    #[error("has the unknown dtype `{}`: convert it to BF16 or F32", dtype.escape_debug())]
+    Dtype { dtype: String },
+    /// More elements than any memory holds.
+    #[error("has a shape that overflows, {shape:?}: write the file again")]
+    Shape { shape: Vec<usize> },
+    /// Offsets that run backwards.
+    #[error("has data_offsets that run backwards, [{begin}, {end}]: write the file again")]
+    Backwards { begin: u64, end: u64 },
+    /// Offsets that do not fit dtype and shape.
+    #[error(
+        "takes {expected} bytes as {dtype} {shape:?}, but data_offsets span {found}: write the file again"
+    )]
+    Length {
+        dtype: Dtype,
+        shape: Vec<usize>,
+        expected: u64,
+        found: u64,
+    },
+    /// Bytes shared with another tensor.
+    #[error("starts at byte {begin}, but the tensor before it ends at {end}: write the file again")]
+    Overlap { begin: u64, end: u64 },
+    /// Bytes that belong to no tensor.
+    #[error(
+        "starts at byte {begin}, but the tensor before it ends at {end}, leaving a hole: write the file again"
+    )]
+    Hole { begin: u64, end: u64 },
+    /// Asked for, but not there.
+    #[error("does not exist: is it the right checkpoint?")]
+    Missing,
+    /// Rows asked for, but not there.
+    #[error("of shape {shape:?} has no rows {rows:?}")]
+    Rows {
+        shape: Vec<usize>,
+        rows: Range<usize>,
+    },
+    /// Too large to read.
+    #[error("takes {bytes} bytes, more than can be allocated")]
+    Memory { bytes: u64 },
+    /// The shard lacks what the index places there.
+    #[error("is not in shard `{shard}`, where the index places it: download both again")]
+    NotInShard { shard: String },
+    /// The shard holds what the index does not have.
+    #[error("of shard `{shard}` is not in the index: download both again")]
+    NotInIndex { shard: String },
+    /// Two shards hold it.
+    #[error("is in shard `{first}` and in shard `{second}`: remove one of them")]
+    TwoShards { first: String, second: String },
+}
+
+impl FileError {
+    fn read(path: &Path) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Read {
+            path: path.into(),
+            source,
+        }
+    }
+
+    fn tensor(path: &Path, name: &str, problem: TensorProblem) -> Self {
+        Self::Tensor {
+            path: path.into(),
+            name: name.into(),
+            problem,
+        }
+    }
+}
+
+/// What the header says about one tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorInfo {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Length of each axis, outermost first; empty for a scalar.
+    pub shape: Vec<usize>,
+    /// Position in the file.
+    offset: u64,
+    len: u64,
+}
+
+/// A safetensors file, header checked, data read on demand with positioned reads.
+#[derive(Debug)]
+pub struct TensorFile {
+    path: PathBuf,
+    source: Source,
+    metadata: BTreeMap<String, String>,
+    tensors: BTreeMap<String, TensorInfo>,
+}
+
+impl TensorFile {
+    /// Opens the file and checks that its header accounts for every byte.
+    ///
+    /// # Errors
+    /// If the file cannot be read or breaks the format in any way; the message names the tensor at fault.
+    pub fn open(path: &Path) -> Result<Self, FileError> {
+        let (file, len) = open_regular(path)?;
+        #[cfg(not(unix))]
+        let file = std::sync::Mutex::new(file);
+        Self::from_source(path, Source::Disk(file), len)
+    }
+
+    /// As [`open`](Self::open), for a file already in memory; `name` stands for its path in messages.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_bytes(name: &Path, bytes: Vec<u8>) -> Result<Self, FileError> {
+        let len = bytes.len() as u64;
+        Self::from_source(name, Source::Memory(bytes), len)
+    }
+
+    fn from_source(path: &Path, source: Source, file_len: u64) -> Result<Self, FileError> {
+        let read = |offset, len| {
+            let mut bytes = vec![0; len];
+            let outcome = source.read_exact_at(offset, &mut bytes);
+            outcome.map(|()| bytes).map_err(FileError::read(path))
+        };
+        let start = read(0, file_len.min(64) as usize)?;
+        let header_len = header_len(path, &start, file_len)?;
+        let header = read(LENGTH, header_len as usize)?;
+
+        let Header { metadata, entries } = parse_json(path, "header", &header)?;
+        let data_start = LENGTH + header_len;
+        let tensors = locate(path, entries, data_start, file_len - data_start)?;
+        Ok(Self {
+            path: path.into(),
+            source,
+            metadata,
+            tensors,
+        })
+    }
+
+    /// The path given to [`open`](Self::open), or the name given to [`from_bytes`](Self::from_bytes).
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The `__metadata__` of the header; empty if the file has none.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// Tensor names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Dtype and shape of a tensor, without reading it.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    /// Number of tensors.
+    pub fn len(&self) -> usize {
+        self.tensors.len()
+    }
+
+    /// Whether the file holds no tensor at all, which the format allows.
+    pub fn is_empty(&self) -> bool {
+        self.tensors.is_empty()
+    }
+
+    /// Reads one tensor.
+    ///
+    /// # Errors
+    /// If there is no such tensor, the file has changed since it was opened, or memory is short.
+    pub fn read(&self, name: &str) -> Result<HostTensor, FileError> {
+        let info = self.require(name)?;
+        self.read_span(name, info.dtype, info.shape.clone(), info.offset)
+    }
+
+    /// Reads a slice of a tensor's outermost axis, and only that from disk.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), and if the tensor is a scalar or has no such rows.
+    pub fn read_rows(&self, name: &str, rows: Range<usize>) -> Result<HostTensor, FileError> {
+        let info = self.require(name)?;
+        let mut shape = info.shape.clone();
+        let axis = match shape.first_mut() {
+            Some(axis) if rows.start <= rows.end && rows.end <= *axis => axis,
+            _ => {
+                let problem = TensorProblem::Rows { shape, rows };
+                return Err(FileError::tensor(&self.path, name, problem));
+            }
+        };
+        let stride = info.len.checked_div(*axis as u64).unwrap_or(0);
+        *axis = rows.len();
+        let offset = info.offset + stride * rows.start as u64;
+        self.read_span(name, info.dtype, shape, offset)
+    }
+
+    fn require(&self, name: &str) -> Result<&TensorInfo, FileError> {
+        self.info(name)
+            .ok_or_else(|| FileError::tensor(&self.path, name, TensorProblem::Missing))
+    }
+
+    /// Reads as many bytes as `dtype` and `shape`, a part of tensor `name`, take.
+    fn read_span(
+        &self,
+        name: &str,
+        dtype: Dtype,
+        shape: Vec<usize>,
+        offset: u64,
+    ) -> Result<HostTensor, FileError> {
+        // Zeroed a piece at a time, so that the zeros are still in cache when the data overwrites them.
+        const PIECE: usize = 1 << 20;
+        let len = shape.iter().product::<usize>() * dtype.size();
+        let mut bytes = Vec::new();
+        if bytes.try_reserve_exact(len).is_err() {
+            let problem = TensorProblem::Memory { bytes: len as u64 };
+            return Err(FileError::tensor(&self.path, name, problem));
+        }
+        while bytes.len() < len {
+            let start = bytes.len();
+            bytes.resize(len.min(start + PIECE), 0);
+            self.source
+                .read_exact_at(offset + start as u64, &mut bytes[start..])
+                .map_err(FileError::read(&self.path))?;
+        }
+        Ok(HostTensor {
+            dtype,
+            shape,
+            bytes,
+        })
+    }
+}
+
+/// Several safetensors files read as one: a single file, or the shards an index names.
+#[derive(Debug)]
+pub struct TensorSet {
+    path: PathBuf,
+    /// Never empty.
+    files: Vec<TensorFile>,
+    /// Tensor name to index in `files`.
+    owners: BTreeMap<String, usize>,
+}
+
+impl TensorSet {
+    /// Opens a `.safetensors` file, or every shard of a `.safetensors.index.json`.
+    ///
+    /// Shards must lie in the folder of the index, or, where the index is a symbolic link, in the folder of its target:
+    /// that is how the Hugging Face cache stores a checkpoint.
+    ///
+    /// # Errors
+    /// As [`TensorFile::open`], and if index and shards do not agree on where each tensor is.
+    pub fn open(path: &Path) -> Result<Self, FileError> {
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "json")
+        {
+            Self::open_index(path)
+        } else {
+            TensorFile::open(path).map(Self::from_file)
+        }
+    }
+
+    /// A set of one file.
+    pub fn from_file(file: TensorFile) -> Self {
+        Self {
+            path: file.path.clone(),
+            owners: file.names().map(|name| (name.into(), 0)).collect(),
+            files: vec![file],
+        }
+    }
+
+    fn open_index(path: &Path) -> Result<Self, FileError> {
+        let Index { weight_map } = parse_json(path, "shard index", &read_index(path)?)?;
+        if weight_map.is_empty() {
+            return Err(FileError::EmptyIndex { path: path.into() });
+        }
+        let shards = Vec::from_iter(weight_map.values().collect::<BTreeSet<_>>());
+        let mut files = Vec::new();
+        let mut owners = BTreeMap::new();
+        for (i, &shard) in shards.iter().enumerate() {
+            let file = TensorFile::open(&shard_path(path, shard)?)?;
+            for name in file.names() {
+                let shard = shard.clone();
+                if !weight_map.contains_key(name) {
+                    let problem = TensorProblem::NotInIndex { shard };
+                    return Err(FileError::tensor(path, name, problem));
+                }
+                if let Some(first) = owners.insert(name.to_owned(), i) {
+                    let (first, second) = (shards[first].clone(), shard);
+                    let problem = TensorProblem::TwoShards { first, second };
+                    return Err(FileError::tensor(path, name, problem));
+                }
+            }
+            files.push(file);
+        }
+        for (name, shard) in &weight_map {
+            if owners.get(name).is_none_or(|&i| shards[i] != shard) {
+                let shard = shard.clone();
+                let problem = TensorProblem::NotInShard { shard };
+                return Err(FileError::tensor(path, name, problem));
+            }
+        }
+        Ok(Self {
+            path: path.into(),
+            files,
+            owners,
+        })
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.owners.keys().map(String::as_str)
+    }
+
+    /// Dtype and shape of a tensor, without reading it.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.files[*self.owners.get(name)?].info(name)
+    }
+
+    /// Reads one tensor.
+    ///
+    /// # Errors
+    /// As [`TensorFile::read`].
+    pub fn read(&self, name: &str) -> Result<HostTensor, FileError> {
+        self.owner(name)?.read(name)
+    }
+
+    /// Reads a slice of a tensor's outermost axis, and only that from disk.
+    ///
+    /// # Errors
+    /// As [`TensorFile::read_rows`].
+    pub fn read_rows(&self, name: &str, rows: Range<usize>) -> Result<HostTensor, FileError> {
+        self.owner(name)?.read_rows(name, rows)
+    }
+
+    /// The metadata of the first file.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        self.files[0].metadata()
+    }
+
+    /// The files, in the order of their names; at least one.
+    pub fn files(&self) -> &[TensorFile] {
+        &self.files
+    }
+
+    fn owner(&self, name: &str) -> Result<&TensorFile, FileError> {
+        let owner = self.owners.get(name).map(|&i| &self.files[i]);
+        owner.ok_or_else(|| FileError::tensor(&self.path, name, TensorProblem::Missing))
+    }
+}
+
+/// Bytes of a safetensors file, the same for the same tensors and metadata.
+///
+/// # Panics
+/// If a name is one that [`TensorFile::open`] refuses, or a tensor's bytes do not fill its shape.
+pub fn serialize(
+    tensors: &BTreeMap<String, HostTensor>,
+    metadata: &BTreeMap<String, String>,
+) -> Vec<u8> {
+    let mut layout = tensors
+        .iter()
+        .map(|(name, tensor)| (name.clone(), tensor.dtype, tensor.shape.clone()))
+        .collect::<Vec<_>>();
+    // Wide elements first keeps all of them aligned; the sort is stable, so names stay sorted.
+    layout.sort_by_key(|(_, dtype, _)| Reverse(dtype.size()));
+
+    let mut out = Vec::new();
+    match write(&mut out, &layout, metadata, |name| {
+        Ok::<_, io::Error>(&tensors[name])
+    }) {
+        Ok(()) => out,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Streams a safetensors file: the header from `layout`, then `tensor(name)` for each of its rows, one in memory at a
+/// time.
+///
+/// The data has the order of `layout`; with wide dtypes first, every tensor is aligned to its element size.
+///
+/// # Errors
+/// What `tensor` and `out` return; and [`io::ErrorKind::InvalidInput`] if a name is one that [`TensorFile::open`]
+/// refuses, occurs twice, or a tensor is not what `layout` says. What has been written by then is no use.
+pub fn write_streaming<W: Write, E: From<io::Error>>(
+    out: &mut W,
+    layout: &[(String, Dtype, Vec<usize>)],
+    metadata: &BTreeMap<String, String>,
+    tensor: impl FnMut(&str) -> Result<HostTensor, E>,
+) -> Result<(), E> {
+    write(out, layout, metadata, tensor)
+}
+
+fn write<W: Write, T: Borrow<HostTensor>, E: From<io::Error>>(
+    out: &mut W,
+    layout: &[(String, Dtype, Vec<usize>)],
+    metadata: &BTreeMap<String, String>,
+    mut tensor: impl FnMut(&str) -> Result<T, E>,
+) -> Result<(), E> {
+    out.write_all(&header(layout, metadata)?)?;
+    for (name, dtype, shape) in layout {
+        let tensor = tensor(name)?;
+        let tensor = tensor.borrow();
+        let bytes = tensor.bytes.len();
+        if (tensor.dtype, &tensor.shape) != (*dtype, shape)
+            || byte_len(*dtype, shape) != Some(bytes as u64)
+        {
+            Err(invalid(format!(
+                "tensor `{name}`: the layout says {dtype} {shape:?}, but it is {} {:?} of {bytes} bytes",
+                tensor.dtype, tensor.shape
+            )))?;
+        }
+        out.write_all(&tensor.bytes)?;
+    }
+    Ok(())
+}
+
+/// Header length and header, padded so that the data is aligned to 8 bytes.
+fn header(
+    layout: &[(String, Dtype, Vec<usize>)],
+    metadata: &BTreeMap<String, String>,
+) -> io::Result<Vec<u8>> {
+    let mut header = vec![0; LENGTH as usize];
+    let mut json = serde_json::Serializer::new(&mut header);
+    let mut map = json.serialize_map(None)?;
+    if !metadata.is_empty() {
+        map.serialize_entry(METADATA, metadata)?;
+    }
+    let mut names = BTreeSet::new();
+    let mut begin = 0;
+    for (name, dtype, shape) in layout {
+        if !is_valid_name(name) {
+            return Err(invalid(format!("tensor name {name:?} is not allowed")));
+        }
+        if !names.insert(name) {
+            return Err(invalid(format!("tensor `{name}` occurs twice")));
+        }
+        let end = byte_len(*dtype, shape)
+            .and_then(|len| len.checked_add(begin))
+            .ok_or_else(|| invalid(format!("tensor `{name}`: shape {shape:?} overflows")))?;
+        map.serialize_entry(
+            name,
+            &Entry {
+                dtype: dtype.name().into(),
+                shape: shape.clone(),
+                data_offsets: [begin, end],
+            },
+        )?;
+        begin = end;
+    }
+    map.end()?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let len = header.len() as u64 - LENGTH;
+    if len > MAX_HEADER {
+        return Err(invalid(format!("a header of {len} bytes is too large")));
+    }
+    header[..LENGTH as usize].copy_from_slice(&len.to_le_bytes());
+    Ok(header)
+}
+
+fn invalid(message: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, message)
+}
+
+/// Bytes that many threads may read from.
+#[derive(Debug)]
+enum Source {
+    #[cfg(unix)]
+    Disk(File),
+    #[cfg(not(unix))]
+    Disk(std::sync::Mutex<File>),
+    Memory(Vec<u8>),
+}
+
+impl Source {
+    fn read_exact_at(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        match self {
+            #[cfg(unix)]
+            Self::Disk(file) => std::os::unix::fs::FileExt::read_exact_at(file, out, offset),
+            #[cfg(not(unix))]
+            Self::Disk(file) => {
+                // The lock guards nothing but the position, which is set anew each time.
+                let mut file = file.lock().unwrap_or_else(|lock| lock.into_inner());
+                io::Seek::seek(&mut *file, io::SeekFrom::Start(offset))?;
+                file.read_exact(out)
+            }
+            Self::Memory(bytes) => {
+                let mut bytes = io::Cursor::new(bytes);
+                bytes.set_position(offset);
+                bytes.read_exact(out)
+            }
+        }
+    }
+}
+
+/// Opens a file and its length, without waiting for a writer should the path be a pipe.
+fn open_regular(path: &Path) -> Result<(File, u64), FileError> {
+    let refuse = |found| FileError::NotSafetensors {
+        path: path.into(),
+        found,
+    };
+    let metadata = fs::metadata(path).map_err(FileError::read(path))?;
+    if metadata.is_dir() {
+        return Err(refuse("a directory: name the file inside it"));
+    }
+    if !metadata.is_file() {
+        return Err(refuse("not a regular file: copy it to disk first"));
+    }
+    let file = File::open(path).map_err(FileError::read(path))?;
+    let len = file.metadata().map_err(FileError::read(path))?.len();
+    Ok((file, len))
+}
+
+/// The header length, from the first bytes of the file.
+fn header_len(path: &Path, start: &[u8], file_len: u64) -> Result<u64, FileError> {
+    let path = PathBuf::from(path);
+    let declared = start.first_chunk().map(|bytes| u64::from_le_bytes(*bytes));
+    let available = file_len.saturating_sub(LENGTH);
+    if let Some(bytes) = declared
+        && bytes <= MAX_HEADER.min(available)
+        && start.get(LENGTH as usize) == Some(&b'{')
+    {
+        return Ok(bytes);
+    }
+    // Only now: a sound header of 640 bytes starts like a pickle.
+    if let Some(found) = foreign_format(start) {
+        return Err(FileError::NotSafetensors { path, found });
+    }
+    Err(match declared {
+        Some(bytes) if bytes > MAX_HEADER => FileError::TooLarge {
+            path,
+            part: "header",
+            bytes,
+            limit: MAX_HEADER,
+        },
+        Some(bytes) if bytes > available => FileError::Cut {
+            path,
+            part: "header",
+            expected: bytes,
+            found: available,
+        },
+        Some(_) => FileError::NotSafetensors {
+            path,
+            found: "not a safetensors file: its header does not start with `{`",
+        },
+        None => FileError::NotSafetensors {
+            path,
+            found: "shorter than the 8 bytes a safetensors file starts with: download it again",
+        },
+    })
+}
+
+/// What a file is, if its first bytes are those of something commonly mistaken for a checkpoint.
+fn foreign_format(start: &[u8]) -> Option<&'static str> {
+    let text = start.trim_ascii_start().to_ascii_lowercase();
+    let is_text = |prefix: &str| text.starts_with(prefix.as_bytes());
+    if start.is_empty() {
+        Some("empty: download it again")
+    } else if start.starts_with(b"PK\x03\x04") {
+        Some("a zip/PyTorch archive: convert it to safetensors")
+    } else if matches!(start, [0x80, 2..=5, ..]) {
+        Some("a Python pickle, which can run code when loaded: convert it to safetensors")
+    } else if start.starts_with(b"GGUF") {
+        Some("a GGUF file: use the safetensors checkpoint it was made from")
+    } else if is_text("<!do") || is_text("<htm") || is_text("<?xml") {
+        Some("a web page, not a checkpoint: download the file itself")
+    } else if is_text("version https://git-lfs") {
+        Some("a Git LFS pointer: run git lfs pull")
+    } else {
+        None
+    }
+}
+
+/// Checks every tensor, and that together they cover the data exactly once.
+fn locate(
+    path: &Path,
+    mut entries: Vec<(String, Entry)>,
+    data_start: u64,
+    data_len: u64,
+) -> Result<BTreeMap<String, TensorInfo>, FileError> {
+    entries.sort_by_key(|(_, entry)| entry.data_offsets);
+    let described = entries.last().map_or(0, |(_, entry)| entry.data_offsets[1]);
+    let mut tensors = BTreeMap::new();
+    let mut covered = 0;
+    for (name, entry) in entries {
+        let mut info = check_entry(&name, entry, covered)
+            .map_err(|problem| FileError::tensor(path, &name, problem))?;
+        covered += info.len;
+        if covered > data_len {
+            return Err(FileError::Cut {
+                path: path.into(),
+                part: "data",
+                expected: described,
+                found: data_len,
+            });
+        }
+        info.offset += data_start;
+        tensors.insert(name, info);
+    }
+    if covered < data_len {
+        return Err(FileError::Trailing {
+            path: path.into(),
+            bytes: data_len - covered,
+        });
+    }
+    Ok(tensors)
+}
+
+/// Checks one tensor, which must start where the ones before it end.
+fn check_entry(name: &str, entry: Entry, covered: u64) -> Result<TensorInfo, TensorProblem> {
+    let Entry {
+        dtype,
+        shape,
+        data_offsets: [begin, end],
+    } = entry;
+    if !is_valid_name(name) {
+        return Err(TensorProblem::Name);
+    }
+    let Some(dtype) = Dtype::parse(&dtype) else {
+        return Err(TensorProblem::Dtype { dtype });
+    };
+    let Some(expected) = byte_len(dtype, &shape) else {
+        return Err(TensorProblem::Shape { shape });
+    };
+    let Some(len) = end.checked_sub(begin) else {
+        return Err(TensorProblem::Backwards { begin, end });
+    };
+    if len != expected {
+        return Err(TensorProblem::Length {
+            dtype,
+            shape,
+            expected,
+            found: len,
+        });
+    }
+    match begin.cmp(&covered) {
+        Ordering::Less => Err(TensorProblem::Overlap {
+            begin,
+            end: covered,
+        }),
+        Ordering::Greater => Err(TensorProblem::Hole {
+            begin,
+            end: covered,
+        }),
+        Ordering::Equal => Ok(TensorInfo {
+            dtype,
+            shape,
+            offset: begin,
+            len,
+        }),
+    }
+}
+
+/// Size of a tensor, or `None` where the lengths of its axes overflow, even beside an axis of length 0: any product
+/// of them then fits a `usize`.
+fn byte_len(dtype: Dtype, shape: &[usize]) -> Option<u64> {
+    let len = shape
+        .iter()
+        .try_fold(dtype.size(), |len, &axis| len.checked_mul(axis.max(1)))?;
+    Some(if shape.contains(&0) { 0 } else { len as u64 })
+}
+
+/// Names become keys and, in other tools, file names: nothing invisible and nothing that climbs out of a folder.
+fn is_valid_name(name: &str) -> bool {
+    let climbs = name.split(['/', '\\']).any(|segment| segment == "..");
+    !(name.is_empty() || name == METADATA || name.contains(char::is_control) || climbs)
+}
+
+fn read_index(path: &Path) -> Result<Vec<u8>, FileError> {
+    let (file, bytes) = open_regular(path)?;
+    if bytes > MAX_INDEX {
+        return Err(FileError::TooLarge {
+            path: path.into(),
+            part: "shard index",
+            bytes,
+            limit: MAX_INDEX,
+        });
+    }
+    let mut json = Vec::new();
+    let outcome = file.take(MAX_INDEX).read_to_end(&mut json);
+    outcome.map_err(FileError::read(path))?;
+    match foreign_format(&json[..json.len().min(64)]) {
+        Some(found) => Err(FileError::NotSafetensors {
+            path: path.into(),
+            found,
+        }),
+        None => Ok(json),
+    }
+}
+
+/// Where a shard of this index is, if that is a place the index may name.
+fn shard_path(index: &Path, shard: &str) -> Result<PathBuf, FileError> {
+    let outside = || FileError::ShardOutside {
+        path: index.into(),
+        shard: shard.into(),
+    };
+    let descends = Path::new(shard)
+        .components()
+        .all(|component| matches!(component, Component::Normal(_)));
+    if !is_valid_name(shard) || shard.contains('\\') || !descends {
+        return Err(outside());
+    }
+    let path = index.with_file_name(shard);
+    let real_path = match path.canonicalize() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(FileError::NoShard {
+                path: index.into(),
+                shard: shard.into(),
+            });
+        }
+        outcome => outcome.map_err(FileError::read(&path))?,
+    };
+    let folder = index.with_file_name(".").canonicalize();
+    let target = index.canonicalize().map(|index| index.with_file_name(""));
+    for folder in [folder, target] {
+        if real_path.starts_with(folder.map_err(FileError::read(index))?) {
+            return Ok(path);
+        }
+    }
+    Err(outside())
+}
+
+/// Parses JSON in which no object may repeat a key. `serde_json` itself limits the depth to 128.
+fn parse_json<T: Object>(path: &Path, part: &'static str, bytes: &[u8]) -> Result<T, FileError> {
+    let text = std::str::from_utf8(bytes).map_err(|source| FileError::NotUtf8 {
+        path: path.into(),
+        part,
+        source,
+    })?;
+    match serde_json::from_str::<Unique<T>>(text) {
+        Ok(object) => Ok(object.0),
+        Err(source) => Err(FileError::Json {
+            path: path.into(),
+            part,
+            source,
+        }),
+    }
+}
+
+/// A JSON object of known structure, read key by key.
+trait Object: Default {
+    const REQUIRED: &[&str] = &[];
+
+    /// Reads the value of `key`.
+    fn read<'de, A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error>;
+}
+
+/// Reads an [`Object`] in which no key occurs twice; errors name the key.
+#[derive(Default)]
+struct Unique<T>(T);
+
+impl<'de, T: Object> Deserialize<'de> for Unique<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Self::default())
+    }
+}
+
+impl<'de, T: Object> Visitor<'de> for Unique<T> {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Self, A::Error> {
+        let mut seen = BTreeSet::new();
+        while let Some(key) = map.next_key::<String>()? {
+            if seen.contains(&key) {
+                return Err(A::Error::custom(format_args!("duplicate key {key:?}")));
+            }
+            // The position at the end of `error` is recognised and kept.
+            self.0
+                .read(&key, &mut map)
+                .map_err(|error| A::Error::custom(format_args!("{key:?}: {error}")))?;
+            seen.insert(key);
+        }
+        match T::REQUIRED.iter().find(|&&key| !seen.contains(key)) {
+            Some(key) => Err(A::Error::missing_field(key)),
+            None => Ok(self),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Header {
+    metadata: BTreeMap<String, String>,
+    entries: Vec<(String, Entry)>,
+}
+
+impl Object for Header {
+    fn read<'de, A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
+        if key == METADATA {
+            self.metadata = map.next_value::<Unique<_>>()?.0;
+        } else {
+            self.entries
+                .push((key.into(), map.next_value::<Unique<_>>()?.0));
+        }
+        Ok(())
+    }
+}
+
+/// One tensor as the header spells it.
+#[derive(Default, Serialize)]
+struct Entry {
+    dtype: String,
+    shape: Vec<usize>,
+    data_offsets: [u64; 2],
+}
+
+impl Object for Entry {
+    const REQUIRED: &[&str] = &["dtype", "shape", "data_offsets"];
+
+    fn read<'de, A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
+        match key {
+            "dtype" => self.dtype = map.next_value()?,
+            "shape" => self.shape = map.next_value()?,
+            "data_offsets" => self.data_offsets = map.next_value()?,
+            _ => return Err(A::Error::custom("no tensor has this field")),
+        }
+        Ok(())
+    }
+}
+
+impl Object for BTreeMap<String, String> {
+    fn read<'de, A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
+        self.insert(key.into(), map.next_value()?);
+        Ok(())
+    }
+}
+
+/// A shard index; its `metadata` is not used.
+#[derive(Default)]
+struct Index {
+    /// Tensor name to shard.
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Object for Index {
+    const REQUIRED: &[&str] = &["weight_map"];
+
+    fn read<'de, A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
+        match key {
+            "weight_map" => self.weight_map = map.next_value::<Unique<_>>()?.0,
+            _ => Skipped = map.next_value()?,
+        }
+        Ok(())
+    }
+}
+
+/// Any JSON, checked for duplicate keys and depth, then dropped.
+#[derive(Default)]
+struct Skipped;
+
+impl Object for Skipped {
+    fn read<'de, A: MapAccess<'de>>(&mut self, _: &str, map: &mut A) -> Result<(), A::Error> {
+        *self = map.next_value()?;
+        Ok(())
+    }
+}
+
+impl<'de> Deserialize<'de> for Skipped {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Self)
+    }
+}
+
+impl<'de> Visitor<'de> for Skipped {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_unit<E>(self) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_str<E>(self, _: &str) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self, A::Error> {
+        while seq.next_element::<Self>()?.is_some() {}
+        Ok(self)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self, A::Error> {
+        Ok(Unique(self).visit_map(map)?.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use safetensors::SafeTensors;
+    use tempfile::TempDir;
+
+    const F32: &str = r#""dtype":"F32","shape":[1]"#;
+
+    /// A file of this header and data, with the length that belongs to the header.
+    fn file(header: &str, data: &[u8]) -> Vec<u8> {
+        [
+            &(header.len() as u64).to_le_bytes(),
+            header.as_bytes(),
+            data,
+        ]
+        .concat()
+    }
+
+    fn open(bytes: &[u8]) -> Result<TensorFile, FileError> {
+        TensorFile::from_bytes(Path::new("x.safetensors"), bytes.into())
+    }
+
+    fn open_on_disk(bytes: &[u8]) -> Result<TensorFile, FileError> {
+        let folder = folder([("x.safetensors", bytes)]);
+        TensorFile::open(&folder.path().join("x.safetensors"))
+    }
+
+    fn folder<'a>(files: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> TempDir {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        for (name, bytes) in files {
+            fs::write(folder.path().join(name), bytes).expect("a writable folder");
+        }
+        folder
+    }
+
+    /// The whole chain of messages, without the folder.
+    fn message(error: FileError) -> String {
+        let mut message = error.to_string();
+        let mut error: &dyn std::error::Error = &error;
+        while let Some(source) = error.source() {
+            message = format!("{message}: {source}");
+            error = source;
+        }
+        let start = message.find('`').expect("a path") + 1;
+        let end = start + message[start..].find('`').expect("a path");
+        let name = Path::new(&message[start..end]).file_name();
+        let name = name.and_then(|name| name.to_str()).expect("a name");
+        format!("{}{name}{}", &message[..start], &message[end..])
+    }
+
+    #[track_caller]
+    fn refused(bytes: &[u8], expected: &str) {
+        for outcome in [open(bytes), open_on_disk(bytes)] {
+            assert_eq!(message(outcome.expect_err("a bad file")), expected);
+        }
+    }
+
+    #[track_caller]
+    fn refused_header(header: &str, data_len: usize, expected: &str) {
+        let expected = format!("`x.safetensors`{expected}");
+        refused(&file(header, &vec![0; data_len]), &expected);
+    }
+
+    /// The position of the problem is in the message, once.
+    #[track_caller]
+    fn assert_malformed(outcome: Result<impl fmt::Debug, FileError>, expected: &str) {
+        let error = message(outcome.expect_err("bad JSON"));
+        let position = error.strip_prefix(&format!("{expected} at line 1 column "));
+        let is_number = |text: &str| text.parse::<usize>().is_ok();
+        assert!(position.is_some_and(is_number), "{error}\n{expected}");
+    }
+
+    #[track_caller]
+    fn malformed(header: &str, problem: &str) {
+        let expected = "`x.safetensors`: the header is malformed: write it again";
+        assert_malformed(
+            open(&file(header, &[0; 4])),
+            &format!("{expected}: {problem}"),
+        );
+    }
+
+    fn strings<const N: usize>(pairs: [(&str, &str); N]) -> BTreeMap<String, String> {
+        pairs.map(|(key, value)| (key.into(), value.into())).into()
+    }
+
+    fn tensors<const N: usize>(pairs: [(&str, HostTensor); N]) -> BTreeMap<String, HostTensor> {
+        pairs.map(|(name, tensor)| (name.into(), tensor)).into()
+    }
+
+    #[test]
+    fn a_file_reads_back() {
+        let scalar = HostTensor::from_f32([], &[2.5]);
+        let empty = HostTensor::from_i64([0, 3], &[]);
+        let matrix = HostTensor::from_f32([3, 2], &[0., 1., 2., 3., 4., 5.]);
+        let written = tensors([("s", scalar), ("e", empty), ("m.weight", matrix)]);
+        let metadata = strings([("b", "\n\"\u{e9}\""), ("a", "")]);
+        let bytes = serialize(&written, &metadata);
+        for file in [open(&bytes), open_on_disk(&bytes)] {
+            let file = file.expect("a sound file");
+            assert_eq!(file.metadata(), &metadata);
+            assert_eq!(Vec::from_iter(file.names()), ["e", "m.weight", "s"]);
+            assert_eq!((file.len(), file.is_empty()), (3, false));
+            for (name, tensor) in &written {
+                let info = file.info(name).expect("a tensor");
+                assert_eq!((info.dtype, &info.shape), (tensor.dtype, &tensor.shape));
+                assert_eq!(&file.read(name).expect("its data"), tensor);
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_without_tensors_is_empty() {
+        let file = open(&serialize(&tensors([]), &strings([]))).expect("a sound file");
+        assert!(file.is_empty() && file.metadata().is_empty());
+    }
+
+    #[test]
+    fn rows_are_read_alone() {
+        let matrix = HostTensor::from_f32([3, 2], &[0., 1., 2., 3., 4., 5.]);
+        let scalar = HostTensor::from_f32([], &[2.5]);
+        let empty = HostTensor::from_f32([0, 2], &[]);
+        let written = tensors([("m", matrix.clone()), ("s", scalar), ("e", empty.clone())]);
+        let file = open_on_disk(&serialize(&written, &strings([]))).expect("a sound file");
+        for rows in [0..3, 1..2, 2..2, 0..0, 3..3] {
+            let read = file.read_rows("m", rows.clone()).expect("rows");
+            assert_eq!(read, matrix.rows(rows));
+        }
+        assert_eq!(file.read_rows("e", 0..0).expect("no rows"), empty);
+        for (name, rows, expected) in [
+            ("m", 2..4, "of shape [3, 2] has no rows 2..4"),
+            (
+                "m",
+                Range { start: 2, end: 1 },
+                "of shape [3, 2] has no rows 2..1",
+            ),
+            ("s", 0..1, "of shape [] has no rows 0..1"),
+            ("e", 0..1, "of shape [0, 2] has no rows 0..1"),
+            ("n", 0..1, "does not exist: is it the right checkpoint?"),
+        ] {
+            let error = message(file.read_rows(name, rows).expect_err("no such rows"));
+            assert_eq!(
+                error,
+                format!("`x.safetensors`: tensor `{name}` {expected}")
+            );
+        }
+    }
+
+    #[test]
+    fn data_longer_than_a_piece_is_read_whole() {
+        let values = Vec::from_iter((0..1 << 19).map(|i| i as f32));
+        let long = HostTensor::from_f32([1 << 17, 4], &values);
+        let written = tensors([("a", HostTensor::from_i64([1], &[0])), ("l", long.clone())]);
+        let file = open_on_disk(&serialize(&written, &strings([]))).expect("a sound file");
+        assert_eq!(file.read("l").expect("its data"), long);
+        let rows = 3..(1 << 17) - 1;
+        assert_eq!(
+            file.read_rows("l", rows.clone()).expect("rows"),
+            long.rows(rows)
+        );
+    }
+
+    #[test]
+    fn a_file_cut_short_after_opening_is_an_error() {
+        let written = tensors([("m", HostTensor::from_f32([2], &[0., 1.]))]);
+        let folder = folder([("x.safetensors", &serialize(&written, &strings([]))[..])]);
+        let path = folder.path().join("x.safetensors");
+        let file = TensorFile::open(&path).expect("a sound file");
+        let len = fs::metadata(&path).expect("a file").len();
+        let handle = File::options().write(true).open(&path).expect("a file");
+        handle.set_len(len - 1).expect("a writable file");
+        let error = message(file.read("m").expect_err("too short"));
+        assert!(
+            error.starts_with("cannot read `x.safetensors`: "),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn files_of_other_formats_are_named() {
+        for (start, found) in [
+            ("", "empty: download it again"),
+            (
+                "{}",
+                "shorter than the 8 bytes a safetensors file starts with: download it again",
+            ),
+            (
+                "PK\u{3}\u{4}\u{14}\0\0\0\u{8}\u{8}",
+                "a zip/PyTorch archive: convert it to safetensors",
+            ),
+            (
+                "GGUF\u{3}\0\0\0",
+                "a GGUF file: use the safetensors checkpoint it was made from",
+            ),
+            (
+                "<!DOCTYPE html><html>",
+                "a web page, not a checkpoint: download the file itself",
+            ),
+            (
+                "\n<html lang=en>",
+                "a web page, not a checkpoint: download the file itself",
+            ),
+            (
+                "version https://git-lfs.github.com/spec/v1\noid sha256:0",
+                "a Git LFS pointer: run git lfs pull",
+            ),
+            (
+                "\u{2}\0\0\0\0\0\0\0[]",
+                "not a safetensors file: its header does not start with `{`",
+            ),
+            (
+                "\u{3}\0\0\0\0\0\0\0 {}",
+                "not a safetensors file: its header does not start with `{`",
+            ),
+        ] {
+            refused(start.as_bytes(), &format!("`x.safetensors` is {found}"));
+        }
+        for protocol in 2..=5 {
+            refused(
+                &[0x80, protocol, 0x8A, 0x0A, 0x6C, 0xFC, 0x9C, 0x46, 0xF9],
+                "`x.safetensors` is a Python pickle, which can run code when loaded: convert it to safetensors",
+            );
+        }
+    }
+
+    #[test]
+    fn a_header_length_that_looks_like_a_pickle_is_no_pickle() {
+        let bytes = file(&format!("{:640}", "{}"), &[]);
+        assert_eq!(bytes[..2], [0x80, 2]);
+        assert!(open(&bytes).expect("a sound file").is_empty());
+    }
+
+    #[test]
+    fn a_folder_or_a_missing_file_is_refused() {
+        let folder = folder([]);
+        let error = TensorFile::open(folder.path()).expect_err("a folder");
+        assert!(message(error).ends_with("` is a directory: name the file inside it"));
+        let error = TensorFile::open(&folder.path().join("x")).expect_err("no file");
+        assert!(message(error).starts_with("cannot read `x`: "));
+    }
+
+    #[test]
+    fn a_header_length_must_fit_the_file_and_the_format() {
+        refused(
+            &[&100_000_001u64.to_le_bytes()[..], b"{}"].concat(),
+            "`x.safetensors`: a header of 100000001 bytes, over the limit of 100000000: is it the right file?",
+        );
+        refused(
+            &[&u64::MAX.to_le_bytes()[..], b"{}"].concat(),
+            "`x.safetensors`: a header of 18446744073709551615 bytes, over the limit of 100000000: is it the right file?",
+        );
+        refused(
+            &[&3u64.to_le_bytes()[..], b"{}"].concat(),
+            "`x.safetensors` is cut short: its header takes 3 bytes, 2 are there: download it again",
+        );
+        assert_malformed(
+            open(&[&0u64.to_le_bytes()[..], b"{}"].concat()),
+            "`x.safetensors`: the header is malformed: write it again: EOF while parsing a value",
+        );
+    }
+
+    #[test]
+    fn a_header_must_be_utf8() {
+        refused(
+            &[&5u64.to_le_bytes()[..], b"{\"\xFF\"}"].concat(),
+            "`x.safetensors`: the header is not UTF-8: write it again: invalid utf-8 sequence of 1 bytes from index 2",
+        );
+    }
+
+    #[test]
+    fn a_header_must_be_one_json_object() {
+        malformed("{", "EOF while parsing an object");
+        malformed("{}{}", "trailing characters");
+        malformed("{}\0", "trailing characters");
+        open(&file("{} \n\t ", &[])).expect("padding is allowed");
+    }
+
+    #[test]
+    fn duplicate_keys_are_refused_at_every_level() {
+        let tensor = format!(r#""a":{{{F32},"data_offsets":[0,4]}}"#);
+        malformed(&format!("{{{tensor},{tensor}}}"), r#"duplicate key "a""#);
+        malformed(
+            &format!(r#"{{"a":{{{F32},"dtype":"F32","data_offsets":[0,4]}}}}"#),
+            r#""a": duplicate key "dtype""#,
+        );
+        malformed(
+            r#"{"__metadata__":{"k":"1","k":"2"}}"#,
+            r#""__metadata__": duplicate key "k""#,
+        );
+        malformed(
+            r#"{"__metadata__":{},"__metadata__":{}}"#,
+            r#"duplicate key "__metadata__""#,
+        );
+        // Escapes do not hide a duplicate.
+        malformed(
+            r#"{"__metadata__":{"k":"1","\u006b":"2"}}"#,
+            r#""__metadata__": duplicate key "k""#,
+        );
+    }
+
+    #[test]
+    fn metadata_must_be_strings() {
+        malformed(
+            r#"{"__metadata__":{"step":1}}"#,
+            r#""__metadata__": "step": invalid type: integer `1`, expected a string"#,
+        );
+        malformed(
+            r#"{"__metadata__":null}"#,
+            r#""__metadata__": invalid type: null, expected an object"#,
+        );
+        malformed(
+            r#"{"__metadata__":{"a":[[[[]]]]}}"#,
+            r#""__metadata__": "a": invalid type: sequence, expected a string"#,
+        );
+    }
+
+    #[test]
+    fn an_entry_has_exactly_the_fields_of_the_format() {
+        malformed(
+            &format!(r#"{{"a":{{{F32},"data_offsets":[0,4],"strides":[1]}}}}"#),
+            r#""a": "strides": no tensor has this field"#,
+        );
+        malformed(
+            &format!(r#"{{"a":{{{F32}}}}}"#),
+            r#""a": missing field `data_offsets`"#,
+        );
+        malformed(
+            r#"{"a":["F32",[1],[0,4]]}"#,
+            r#""a": invalid type: sequence, expected an object"#,
+        );
+        malformed(
+            r#"{"a":{"dtype":7}}"#,
+            r#""a": "dtype": invalid type: integer `7`, expected a string"#,
+        );
+        malformed(
+            r#"{"a":{"shape":[-1]}}"#,
+            r#""a": "shape": invalid value: integer `-1`, expected usize"#,
+        );
+        malformed(
+            r#"{"a":{"shape":[1.0]}}"#,
+            r#""a": "shape": invalid type: floating point `1.0`, expected usize"#,
+        );
+        malformed(
+            r#"{"a":{"data_offsets":[0]}}"#,
+            r#""a": "data_offsets": invalid length 1, expected an array of length 2"#,
+        );
+        malformed(
+            r#"{"a":{"data_offsets":[0,4,4]}}"#,
+            r#""a": "data_offsets": trailing characters"#,
+        );
+        malformed(
+            r#"{"a":{"data_offsets":[0,1e1]}}"#,
+            r#""a": "data_offsets": invalid type: floating point `10.0`, expected u64"#,
+        );
+    }
+
+    #[test]
+    fn names_that_could_be_paths_are_refused() {
+        for name in [
+            "",
+            "..",
+            "a/../b",
+            r"..\\b",
+            r"a\u001bb",
+            r"\u0000",
+            r"\u0085",
+        ] {
+            let shown: String = serde_json::from_str(&format!("\"{name}\"")).expect("a string");
+            refused_header(
+                &format!(r#"{{"{name}":{{{F32},"data_offsets":[0,4]}}}}"#),
+                4,
+                &format!(
+                    ": tensor `{}` has an empty or reserved name, or one with control characters or a `..` segment: rename it",
+                    shown.escape_debug()
+                ),
+            );
+        }
+        let fine = format!(r#"{{"a..b/c...d":{{{F32},"data_offsets":[0,4]}}}}"#);
+        open(&file(&fine, &[0; 4])).expect("dots within a segment are allowed");
+    }
+
+    #[test]
+    fn unknown_dtypes_are_named() {
+        for dtype in ["F4", "F8_E8M0", "C64", "f32", ""] {
+            refused_header(
+                &format!(r#"{{"a":{{"dtype":"{dtype}","shape":[1],"data_offsets":[0,1]}}}}"#),
+                1,
+                &format!(": tensor `a` has the unknown dtype `{dtype}`: convert it to BF16 or F32"),
+            );
+        }
+    }
+
+    #[test]
+    fn shapes_that_overflow_are_refused() {
+        for shape in [
+            "[4294967296, 4294967296]",
+            "[4611686018427387904]",
+            "[0, 4294967296, 4294967296]",
+        ] {
+            refused_header(
+                &format!(r#"{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}}}"#),
+                0,
+                &format!(": tensor `a` has a shape that overflows, {shape}: write the file again"),
+            );
+        }
+    }
+
+    #[test]
+    fn offsets_must_fit_dtype_and_shape() {
+        refused_header(
+            &format!(r#"{{"a":{{{F32},"data_offsets":[4,0]}}}}"#),
+            4,
+            ": tensor `a` has data_offsets that run backwards, [4, 0]: write the file again",
+        );
+        refused_header(
+            &format!(r#"{{"a":{{{F32},"data_offsets":[0,8]}}}}"#),
+            8,
+            ": tensor `a` takes 4 bytes as F32 [1], but data_offsets span 8: write the file again",
+        );
+        refused_header(
+            r#"{"a":{"dtype":"F32","shape":[],"data_offsets":[0,0]}}"#,
+            0,
+            ": tensor `a` takes 4 bytes as F32 [], but data_offsets span 0: write the file again",
+        );
+    }
+
+    #[test]
+    fn offsets_beyond_64_bits_are_refused() {
+        let header = format!(r#"{{"a":{{{F32},"data_offsets":[0,18446744073709551616]}}}}"#);
+        let error = message(open(&file(&header, &[0; 4])).expect_err("a bad header"));
+        let expected = r#"write it again: "a": "data_offsets": invalid type: floating point"#;
+        assert!(error.contains(expected), "{error}");
+    }
+
+    #[test]
+    fn tensors_may_not_overlap() {
+        refused_header(
+            &format!(
+                r#"{{"b":{{{F32},"data_offsets":[2,6]}},"a":{{{F32},"data_offsets":[0,4]}}}}"#
+            ),
+            6,
+            ": tensor `b` starts at byte 2, but the tensor before it ends at 4: write the file again",
+        );
+        // Not even by sharing all bytes, or by being empty inside another.
+        refused_header(
+            &format!(
+                r#"{{"a":{{{F32},"data_offsets":[0,4]}},"b":{{{F32},"data_offsets":[0,4]}}}}"#
+            ),
+            4,
+            ": tensor `b` starts at byte 0, but the tensor before it ends at 4: write the file again",
+        );
+        refused_header(
+            &format!(
+                r#"{{"a":{{{F32},"data_offsets":[0,4]}},"e":{{"dtype":"F32","shape":[0],"data_offsets":[2,2]}}}}"#
+            ),
+            4,
+            ": tensor `e` starts at byte 2, but the tensor before it ends at 4: write the file again",
+        );
+    }
+
+    #[test]
+    fn every_byte_belongs_to_a_tensor() {
+        refused_header(
+            &format!(r#"{{"a":{{{F32},"data_offsets":[4,8]}}}}"#),
+            8,
+            ": tensor `a` starts at byte 4, but the tensor before it ends at 0, leaving a hole: write the file again",
+        );
+        refused_header(
+            &format!(
+                r#"{{"a":{{{F32},"data_offsets":[18446744073709551611,18446744073709551615]}}}}"#
+            ),
+            8,
+            ": tensor `a` starts at byte 18446744073709551611, but the tensor before it ends at 0, leaving a hole: write the file again",
+        );
+        refused_header(
+            &format!(r#"{{"a":{{{F32},"data_offsets":[0,4]}}}}"#),
+            6,
+            ": 2 bytes follow the last tensor: remove them",
+        );
+        refused_header("{}", 1, ": 1 bytes follow the last tensor: remove them");
+    }
+
+    #[test]
+    fn data_may_not_be_missing() {
+        refused_header(
+            &format!(
+                r#"{{"a":{{{F32},"data_offsets":[0,4]}},"b":{{{F32},"data_offsets":[4,8]}}}}"#
+            ),
+            3,
+            " is cut short: its data takes 8 bytes, 3 are there: download it again",
+        );
+        // A length whose sum with the header's would overflow.
+        let huge = (1u64 << 63) - 1;
+        refused_header(
+            &format!(
+                r#"{{"a":{{"dtype":"U8","shape":[{huge}],"data_offsets":[0,{huge}]}},"b":{{"dtype":"U8","shape":[{huge}],"data_offsets":[{huge},{}]}}}}"#,
+                2 * huge
+            ),
+            3,
+            &format!(
+                " is cut short: its data takes {} bytes, 3 are there: download it again",
+                2 * huge
+            ),
+        );
+    }
+
+    #[test]
+    fn equal_tensors_give_equal_bytes() {
+        let written = tensors([
+            ("b", HostTensor::from_f32([1], &[1.0])),
+            ("a", HostTensor::from_f32([1], &[2.0])),
+            ("half", HostTensor::from_f32([1], &[2.0]).cast(Dtype::Bf16)),
+            ("z", HostTensor::from_i64([1], &[3])),
+        ]);
+        let metadata = strings([("format", "pt"), ("b", "2"), ("a", "1")]);
+        let header = concat!(
+            r#"{"__metadata__":{"a":"1","b":"2","format":"pt"},"#,
+            r#""z":{"dtype":"I64","shape":[1],"data_offsets":[0,8]},"#,
+            r#""a":{"dtype":"F32","shape":[1],"data_offsets":[8,12]},"#,
+            r#""b":{"dtype":"F32","shape":[1],"data_offsets":[12,16]},"#,
+            r#""half":{"dtype":"BF16","shape":[1],"data_offsets":[16,18]}}"#,
+        );
+        let header = format!("{header:<0$}", header.len().next_multiple_of(8));
+        let data = [
+            3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x40, 0, 0, 0x80, 0x3F, 0, 0x40,
+        ];
+        assert_eq!(serialize(&written, &metadata), file(&header, &data));
+    }
+
+    #[test]
+    fn streaming_writes_the_rows_of_the_layout_in_turn() {
+        let layout = [("b", vec![2]), ("a", vec![1])]
+            .map(|(name, shape)| (name.to_owned(), Dtype::F32, shape));
+        let mut asked = Vec::new();
+        let mut out = Vec::new();
+        write_streaming(&mut out, &layout, &strings([("k", "v")]), |name| {
+            asked.push(name.to_owned());
+            Ok::<_, io::Error>(match name {
+                "a" => HostTensor::from_f32([1], &[1.0]),
+                _ => HostTensor::from_f32([2], &[2.0, 3.0]),
+            })
+        })
+        .expect("a vector takes anything");
+        assert_eq!(asked, ["b", "a"]);
+        let file = open(&out).expect("a sound file");
+        assert_eq!(file.read("a").expect("its data").to_f32(), [1.0]);
+        assert_eq!(file.read("b").expect("its data").to_f32(), [2.0, 3.0]);
+    }
+
+    #[test]
+    fn streaming_refuses_what_cannot_be_read_back() {
+        let row = |name: &str, shape: &[usize]| (name.to_owned(), Dtype::F32, shape.to_vec());
+        for (layout, expected) in [
+            (
+                vec![row("a/..", &[1])],
+                r#"tensor name "a/.." is not allowed"#,
+            ),
+            (
+                vec![row(METADATA, &[1])],
+                r#"tensor name "__metadata__" is not allowed"#,
+            ),
+            (
+                vec![row("a", &[1]), row("a", &[1])],
+                "tensor `a` occurs twice",
+            ),
+            (
+                vec![row("a", &[usize::MAX])],
+                "tensor `a`: shape [18446744073709551615] overflows",
+            ),
+            (
+                vec![row("a", &[2])],
+                "tensor `a`: the layout says F32 [2], but it is F32 [1] of 4 bytes",
+            ),
+        ] {
+            let mut out = Vec::new();
+            let outcome = write_streaming(&mut out, &layout, &strings([]), |_| {
+                Ok::<_, io::Error>(HostTensor::from_f32([1], &[1.0]))
+            });
+            assert_eq!(outcome.expect_err("a bad layout").to_string(), expected);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "the layout says F32 [2], but it is F32 [2] of 0 bytes")]
+    fn serializing_a_tensor_without_its_bytes_panics() {
+        let mut tensor = HostTensor::from_f32([2], &[0.0; 2]);
+        tensor.bytes.clear();
+        serialize(&tensors([("a", tensor)]), &strings([]));
+    }
+
+    /// A folder of two shards, `1.safetensors` with `a` and `2.safetensors` with `b`, and this index.
+    fn sharded(index: &str) -> TempDir {
+        let shard = |name| {
+            let tensor = HostTensor::from_f32([2], &[0.0, 1.0]);
+            serialize(&tensors([(name, tensor)]), &strings([("shard", name)]))
+        };
+        folder([
+            ("1.safetensors", &shard("a")[..]),
+            ("2.safetensors", &shard("b")[..]),
+            ("x.safetensors.index.json", index.as_bytes()),
+        ])
+    }
+
+    fn open_index(folder: &TempDir) -> Result<TensorSet, FileError> {
+        TensorSet::open(&folder.path().join("x.safetensors.index.json"))
+    }
+
+    #[track_caller]
+    fn refused_index(index: &str, expected: &str) {
+        let error = open_index(&sharded(index)).expect_err("a bad index");
+        let expected = format!("`x.safetensors.index.json`{expected}");
+        assert_eq!(message(error), expected);
+    }
+
+    #[track_caller]
+    fn malformed_index(index: &str, problem: &str) {
+        let expected = "`x.safetensors.index.json`: the shard index is malformed: write it again";
+        assert_malformed(
+            open_index(&sharded(index)),
+            &format!("{expected}: {problem}"),
+        );
+    }
+
+    const SOUND: &str = r#"{"metadata": {"total_size": 16, "more": [null, true, -1, 0.5, "s", {}]},
+        "weight_map": {"b": "2.safetensors", "a": "1.safetensors"}}"#;
+
+    #[test]
+    fn shards_read_as_one() {
+        let set = open_index(&sharded(SOUND)).expect("a sound index");
+        assert_eq!(Vec::from_iter(set.names()), ["a", "b"]);
+        assert_eq!(set.info("b").map(|info| info.shape.clone()), Some(vec![2]));
+        assert_eq!(set.read("a").expect("its data").to_f32(), [0.0, 1.0]);
+        assert_eq!(set.read_rows("b", 1..2).expect("rows").to_f32(), [1.0]);
+        assert_eq!(set.metadata(), &strings([("shard", "a")]));
+        assert_eq!(set.files().len(), 2);
+        assert_eq!(set.info("c"), None);
+        assert_eq!(
+            message(set.read("c").expect_err("no tensor")),
+            "`x.safetensors.index.json`: tensor `c` does not exist: is it the right checkpoint?"
+        );
+    }
+
+    #[test]
+    fn one_file_is_a_set() {
+        let folder = sharded(SOUND);
+        let set = TensorSet::open(&folder.path().join("2.safetensors")).expect("a sound file");
+        assert_eq!(Vec::from_iter(set.names()), ["b"]);
+        assert_eq!(set.read("b").expect("its data").to_f32(), [0.0, 1.0]);
+        assert_eq!(set.metadata(), &strings([("shard", "b")]));
+    }
+
+    #[test]
+    fn index_and_shards_must_agree() {
+        refused_index(
+            r#"{"weight_map": {"a": "1.safetensors", "c": "1.safetensors"}}"#,
+            ": tensor `c` is not in shard `1.safetensors`, where the index places it: download both again",
+        );
+        refused_index(
+            r#"{"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}}"#,
+            ": tensor `a` is not in shard `2.safetensors`, where the index places it: download both again",
+        );
+        refused_index(
+            r#"{"weight_map": {"a": "1.safetensors", "c": "2.safetensors"}}"#,
+            ": tensor `b` of shard `2.safetensors` is not in the index: download both again",
+        );
+        refused_index(
+            r#"{"weight_map": {"a": "1.safetensors", "b": "3.safetensors"}}"#,
+            ": shard `3.safetensors` does not exist: download it next to the index",
+        );
+        refused_index(
+            r#"{"weight_map": {}}"#,
+            ": `weight_map` is empty: name the shard of each tensor",
+        );
+        let folder = sharded(r#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}"#);
+        let copy = fs::copy(
+            folder.path().join("1.safetensors"),
+            folder.path().join("2.safetensors"),
+        );
+        copy.expect("a writable folder");
+        assert_eq!(
+            message(open_index(&folder).expect_err("two copies")),
+            "`x.safetensors.index.json`: tensor `a` is in shard `1.safetensors` and in shard `2.safetensors`: remove one of them"
+        );
+    }
+
+    #[test]
+    fn an_index_must_be_strict_json() {
+        malformed_index(
+            r#"{"weight_map": {"a": "1.safetensors", "a": "2.safetensors"}}"#,
+            r#""weight_map": duplicate key "a""#,
+        );
+        malformed_index(
+            r#"{"weight_map": {}, "weight_map": {}}"#,
+            r#"duplicate key "weight_map""#,
+        );
+        malformed_index(
+            r#"{"metadata": [{"a": {"b": 1, "b": 2}}], "weight_map": {}}"#,
+            r#""metadata": "a": duplicate key "b""#,
+        );
+        malformed_index(
+            r#"{"weight_map": {"a": 1}}"#,
+            r#""weight_map": "a": invalid type: integer `1`, expected a string"#,
+        );
+        malformed_index(r#"{"model_type": "flux"}"#, "missing field `weight_map`");
+        malformed_index("[]", "invalid type: sequence, expected an object");
+        malformed_index(
+            &format!(r#"{{"metadata": {}"#, "[".repeat(100_000)),
+            r#""metadata": recursion limit exceeded"#,
+        );
+        malformed_index(
+            &r#"{"a":"#.repeat(100_000),
+            &format!("{}recursion limit exceeded", r#""a": "#.repeat(127)),
+        );
+        refused_index(
+            "<!doctype html>",
+            " is a web page, not a checkpoint: download the file itself",
+        );
+        refused_index(
+            "version https://git-lfs.github.com/spec/v1",
+            " is a Git LFS pointer: run git lfs pull",
+        );
+        refused_index("", " is empty: download it again");
+        let folder = folder([("x.safetensors.index.json", &b"{\"\xFF\"}"[..])]);
+        assert_eq!(
+            message(open_index(&folder).expect_err("not text")),
+            "`x.safetensors.index.json`: the shard index is not UTF-8: write it again: invalid utf-8 sequence of 1 bytes from index 2"
+        );
+    }
+
+    #[test]
+    fn an_index_of_absurd_size_is_refused() {
+        let folder = sharded("{}");
+        let path = folder.path().join("x.safetensors.index.json");
+        let file = File::options().write(true).open(path).expect("a file");
+        file.set_len(MAX_INDEX + 1).expect("a writable file");
+        assert_eq!(
+            message(open_index(&folder).expect_err("too large")),
+            "`x.safetensors.index.json`: a shard index of 67108865 bytes, over the limit of 67108864: is it the right file?"
+        );
+    }
+
+    #[test]
+    fn shards_stay_in_the_folder_of_the_index() {
+        for shard in [
+            "../1.safetensors",
+            "/etc/passwd",
+            "..",
+            ".",
+            "",
+            r"..\1",
+            "a/../b",
+            "a\nb",
+        ] {
+            let json = serde_json::to_string(shard).expect("a string");
+            let shard = shard.escape_debug();
+            refused_index(
+                &format!(r#"{{"weight_map": {{"a": {json}}}}}"#),
+                &format!(": shard `{shard}` is outside the folder of the index: move it there"),
+            );
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_may_not_lead_out_of_the_folder() {
+        use std::os::unix::fs::symlink;
+        let blobs = sharded(SOUND);
+        let snapshot = folder([("x.safetensors.index.json", SOUND.as_bytes())]);
+        for name in ["1.safetensors", "2.safetensors"] {
+            symlink(blobs.path().join(name), snapshot.path().join(name)).expect("a link");
+        }
+        assert_eq!(
+            message(open_index(&snapshot).expect_err("a link out")),
+            "`x.safetensors.index.json`: shard `1.safetensors` is outside the folder of the index: move it there"
+        );
+        // The Hugging Face cache links the index too, to the folder of the real shards.
+        let index = "x.safetensors.index.json";
+        fs::remove_file(snapshot.path().join(index)).expect("a file");
+        symlink(blobs.path().join(index), snapshot.path().join(index)).expect("a link");
+        let set = open_index(&snapshot).expect("the layout of the cache");
+        assert_eq!(set.files()[0].path(), snapshot.path().join("1.safetensors"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_device_is_not_a_checkpoint() {
+        let error = TensorFile::open(Path::new("/dev/null")).expect_err("a device");
+        let expected = "`null` is not a regular file: copy it to disk first";
+        assert_eq!(message(error), expected);
+    }
+
+    fn any_tensor() -> impl Strategy<Value = HostTensor> {
+        let dtype = proptest::sample::select(&Dtype::ALL[..]);
+        let shape = proptest::collection::vec(0usize..4, 0..4);
+        (dtype, shape).prop_flat_map(|(dtype, shape)| {
+            let len = shape.iter().product::<usize>() * dtype.size();
+            proptest::collection::vec(any::<u8>(), len).prop_map(move |bytes| HostTensor {
+                dtype,
+                shape: shape.clone(),
+                bytes,
+            })
+        })
+    }
+
+    fn any_file() -> impl Strategy<Value = (BTreeMap<String, HostTensor>, BTreeMap<String, String>)>
+    {
+        let tensors = proptest::collection::btree_map(
+            "[a-z]{1,3}(\\.[a-z0-9]{1,3}){0,2}",
+            any_tensor(),
+            0..6,
+        );
+        let metadata = proptest::collection::btree_map(any::<String>(), any::<String>(), 0..4);
+        (tensors, metadata)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+
+        #[test]
+        fn the_safetensors_crate_reads_what_is_written((tensors, metadata) in any_file()) {
+            let bytes = serialize(&tensors, &metadata);
+            let (header_len, header) = SafeTensors::read_metadata(&bytes).expect("a sound header");
+            prop_assert_eq!(header_len % 8, 0);
+            let theirs = header.metadata().clone().unwrap_or_default();
+            prop_assert_eq!(BTreeMap::from_iter(theirs), metadata);
+            let file = SafeTensors::deserialize(&bytes).expect("a sound file");
+            prop_assert_eq!(file.len(), tensors.len());
+            for (name, tensor) in &tensors {
+                let view = file.tensor(name).expect("a tensor");
+                prop_assert_eq!(view.dtype().to_string(), tensor.dtype.name());
+                prop_assert_eq!(view.shape(), &tensor.shape);
+                prop_assert_eq!(view.data(), &tensor.bytes);
+            }
+        }
+
+        #[test]
+        fn what_the_safetensors_crate_writes_is_read((tensors, metadata) in any_file()) {
+            let views = tensors.iter().map(|(name, tensor)| {
+                let dtype = serde_json::from_value(tensor.dtype.name().into()).expect("a dtype");
+                let view = safetensors::tensor::TensorView::new(dtype, tensor.shape.clone(), &tensor.bytes);
+                (name, view.expect("a sound tensor"))
+            });
+            // An empty map and no tensors would make that crate write two objects, `{}{..}`.
+            let metadata_map =
+                (!metadata.is_empty()).then(|| metadata.clone().into_iter().collect());
+            let file = open(&safetensors::serialize(views, metadata_map).expect("a sound file"))
+                .expect("a sound file");
+            prop_assert_eq!(file.metadata(), &metadata);
+            prop_assert_eq!(file.len(), tensors.len());
+            for (name, tensor) in &tensors {
+                prop_assert_eq!(&file.read(name).expect("its data"), tensor);
+            }
+        }
+
+        /// Whatever is done to the bytes: no panic, and nothing accepted that the safetensors crate would refuse.
+        #[test]
+        fn mutated_files_never_panic(
+            (tensors, metadata) in any_file(),
+            edits in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>(), 0..4), 1..4),
+        ) {
+            const LIKELY: &[u8] = b"{}[]\",:0149-.eE\\/ ..\0\xFF";
+            let mut bytes = serialize(&tensors, &metadata);
+            for (index, byte, kind) in edits {
+                let i = index.index(bytes.len());
+                match kind {
+                    0 => bytes[i] = byte,
+                    1 => bytes[i] = LIKELY[usize::from(byte) % LIKELY.len()],
+                    2 => bytes.insert(i, LIKELY[usize::from(byte) % LIKELY.len()]),
+                    _ => drop(bytes.drain(i..(i + usize::from(byte % 9)).min(bytes.len() - 1).max(i))),
+                }
+            }
+            if let Ok(file) = open(&bytes) {
+                for name in file.names() {
+                    let tensor = file.read(name).expect("data that was checked");
+                    prop_assert_eq!(tensor.to_f64().len(), tensor.numel());
+                }
+                prop_assert!(SafeTensors::deserialize(&bytes).is_ok());
+            }
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! The command line, as clap reads it.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Fine-tune FLUX image models with LoRA; a stopped run resumes to the same bits.
+#[derive(Debug, Parser)]
+#[command(name = "flux-lora", version)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train a LoRA from a folder of pictures with captions
+    Train(TrainArgs),
+    /// Make an image from a prompt, with adapters
+    Sample(SampleArgs),
+    /// Show what is in a LoRA file, a model folder, a run folder or a checkpoint
+    Inspect {
+        /// A .safetensors file or a folder
+        path: PathBuf,
+    },
+    /// Run reference cases made with diffusers and PEFT, and compare
+    Parity(ParityArgs),
+    /// List what this binary can run on
+    Devices,
+    /// Time one training step of a mid-size random model
+    Bench(BenchArgs),
+    /// Fill a pipeline folder that has configurations but no weights with random weights
+    RandomWeights {
+        /// Folder with model_index.json, configurations and tokenizers
+        folder: PathBuf,
+        /// Folder to write the complete pipeline to
+        #[arg(long)]
+        out: PathBuf,
+        /// Seed of the weights
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+    },
+}
+
+/// `flux-lora train`
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// Run configuration (TOML)
+    pub config: PathBuf,
+    /// Device: flex, ndarray, wgpu[:N], cuda[:N] [default: the first this binary contains]
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Run folder [default: runs/<name of the configuration file>]
+    #[arg(long)]
+    pub output: Option<PathBuf>,
+    /// Continue: the newest valid checkpoint of the run folder, or of the run folder or checkpoint given
+    #[arg(long, value_name = "RUN_OR_CHECKPOINT", num_args = 0..=1)]
+    pub resume: Option<Option<PathBuf>>,
+    /// Optimizer steps in the whole run, in place of train.steps
+    #[arg(long)]
+    pub steps: Option<u64>,
+    /// Override one configuration value
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Resume although binary, device or CPU features differ
+    #[arg(long)]
+    pub allow_inexact: bool,
+    /// Resume although images, captions or the base model changed
+    #[arg(long)]
+    pub adopt_data: bool,
+    /// Resume although settings changed that earlier steps depended on
+    #[arg(long)]
+    pub adopt_config: bool,
+}
+
+/// `flux-lora sample`
+#[derive(Debug, Args)]
+pub struct SampleArgs {
+    /// Diffusers pipeline folder
+    #[arg(long)]
+    pub model: PathBuf,
+    /// LoRA file, with an optional weight
+    #[arg(long, value_name = "FILE[=WEIGHT]")]
+    pub lora: Vec<String>,
+    /// What to show
+    #[arg(long)]
+    pub prompt: String,
+    /// Denoising steps
+    #[arg(long, default_value_t = 28)]
+    pub steps: usize,
+    /// Guidance strength
+    #[arg(long, default_value_t = 3.5)]
+    pub guidance: f32,
+    /// Height in pixels
+    #[arg(long, default_value_t = 1024)]
+    pub height: usize,
+    /// Width in pixels
+    #[arg(long, default_value_t = 1024)]
+    pub width: usize,
+    /// Seed of the starting noise
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Longest prompt in T5 tokens
+    #[arg(long, default_value_t = 512)]
+    pub max_sequence_length: usize,
+    /// PNG file to write
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Device, as for train
+    #[arg(long)]
+    pub device: Option<String>,
+}
+
+/// `flux-lora parity`
+#[derive(Debug, Args)]
+pub struct ParityArgs {
+    /// Case folders
+    #[arg(required = true)]
+    pub cases: Vec<PathBuf>,
+    /// Device, as for train
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Write what was computed to DIR/<case name>/actual.safetensors
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Multiply every tolerance, for GPU backends
+    #[arg(long, default_value_t = 1.0)]
+    pub tolerance_scale: f64,
+}
+
+/// `flux-lora bench`
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// Device, as for train
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Timed steps of each variant
+    #[arg(long, default_value_t = 5)]
+    pub steps: usize,
+    /// Run one variant in this process (recompute or plain); both, each in a process of its own, if absent
+    #[arg(long)]
+    pub variant: Option<String>,
+}

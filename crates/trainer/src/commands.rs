@@ -1,0 +1,196 @@
+//! From command line to library: one function a command. The only file of the library that prints.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, bail};
+use burn::module::Module;
+use flux_model::pipeline::PipelineFolder;
+use lora_core::{AdapterFile, AdapterSource, ForwardPath, Plan, set_adapters};
+
+use crate::checkpoint::{TRANSFORMER_PREFIX, is_checkpoint_folder};
+use crate::cli::{Command, SampleArgs, TrainArgs};
+use crate::config::{ConfigError, RunConfig};
+use crate::device::{self, BACKENDS, DeviceError};
+use crate::generate::{ImageSettings, decode, generate_latents};
+use crate::train::{Outcome, Resume, TrainOptions};
+use crate::{bench, inspect, parity, progress, random_weights};
+
+/// Runs one command.
+///
+/// # Errors
+/// Whatever went wrong, as one chain to print.
+pub fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Train(args) => train(args)?,
+        Command::Sample(args) => sample(&args)?,
+        Command::Inspect { path } => print!("{}", inspect::describe(&path)?),
+        Command::Parity(args) => return parity::run(&args),
+        Command::Devices => devices(),
+        Command::Bench(args) => bench::run(&args)?,
+        Command::RandomWeights { folder, out, seed } => {
+            random_weights::fill(&folder, &out, seed)?;
+            println!("pipeline with random weights: {}", out.display());
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// 2 for usage and configuration, 1 for everything else.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    let is_usage = error.chain().any(|cause| {
+        cause.is::<ConfigError>() || cause.is::<DeviceError>() || cause.is::<UsageError>()
+    });
+    if is_usage { 2 } else { 1 }
+}
+
+/// An argument that does not fit.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(pub String);
+
+fn train(args: TrainArgs) -> anyhow::Result<()> {
+    let mut overrides = args.set.clone();
+    overrides.extend(args.steps.map(|steps| format!("train.steps={steps}")));
+    let config = RunConfig::load(&args.config, &overrides)?;
+    let name = args.config.file_stem().map(|stem| stem.to_os_string()).unwrap_or_default();
+    let mut output = args.output.unwrap_or_else(|| Path::new("runs").join(name));
+    let resume = match args.resume {
+        None => Resume::No,
+        Some(None) => Resume::Newest,
+        Some(Some(path)) => {
+            if !path.is_dir() {
+                return Err(UsageError(format!("--resume {}: no such run folder or checkpoint", path.display())).into());
+            }
+            let path = std::fs::canonicalize(&path).with_context(|| format!("open {}", path.display()))?;
+            if is_checkpoint_folder(&path) {
+                output = path.parent().map(PathBuf::from).unwrap_or_default();
+                Resume::Checkpoint(path)
+            } else {
+                output = path;
+                Resume::Newest
+            }
+        }
+    };
+    let options = TrainOptions {
+        output: output.clone(),
+        device: args.device.unwrap_or_else(|| device::default_name().into()),
+        resume,
+        allow_inexact: args.allow_inexact,
+        adopt_data: args.adopt_data,
+        adopt_config: args.adopt_config,
+        stop: stop_on_signals()?,
+    };
+    match crate::train::train(&config, &options)? {
+        Outcome::Finished { lora } => {
+            println!("LoRA:    {}", lora.display());
+            if config.sample.is_some() {
+                println!("samples: {}", output.join("samples").display());
+            }
+            println!("metrics: {}", output.join("metrics.jsonl").display());
+        }
+        Outcome::Stopped { step } => {
+            println!("stopped after step {step}, saved in {}; go on with --resume", output.display());
+        }
+    }
+    Ok(())
+}
+
+/// The first SIGINT or SIGTERM lets the step finish and saves; the second ends the program at once, which a checkpoint
+/// survives as it survives any kill.
+fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.clone()).context("handle signals")?;
+        signal_hook::flag::register(signal, stop.clone()).context("handle signals")?;
+    }
+    Ok(stop)
+}
+
+fn sample(args: &SampleArgs) -> anyhow::Result<()> {
+    let device = device::open(args.device.as_deref().unwrap_or(device::default_name()))?.device;
+    let pipeline = PipelineFolder::open(&args.model)?;
+    let (scheduler, downscale) = (pipeline.scheduler()?, pipeline.autoencoder_config()?.downscale());
+    if args.steps == 0 || args.height < 2 * downscale || args.width < 2 * downscale || args.max_sequence_length == 0 {
+        return Err(UsageError(format!("--steps must be at least 1, --height and --width at least {}", 2 * downscale)).into());
+    }
+    let text = pipeline
+        .text_encoders(&device)
+        .context("load the text encoders")?
+        .encode(&args.prompt, args.max_sequence_length, &device)?;
+
+    let mut transformer = pipeline.transformer(&device).context("load the transformer")?;
+    let mut weights = Vec::new();
+    for (index, lora) in args.lora.iter().enumerate() {
+        let (file, weight) = parse_lora(lora)?;
+        let name = format!("lora{index}");
+        let adapter = AdapterFile::load(&file, TRANSFORMER_PREFIX).with_context(|| format!("load {}", file.display()))?;
+        let plan = Plan::new(&transformer, &name, None, AdapterSource::File(adapter), ForwardPath::Fast)?;
+        transformer = plan.apply(transformer);
+        weights.push((name, weight));
+    }
+    if !weights.is_empty() {
+        let weights: Vec<(&str, f64)> = weights.iter().map(|(name, weight)| (name.as_str(), *weight)).collect();
+        transformer = set_adapters(transformer, &weights)?;
+    }
+    let transformer = transformer.no_grad();
+
+    let settings = ImageSettings {
+        height_px: args.height,
+        width_px: args.width,
+        num_inference_steps: args.steps,
+        guidance_scale: args.guidance,
+        seed: args.seed,
+    };
+    let bar = progress::bar("denoise", args.steps as u64);
+    let (latents, settings) =
+        generate_latents(&transformer, &scheduler, downscale, &text, settings, |_, _, _| bar.inc(1));
+    bar.finish_and_clear();
+    drop(transformer);
+    let image = decode(&pipeline.autoencoder(&device).context("load the autoencoder")?, latents, settings);
+    image.save_with_format(&args.out, image::ImageFormat::Png).with_context(|| format!("write {}", args.out.display()))?;
+    println!("image: {} ({} x {})", args.out.display(), image.width(), image.height());
+    Ok(())
+}
+
+/// `FILE` or `FILE=WEIGHT`.
+fn parse_lora(text: &str) -> anyhow::Result<(PathBuf, f64)> {
+    match text.rsplit_once('=') {
+        None => Ok((text.into(), 1.0)),
+        Some((file, weight)) => match weight.parse::<f64>() {
+            Ok(weight) if weight.is_finite() => Ok((file.into(), weight)),
+            _ => bail!(UsageError(format!("--lora {text}: `{weight}` is not a weight"))),
+        },
+    }
+}
+
+fn devices() {
+    for backend in BACKENDS {
+        if !backend.compiled {
+            println!("{:<8} not in this binary ({}); build with --features {}", backend.name, backend.about, backend.name);
+            continue;
+        }
+        let found = device::list(backend.name);
+        if found.is_empty() {
+            println!("{:<8} no device found ({})", backend.name, backend.about);
+        }
+        for device in found {
+            let dtypes: Vec<&str> = [
+                ("f32", burn::tensor::DType::F32),
+                ("f16", burn::tensor::DType::F16),
+                ("bf16", burn::tensor::DType::BF16),
+            ]
+            .into_iter()
+            .filter_map(|(name, dtype)| device.device.supports_dtype(dtype).then_some(name))
+            .collect();
+            let fault = if device::reduction_fault(&device.device) {
+                "; sums permuted rank-4 tensors to wrong numbers (avoided here)"
+            } else {
+                ""
+            };
+            println!("{:<8} {} ({}; storage types {}{fault})", device.name, device.hardware, backend.about, dtypes.join(" "));
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! `flux-lora inspect`: what is in a LoRA file, a model folder, a run folder or a checkpoint, as text.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::Path;
+
+use anyhow::bail;
+use flux_model::pipeline::PipelineFolder;
+use flux_model::weights::Checkpoint;
+use lora_core::AdapterFile;
+use lora_core::tensor_file::TensorFile;
+
+use crate::checkpoint::{Opened, State, TRANSFORMER_PREFIX, is_checkpoint_folder};
+use crate::run_dir::RunDir;
+use crate::transaction::{Verified, verify};
+
+/// Describes what is at `path`.
+///
+/// # Errors
+/// Nothing there, or nothing this program knows.
+pub fn describe(path: &Path) -> anyhow::Result<String> {
+    let mut text = String::new();
+    if path.is_dir() {
+        if is_checkpoint_folder(path) {
+            checkpoint(&mut text, verify(path)?)?;
+        } else if path.join("model_index.json").is_file() {
+            model(&mut text, path)?;
+        } else if path.join("run.lock").is_file() {
+            run(&mut text, path)?;
+        } else {
+            bail!("{} is no pipeline, run or checkpoint folder", path.display());
+        }
+    } else {
+        tensors(&mut text, path)?;
+    }
+    Ok(text)
+}
+
+fn model(text: &mut String, path: &Path) -> anyhow::Result<()> {
+    let folder = PipelineFolder::open(path)?;
+    let flux = folder.transformer_config()?;
+    writeln!(text, "FLUX.1 pipeline {}", path.display())?;
+    writeln!(
+        text,
+        "transformer:  {} double and {} single blocks, width {}, {} heads of {}, {} input channels, guidance {}",
+        flux.num_layers,
+        flux.num_single_layers,
+        flux.hidden_size(),
+        flux.num_attention_heads,
+        flux.attention_head_dim,
+        flux.in_channels,
+        if flux.guidance_embeds { "embedded" } else { "not used" }
+    )?;
+    let vae = folder.autoencoder_config()?;
+    writeln!(text, "autoencoder:  1:{} with {} channels", vae.downscale(), vae.latent_channels)?;
+    let scheduler = folder.scheduler()?;
+    let shift = if scheduler.use_dynamic_shifting { "by image size".to_string() } else { scheduler.shift.to_string() };
+    writeln!(text, "scheduler:    shift {shift}")?;
+    for component in ["transformer", "vae", "text_encoder", "text_encoder_2"] {
+        match Checkpoint::open(&path.join(component)) {
+            Ok(checkpoint) => writeln!(text, "{component}: {} tensors in {}", checkpoint.names().count(), checkpoint.path().display())?,
+            Err(error) => writeln!(text, "{component}: {error}")?,
+        }
+    }
+    Ok(())
+}
+
+fn run(text: &mut String, path: &Path) -> anyhow::Result<()> {
+    let run = RunDir::open(path)?;
+    writeln!(text, "run folder {}", path.display())?;
+    for found in run.checkpoints()? {
+        let state = match verify(&found.dir) {
+            Ok(_) => "verified".to_string(),
+            Err(error) => format!("NOT VALID: {error}"),
+        };
+        writeln!(text, "  step {:>8}  {}  {state}", found.step, found.dir.display())?;
+    }
+    if run.has_checkpoints()? {
+        checkpoint(text, run.newest_valid()?.0)?;
+    }
+    Ok(())
+}
+
+fn checkpoint(text: &mut String, verified: Verified) -> anyhow::Result<()> {
+    writeln!(text, "checkpoint {} (verified)", verified.dir.display())?;
+    for file in &verified.manifest.files {
+        writeln!(text, "  {:<24} {:>12} bytes  sha256 {}", file.name, file.length, &file.sha256[..16])?;
+    }
+    let Opened { state, config, .. } = Opened::parse(verified)?;
+    let State { progress, epoch, samples, fingerprint, events, .. } = state;
+    writeln!(text, "step:         {} of {}", progress.step, config.train.steps)?;
+    writeln!(text, "epoch:        {epoch}")?;
+    writeln!(text, "samples:      {}", samples.len())?;
+    writeln!(text, "lora:         r {}, alpha {}", config.lora.r, config.lora.lora_alpha)?;
+    writeln!(text, "made with:    flux-lora {} on {} ({})", fingerprint.version, fingerprint.device, fingerprint.hardware)?;
+    writeln!(text, "cpu features: {}", fingerprint.cpu_features)?;
+    writeln!(text, "binary:       sha256 {}", fingerprint.binary)?;
+    for event in events {
+        writeln!(text, "event:        after step {}: {}", event.step, event.what)?;
+    }
+    Ok(())
+}
+
+fn tensors(text: &mut String, path: &Path) -> anyhow::Result<()> {
+    let file = TensorFile::open(path)?;
+    let adapter = match AdapterFile::load(path, TRANSFORMER_PREFIX) {
+        Ok(adapter) => adapter,
+        Err(error) => bail!("{} is not a LoRA of the diffusers format: {error}", path.display()),
+    };
+    let config = adapter.config();
+    writeln!(text, "LoRA {} (diffusers format)", path.display())?;
+    let mut shapes: BTreeMap<(usize, String), usize> = BTreeMap::new();
+    for module in adapter.modules().values() {
+        *shapes.entry((module.spec.rank, format!("{}", module.spec.alpha))).or_default() += 1;
+    }
+    for ((rank, alpha), count) in shapes {
+        writeln!(text, "rank {rank}, alpha {alpha}: {count} layers")?;
+    }
+    let parameters: usize = file.names().filter_map(|name| file.info(name)).map(|info| info.shape.iter().product::<usize>()).sum();
+    writeln!(text, "parameters: {parameters}")?;
+    writeln!(text, "rsLoRA: {}, DoRA: {}, bias: {}", config.use_rslora, config.use_dora, config.lora_bias)?;
+    for layer in adapter.modules().keys() {
+        writeln!(text, "  {layer}")?;
+    }
+    for (key, value) in file.metadata() {
+        let shown: String = value.chars().take(200).collect();
+        writeln!(text, "metadata {key}: {}", shown.replace('\n', " "))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,1145 @@
+//! A checkpoint is a transaction: the folder is there, whole and verified, or it is not there.
+//!
+//! ```text
+//! ckpt-0000000120.tmp-<pid>-<n>/   each file written and fsynced, MANIFEST.json last; the folder
+//!   |                              fsynced; everything read back and compared with its SHA-256
+//! ckpt-0000000120/                 renamed, parent fsynced
+//!   |
+//! LATEST                           replaced: from here on the checkpoint is acknowledged
+//! ```
+//! Decisions:
+//! - A failed write or fsync is never retried: the kernel may have dropped the pages it could not
+//!   write, so a second fsync that succeeds proves nothing. The temporary folder goes, the error
+//!   stays, no other checkpoint was touched.
+//! - `MANIFEST.json` names every other file with its length and SHA-256, and ends with the SHA-256
+//!   of itself: the hash of all bytes before the comma that ends the line above it, as in
+//!   `head -c -83 MANIFEST.json | sha256sum`. So one flipped bit anywhere, white space included, is
+//!   found without trusting that JSON comes out of a parser as it went in.
+//! - [`verify`] reads every file once and hands out the bytes it verified: what is parsed later is
+//!   what was checked.
+//! - A valid checkpoint is never overwritten in place. Saving a step again with other content (a
+//!   resumed run recorded a new learning rate, say) moves the old folder to `ckpt-N.old-<pid>-<n>`,
+//!   where it can still be resumed, until the new one is acknowledged.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error;
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use tracing::{debug, warn};
+
+use crate::run_dir::{LATEST, RunLock};
+use crate::vfs::{Vfs, discard, list, remove_tree, sibling};
+
+/// The file that makes a folder a checkpoint.
+pub const MANIFEST: &str = "MANIFEST.json";
+
+/// The manifest layout written here, and the only one read.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// A manifest larger than this is not one of ours.
+pub(crate) const MANIFEST_LIMIT: u64 = 1 << 20;
+
+/// What stands between the body of a manifest and its hash, and after the hash.
+const SEAL: (&str, &str) = (",\n  \"sha256\": \"", "\"\n}\n");
+
+/// What a checkpoint says about itself, `MANIFEST.json` without its closing hash.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// [`FORMAT_VERSION`].
+    pub format_version: u32,
+    /// Optimizer steps taken; also in the name of the folder.
+    pub step: u64,
+    /// Every file of the folder but the manifest.
+    pub files: Vec<FileEntry>,
+    /// Digest of the resolved run config.
+    pub config_digest: String,
+    /// Digest of the data the run trains on.
+    pub dataset_digest: String,
+    /// What must be equal for a resume to be exact: binary, profile, features, backend, device, CPU
+    /// features.
+    pub fingerprint: Value,
+}
+
+/// One file of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileEntry {
+    /// Plain name, no folders.
+    pub name: String,
+    /// Bytes.
+    pub length: u64,
+    /// Lowercase hex.
+    pub sha256: String,
+}
+
+/// The fields of a [`Manifest`] that the caller knows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ManifestFields {
+    /// See [`Manifest::config_digest`].
+    pub config_digest: String,
+    /// See [`Manifest::dataset_digest`].
+    pub dataset_digest: String,
+    /// See [`Manifest::fingerprint`]; any serde type, through `serde_json::to_value`.
+    pub fingerprint: Value,
+}
+
+/// A checkpoint that passed [`verify`], with the bytes that passed.
+pub struct Verified {
+    /// The folder.
+    pub dir: PathBuf,
+    /// Its manifest.
+    pub manifest: Manifest,
+    /// SHA-256 of `MANIFEST.json`, which `LATEST` repeats; it identifies the whole content.
+    pub manifest_sha256: String,
+    /// Name to content, the manifest not among them.
+    pub files: BTreeMap<String, Vec<u8>>,
+}
+
+impl fmt::Debug for Verified {
+    /// Without the bytes, of which there may be gigabytes.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut out = f.debug_struct("Verified");
+        out.field("dir", &self.dir)
+            .field("manifest", &self.manifest)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A checkpoint, or `LATEST`, that was passed over, and why.
+#[derive(Debug)]
+pub struct Rejected {
+    /// What was rejected.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub reason: CheckpointError,
+}
+
+impl fmt::Display for Rejected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.reason)?;
+        let mut source = self.reason.source();
+        while let Some(error) = source {
+            write!(f, ": {error}")?;
+            source = error.source();
+        }
+        Ok(())
+    }
+}
+
+/// What can go wrong with a run folder and its checkpoints.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The system refused an operation.
+    #[error("{action} {}", path.display())]
+    Io {
+        /// What was tried: "write", "fsync", "read" ...
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The answer.
+        #[source]
+        source: io::Error,
+    },
+
+    /// Another process, or another handle in this one, holds the lock.
+    #[error("run folder {} is in use by {holder}; wait until it ends or choose another folder", run.display())]
+    InUse {
+        /// The run folder.
+        run: PathBuf,
+        /// "process 4711", or "another process" when its id cannot be read.
+        holder: String,
+    },
+
+    /// The run folder holds no checkpoint at all.
+    #[error("run folder {} has no checkpoint to resume; start the run without resuming", run.display())]
+    NoCheckpoint {
+        /// The run folder.
+        run: PathBuf,
+    },
+
+    /// There are checkpoints, and every one of them was rejected.
+    #[error(
+        "no checkpoint in {} can be resumed ({}); put one back from a copy or start again in another folder",
+        run.display(),
+        rejected.iter().map(Rejected::to_string).collect::<Vec<_>>().join("; ")
+    )]
+    NoneValid {
+        /// The run folder.
+        run: PathBuf,
+        /// All that was tried, newest first.
+        rejected: Vec<Rejected>,
+    },
+
+    /// The name of a folder does not say which step it holds.
+    #[error("{} is not named like a checkpoint, `ckpt-` and ten digits; rename it to its step or move it elsewhere", path.display())]
+    Name {
+        /// The folder.
+        path: PathBuf,
+    },
+
+    /// A checkpoint that a resume from an earlier step has put aside.
+    #[error("{} was put aside by a resume from an earlier step; to resume it, rename it back to {back}", path.display())]
+    PutAside {
+        /// The folder.
+        path: PathBuf,
+        /// Its name as a checkpoint.
+        back: String,
+    },
+
+    /// Something other than a regular file or folder where one is expected.
+    #[error("{} is not a {expected}; move it elsewhere", path.display())]
+    Kind {
+        /// The entry.
+        path: PathBuf,
+        /// "file" or "folder".
+        expected: &'static str,
+    },
+
+    /// A file of the checkpoint is not there.
+    #[error("{} is missing; the checkpoint cannot be used", path.display())]
+    Missing {
+        /// The file.
+        path: PathBuf,
+    },
+
+    /// A file the manifest does not name.
+    #[error("{} does not belong to the checkpoint; move it elsewhere", path.display())]
+    Extra {
+        /// The file.
+        path: PathBuf,
+    },
+
+    /// A file is longer or shorter than it was.
+    #[error("{} is damaged: {found} bytes, expected {expected}", path.display())]
+    Length {
+        /// The file.
+        path: PathBuf,
+        /// Bytes when it was written.
+        expected: u64,
+        /// Bytes now.
+        found: u64,
+    },
+
+    /// The content of a file has changed.
+    #[error("{} is damaged: SHA-256 {found}, expected {expected}", path.display())]
+    Checksum {
+        /// The file.
+        path: PathBuf,
+        /// Hash when it was written.
+        expected: String,
+        /// Hash now.
+        found: String,
+    },
+
+    /// `MANIFEST.json` or `LATEST` has not the form it is written in.
+    #[error("{} is damaged: {what}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// Which part of the form is missing.
+        what: &'static str,
+    },
+
+    /// A manifest whose hash is right and content is not, or a metrics line that is not one.
+    #[error("unexpected JSON in {}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where it fails.
+        #[source]
+        source: serde_json::Error,
+    },
+
+    /// Written by another version of this program.
+    #[error("{} has format version {found}, this program reads {FORMAT_VERSION}; use the version that wrote it", path.display())]
+    Version {
+        /// The manifest.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+    },
+
+    /// The folder was renamed: its name says one step, its manifest another.
+    #[error("{} holds step {found}; rename the folder to {}", path.display(), checkpoint_name(*found))]
+    Step {
+        /// The folder.
+        path: PathBuf,
+        /// The step in its manifest.
+        found: u64,
+    },
+
+    /// `LATEST` names a folder that is not there.
+    #[error("{} names {target}, which is not there; was it removed by hand?", path.display())]
+    LatestGone {
+        /// `LATEST`.
+        path: PathBuf,
+        /// The folder it names.
+        target: String,
+    },
+
+    /// `LATEST` was written for another manifest than the one in the folder it names.
+    #[error("{} names {target}, but was written for another content of it", path.display())]
+    LatestStale {
+        /// `LATEST`.
+        path: PathBuf,
+        /// The folder it names.
+        target: String,
+    },
+
+    /// A file name that cannot be part of a checkpoint.
+    #[error(
+        "`{name}` cannot be a file of a checkpoint: a plain name that occurs once, other than {MANIFEST}"
+    )]
+    FileName {
+        /// The name.
+        name: String,
+    },
+
+    /// Saving a step when a later one exists would give the folder two histories.
+    #[error("{} is newer than step {step}, which was to be saved; resume from it, or name the earlier checkpoint to resume from", newer.display())]
+    NewerExists {
+        /// The newer checkpoint.
+        newer: PathBuf,
+        /// The step to save.
+        step: u64,
+    },
+
+    /// A checkpoint that is not one of this run folder.
+    #[error("{} is not a checkpoint of run folder {}", path.display(), run.display())]
+    NotInRun {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The run folder.
+        run: PathBuf,
+    },
+
+    /// A line of the metrics log before its torn end.
+    #[error("{} line {line} is not a JSON object with a whole number `step`; repair or delete the line", path.display())]
+    MetricsLine {
+        /// The log.
+        path: PathBuf,
+        /// From 1.
+        line: usize,
+    },
+
+    /// A line that a resume from the newest checkpoint would not drop, and the run write again.
+    #[error("{}: a line of step {step} comes after the checkpoint of step {saved}; log a step before saving it", path.display())]
+    MetricsOrder {
+        /// The log.
+        path: PathBuf,
+        /// The step of the line.
+        step: u64,
+        /// The step of the checkpoint.
+        saved: u64,
+    },
+}
+
+impl CheckpointError {
+    pub(crate) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+}
+
+/// Wraps what the system answered: `.map_err(io("write", &path))`.
+pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CheckpointError {
+    let path = path.to_path_buf();
+    move |source| CheckpointError::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+/// The folder name of a step.
+pub fn checkpoint_name(step: u64) -> String {
+    format!("ckpt-{step:010}")
+}
+
+/// The step a folder name stands for: `ckpt-N`, or `ckpt-N.old-*` for one that was being replaced.
+pub(crate) fn parse_checkpoint_name(name: &str) -> Option<u64> {
+    let (base, suffix) = name.split_once('.').unwrap_or((name, "old-"));
+    let step = base.strip_prefix("ckpt-")?.parse().ok()?;
+    (base == checkpoint_name(step) && suffix.starts_with("old-")).then_some(step)
+}
+
+/// Lowercase hex SHA-256.
+pub fn sha256_hex(bytes: &[u8]) -> String {
+    hex(Sha256::digest(bytes).as_slice())
+}
+
+/// Writes the checkpoint of `step` and points `LATEST` to it; returns its folder.
+///
+/// When this returns `Ok` the checkpoint is acknowledged: it survives a power loss. When the same
+/// step is already there with the same content, that folder stays as it is.
+///
+/// # Errors
+/// A refused operation or a read-back that differs leaves every other checkpoint as it was. The new
+/// one may then exist without being acknowledged, if the failure came after its rename.
+pub fn write_checkpoint(
+    vfs: &dyn Vfs,
+    lock: &RunLock,
+    step: u64,
+    files: &[(&str, &[u8])],
+    fields: &ManifestFields,
+) -> Result<PathBuf, CheckpointError> {
+    let run = lock.run();
+    if let Some(newer) = run
+        .checkpoints()?
+        .into_iter()
+        .find(|found| found.step > step)
+    {
+        let newer = newer.dir;
+        return Err(CheckpointError::NewerExists { newer, step });
+    }
+
+    let manifest = seal(&Manifest::new(step, files, fields)?);
+    let manifest_sha256 = sha256_hex(&manifest);
+    let dir = run.path().join(checkpoint_name(step));
+    let replaced = match examine(&dir, step, None) {
+        Ok((_, existing)) if existing == manifest_sha256 => {
+            // Its name may not be durable yet: the save that gave it may have been stopped there.
+            vfs.sync_dir(run.path()).map_err(io("fsync", run.path()))?;
+            None
+        }
+        _ => {
+            let staging = sibling(&dir, "tmp");
+            let published = stage(vfs, &staging, step, files, &manifest)
+                .and_then(|()| publish(vfs, run.path(), &staging, &dir));
+            if published.is_err()
+                && let Err(left) = remove_tree(vfs, &staging)
+            {
+                warn!(error = %left, "a temporary folder is left behind, the next start removes it");
+            }
+            published?
+        }
+    };
+    run.write_latest(vfs, &dir, &manifest_sha256)?;
+    if let Some(old) = replaced {
+        discard(vfs, run.path(), &[old])?;
+    }
+    debug!(step, dir = %dir.display(), "checkpoint");
+    Ok(dir)
+}
+
+/// Reads a checkpoint folder and checks all of it: its name, the set of files, every length and
+/// SHA-256, the manifest.
+///
+/// # Errors
+/// The first thing found to be wrong. Any flipped bit, any truncation, any file added, missing or
+/// exchanged is an error.
+pub fn verify(dir: &Path) -> Result<Verified, CheckpointError> {
+    let step = step_of(dir)?;
+    let mut files = BTreeMap::new();
+    let (manifest, manifest_sha256) = examine(dir, step, Some(&mut files))?;
+    Ok(Verified {
+        dir: dir.to_path_buf(),
+        manifest,
+        manifest_sha256,
+        files,
+    })
+}
+
+/// [`verify`] without keeping the bytes; returns the SHA-256 of the manifest.
+pub(crate) fn check(dir: &Path) -> Result<String, CheckpointError> {
+    Ok(examine(dir, step_of(dir)?, None)?.1)
+}
+
+impl Manifest {
+    fn new(
+        step: u64,
+        files: &[(&str, &[u8])],
+        fields: &ManifestFields,
+    ) -> Result<Self, CheckpointError> {
+        let mut names = BTreeSet::from([MANIFEST]);
+        for (name, _) in files {
+            let plain =
+                !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0']);
+            if !plain || !names.insert(*name) {
+                let name = name.to_string();
+                return Err(CheckpointError::FileName { name });
+            }
+        }
+        let entry = |(name, bytes): &(&str, &[u8])| FileEntry {
+            name: name.to_string(),
+            length: bytes.len() as u64,
+            sha256: sha256_hex(bytes),
+        };
+        Ok(Self {
+            format_version: FORMAT_VERSION,
+            step,
+            files: files.iter().map(entry).collect(),
+            config_digest: fields.config_digest.clone(),
+            dataset_digest: fields.dataset_digest.clone(),
+            fingerprint: fields.fingerprint.clone(),
+        })
+    }
+}
+
+fn stage(
+    vfs: &dyn Vfs,
+    staging: &Path,
+    step: u64,
+    files: &[(&str, &[u8])],
+    manifest: &[u8],
+) -> Result<(), CheckpointError> {
+    vfs.create_dir(staging).map_err(io("create", staging))?;
+    for (name, bytes) in files.iter().copied().chain([(MANIFEST, manifest)]) {
+        let path = staging.join(name);
+        let file = vfs.create_file(&path, bytes).map_err(io("write", &path))?;
+        vfs.sync_file(&path, &file).map_err(io("fsync", &path))?;
+    }
+    vfs.sync_dir(staging).map_err(io("fsync", staging))?;
+
+    let (_, found) = examine(staging, step, None)?;
+    let expected = sha256_hex(manifest);
+    if found != expected {
+        let path = staging.join(MANIFEST);
+        return Err(CheckpointError::Checksum {
+            path,
+            expected,
+            found,
+        });
+    }
+    Ok(())
+}
+
+/// Gives the staged folder its name; returns where the folder that had it is now.
+fn publish(
+    vfs: &dyn Vfs,
+    run: &Path,
+    staging: &Path,
+    dir: &Path,
+) -> Result<Option<PathBuf>, CheckpointError> {
+    let mut replaced = None;
+    if fs::symlink_metadata(dir).is_ok() {
+        // `LATEST` may name `dir`, which is about to be absent for a moment: better no LATEST than
+        // a wrong one.
+        let latest = run.join(LATEST);
+        if fs::symlink_metadata(&latest).is_ok() {
+            vfs.remove_file(&latest).map_err(io("remove", &latest))?;
+            vfs.sync_dir(run).map_err(io("fsync", run))?;
+        }
+        let old = sibling(dir, "old");
+        vfs.rename(dir, &old).map_err(io("rename", dir))?;
+        replaced = Some(old);
+    }
+    vfs.rename(staging, dir).map_err(io("rename", staging))?;
+    vfs.sync_dir(run).map_err(io("fsync", run))?;
+    Ok(replaced)
+}
+
+fn step_of(dir: &Path) -> Result<u64, CheckpointError> {
+    let resolved = match dir.file_name() {
+        Some(_) => dir.to_path_buf(),
+        None => fs::canonicalize(dir).map_err(io("read", dir))?, // `.` and `..` have no name
+    };
+    let name = resolved.file_name().and_then(|name| name.to_str());
+    name.and_then(parse_checkpoint_name).ok_or_else(|| {
+        let path = dir.to_path_buf();
+        CheckpointError::Name { path }
+    })
+}
+
+/// Checks a folder that must hold `step`, cheapest checks first; puts the bytes into `keep`.
+fn examine(
+    dir: &Path,
+    step: u64,
+    mut keep: Option<&mut BTreeMap<String, Vec<u8>>>,
+) -> Result<(Manifest, String), CheckpointError> {
+    let mut present = BTreeSet::new();
+    for entry in list(dir)? {
+        let path = entry.path();
+        if !entry.file_type().map_err(io("read", &path))?.is_file() {
+            let expected = "file";
+            return Err(CheckpointError::Kind { path, expected });
+        }
+        present.insert(entry.file_name());
+    }
+
+    let path = dir.join(MANIFEST);
+    if !present.remove(MANIFEST.as_ref() as &std::ffi::OsStr) {
+        return Err(CheckpointError::Missing { path });
+    }
+    let bytes = read_at_most(&path, MANIFEST_LIMIT)?;
+    let manifest = unseal(&path, &bytes)?;
+    if manifest.step != step {
+        let path = dir.to_path_buf();
+        let found = manifest.step;
+        return Err(CheckpointError::Step { path, found });
+    }
+    for entry in &manifest.files {
+        if !present.remove(entry.name.as_ref() as &std::ffi::OsStr) {
+            let path = dir.join(&entry.name);
+            return Err(CheckpointError::Missing { path });
+        }
+    }
+    if let Some(extra) = present.first() {
+        let path = dir.join(extra);
+        return Err(CheckpointError::Extra { path });
+    }
+
+    for entry in &manifest.files {
+        let bytes = read_entry(&dir.join(&entry.name), entry, keep.is_some())?;
+        if let Some(files) = keep.as_deref_mut() {
+            files.insert(entry.name.clone(), bytes);
+        }
+    }
+    Ok((manifest, sha256_hex(&bytes)))
+}
+
+/// Reads and checks one file; the bytes come back only if they are to be kept.
+fn read_entry(path: &Path, entry: &FileEntry, keep: bool) -> Result<Vec<u8>, CheckpointError> {
+    let file = File::open(path).map_err(io("read", path))?;
+    let found = file.metadata().map_err(io("read", path))?.len();
+    if found != entry.length {
+        let path = path.to_path_buf();
+        let expected = entry.length;
+        return Err(CheckpointError::Length {
+            path,
+            expected,
+            found,
+        });
+    }
+    let mut bytes = Vec::new();
+    if keep {
+        let reserved =
+            usize::try_from(found).is_ok_and(|length| bytes.try_reserve_exact(length).is_ok());
+        if !reserved {
+            return Err(io("read", path)(io::ErrorKind::OutOfMemory.into()));
+        }
+    }
+
+    let mut file = file.take(found);
+    let mut hasher = Sha256::new();
+    let mut chunk = vec![0; 256 << 10];
+    loop {
+        let length = match file.read(&mut chunk) {
+            Ok(0) => break,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            length => length.map_err(io("read", path))?,
+        };
+        hasher.update(&chunk[..length]);
+        if keep {
+            bytes.extend_from_slice(&chunk[..length]);
+        }
+    }
+    let found = hex(hasher.finalize().as_slice());
+    if found != entry.sha256 {
+        let path = path.to_path_buf();
+        let expected = entry.sha256.clone();
+        return Err(CheckpointError::Checksum {
+            path,
+            expected,
+            found,
+        });
+    }
+    Ok(bytes)
+}
+
+/// Reads a small file, refusing one that is not small before it is in memory.
+pub(crate) fn read_at_most(path: &Path, limit: u64) -> Result<Vec<u8>, CheckpointError> {
+    let file = File::open(path).map_err(io("read", path))?;
+    let mut bytes = Vec::new();
+    file.take(limit + 1)
+        .read_to_end(&mut bytes)
+        .map_err(io("read", path))?;
+    if bytes.len() as u64 > limit {
+        let path = path.to_path_buf();
+        let what = "it is far longer than it was written";
+        return Err(CheckpointError::Malformed { path, what });
+    }
+    Ok(bytes)
+}
+
+fn seal(manifest: &Manifest) -> Vec<u8> {
+    let json = serde_json::to_string_pretty(manifest)
+        .expect("a struct of strings, numbers and a JSON value");
+    let body = &json[..json.len() - 2]; // without the closing "\n}"
+    let (before, after) = SEAL;
+    format!("{body}{before}{}{after}", sha256_hex(body.as_bytes())).into_bytes()
+}
+
+fn unseal(path: &Path, bytes: &[u8]) -> Result<Manifest, CheckpointError> {
+    let split = || {
+        let (before, after) = SEAL;
+        let text = std::str::from_utf8(bytes).ok()?.strip_suffix(after)?;
+        let (body, sha256) = text.split_at_checked(text.len().checked_sub(64)?)?;
+        Some((body.strip_suffix(before)?, sha256))
+    };
+    let Some((body, expected)) = split() else {
+        let path = path.to_path_buf();
+        let what = "its last line is not the SHA-256 of the rest";
+        return Err(CheckpointError::Malformed { path, what });
+    };
+    let found = sha256_hex(body.as_bytes());
+    if found != expected {
+        let path = path.to_path_buf();
+        let expected = expected.to_string();
+        return Err(CheckpointError::Checksum {
+            path,
+            expected,
+            found,
+        });
+    }
+
+    #[derive(Deserialize)]
+    struct Version {
+        format_version: u32,
+    }
+    let json = |source| CheckpointError::Json {
+        path: path.to_path_buf(),
+        source,
+    };
+    let text = format!("{body}\n}}");
+    let Version {
+        format_version: found,
+    } = serde_json::from_str(&text).map_err(json)?;
+    if found != FORMAT_VERSION {
+        let path = path.to_path_buf();
+        return Err(CheckpointError::Version { path, found });
+    }
+    serde_json::from_str(&text).map_err(json)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "test code")]
+pub(crate) mod tests {
+    use std::fs::OpenOptions;
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    use serde_json::json;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::run_dir::RunDir;
+    use crate::vfs::RealFs;
+    use crate::vfs::simulate::{Dice, FailingFs, Failure};
+
+    /// The files of a small checkpoint; `version` tells histories apart.
+    pub(crate) fn files(step: u64, version: u32) -> Vec<(&'static str, Vec<u8>)> {
+        let mut dice = Dice(step * 1000 + u64::from(version));
+        let mut bytes = |length: usize| (0..length).map(|_| dice.roll() as u8).collect();
+        vec![
+            ("lora.safetensors", bytes(61)),
+            ("optimizer.safetensors", bytes(61)),
+            (
+                "state.json",
+                json!({"step": step, "version": version})
+                    .to_string()
+                    .into_bytes(),
+            ),
+        ]
+    }
+
+    pub(crate) fn borrowed<'a>(files: &'a [(&'static str, Vec<u8>)]) -> Vec<(&'a str, &'a [u8])> {
+        files
+            .iter()
+            .map(|(name, bytes)| (*name, bytes.as_slice()))
+            .collect()
+    }
+
+    pub(crate) fn fields() -> ManifestFields {
+        ManifestFields {
+            config_digest: sha256_hex(b"config"),
+            dataset_digest: sha256_hex(b"data"),
+            fingerprint: json!({"backend": "flex", "cpu": ["avx2", "fma"], "scale": 0.1}),
+        }
+    }
+
+    /// Passes everything on, but does not wait for the disk.
+    pub(crate) fn quick_fs() -> FailingFs {
+        FailingFs::new(usize::MAX, Failure::LyingWrite, false)
+    }
+
+    pub(crate) fn write(
+        lock: &RunLock,
+        step: u64,
+        version: u32,
+    ) -> Result<PathBuf, CheckpointError> {
+        write_checkpoint(
+            &quick_fs(),
+            lock,
+            step,
+            &borrowed(&files(step, version)),
+            &fields(),
+        )
+    }
+
+    /// Which of our checkpoints this is.
+    pub(crate) fn identify(verified: &Verified) -> (u64, u32) {
+        let state: Value = serde_json::from_slice(&verified.files["state.json"]).unwrap();
+        let (step, version) = (
+            state["step"].as_u64().unwrap(),
+            state["version"].as_u64().unwrap() as u32,
+        );
+        let expected: BTreeMap<_, _> = files(step, version)
+            .into_iter()
+            .map(|(n, b)| (n.to_string(), b))
+            .collect();
+        assert_eq!(verified.files, expected);
+        assert_eq!(verified.manifest.step, step);
+        (step, version)
+    }
+
+    fn locked_run() -> (TempDir, RunLock) {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = RunDir::open_or_create(&dir.path().join("run"))
+            .unwrap()
+            .lock()
+            .unwrap();
+        (dir, lock)
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<_> = list(dir)
+            .unwrap()
+            .iter()
+            .map(|e| e.file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// Changes one byte in place (rewriting the file would make ext4 flush it, thousands of times).
+    pub(crate) fn poke(path: &Path, at: usize, byte: u8) {
+        let file = OpenOptions::new().write(true).open(path).unwrap();
+        file.write_all_at(&[byte], at as u64).unwrap();
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let (_temp, lock) = locked_run();
+        let files = files(120, 1);
+        let dir = write_checkpoint(&RealFs, &lock, 120, &borrowed(&files), &fields()).unwrap();
+        assert_eq!(dir, lock.run().path().join("ckpt-0000000120"));
+        assert_eq!(
+            names(lock.run().path()),
+            ["LATEST", "ckpt-0000000120", "run.lock"]
+        );
+        assert_eq!(
+            names(&dir),
+            [
+                MANIFEST,
+                "lora.safetensors",
+                "optimizer.safetensors",
+                "state.json"
+            ]
+        );
+
+        let verified = verify(&dir).unwrap();
+        assert_eq!(identify(&verified), (120, 1));
+        assert_eq!(verified.manifest.fingerprint, fields().fingerprint);
+        assert_eq!(verified.manifest.config_digest, fields().config_digest);
+        assert_eq!(lock.run().latest().unwrap(), Some(dir));
+    }
+
+    #[test]
+    fn manifest_ends_with_the_hash_of_what_is_before() {
+        let manifest = Manifest::new(7, &borrowed(&files(7, 1)), &fields()).unwrap();
+        let sealed = seal(&manifest);
+        let body = &sealed[..sealed.len() - 83]; // the number in the module doc
+        let value: Value = serde_json::from_slice(&sealed).unwrap();
+        assert_eq!(value["sha256"], sha256_hex(body));
+        assert_eq!(
+            value.as_object().unwrap().keys().next_back().unwrap(),
+            "sha256"
+        );
+        assert_eq!(unseal(Path::new(MANIFEST), &sealed).unwrap(), manifest);
+    }
+
+    #[test]
+    fn every_flipped_bit_is_found() {
+        let (_temp, lock) = locked_run();
+        let dir = write(&lock, 120, 1).unwrap();
+        for name in names(&dir) {
+            let path = dir.join(name);
+            let good = fs::read(&path).unwrap();
+            for (at, byte) in good.iter().enumerate() {
+                for bit in 0..8 {
+                    poke(&path, at, byte ^ 1 << bit);
+                    let error = verify(&dir).unwrap_err().to_string();
+                    assert!(error.contains(path.to_str().unwrap()), "{error}");
+                }
+                poke(&path, at, *byte);
+            }
+        }
+        verify(&dir).unwrap();
+    }
+
+    #[test]
+    fn every_truncation_and_every_longer_file_is_found() {
+        let (_temp, lock) = locked_run();
+        let dir = write(&lock, 120, 1).unwrap();
+        for name in names(&dir) {
+            let path = dir.join(name);
+            let good = fs::read(&path).unwrap();
+            for length in (0..good.len()).rev() {
+                OpenOptions::new()
+                    .write(true)
+                    .open(&path)
+                    .unwrap()
+                    .set_len(length as u64)
+                    .unwrap();
+                assert!(verify(&dir).is_err(), "{} cut to {length}", path.display());
+            }
+            for tail in [&b"\0"[..], b"\n", b" ", &good] {
+                fs::write(&path, [&good, tail].concat()).unwrap();
+                assert!(verify(&dir).is_err(), "{} with a tail", path.display());
+            }
+            fs::write(&path, &good).unwrap();
+        }
+        verify(&dir).unwrap();
+    }
+
+    #[test]
+    fn missing_extra_and_exchanged_files_are_found() {
+        let (_temp, lock) = locked_run();
+        let dir = write(&lock, 120, 1).unwrap();
+        let aside = lock.run().path().join("aside");
+        for name in names(&dir) {
+            fs::rename(dir.join(&name), &aside).unwrap();
+            assert!(
+                matches!(verify(&dir), Err(CheckpointError::Missing { path }) if path == dir.join(&name))
+            );
+            fs::create_dir(dir.join(&name)).unwrap();
+            assert!(matches!(
+                verify(&dir),
+                Err(CheckpointError::Kind {
+                    expected: "file",
+                    ..
+                })
+            ));
+            fs::remove_dir(dir.join(&name)).unwrap();
+            std::os::unix::fs::symlink(&aside, dir.join(&name)).unwrap();
+            assert!(matches!(
+                verify(&dir),
+                Err(CheckpointError::Kind {
+                    expected: "file",
+                    ..
+                })
+            ));
+            fs::remove_file(dir.join(&name)).unwrap();
+            fs::rename(&aside, dir.join(&name)).unwrap();
+        }
+        let extra = dir.join("notes.txt");
+        fs::write(&extra, b"").unwrap();
+        assert!(matches!(verify(&dir), Err(CheckpointError::Extra { path }) if path == extra));
+        fs::remove_file(&extra).unwrap();
+
+        let (lora, optimizer) = (
+            dir.join("lora.safetensors"),
+            dir.join("optimizer.safetensors"),
+        );
+        fs::rename(&lora, &aside).unwrap();
+        fs::rename(&optimizer, &lora).unwrap();
+        fs::rename(&aside, &optimizer).unwrap();
+        assert!(matches!(
+            verify(&dir),
+            Err(CheckpointError::Checksum { .. })
+        ));
+    }
+
+    #[test]
+    fn files_of_another_checkpoint_are_found() {
+        let (_temp, lock) = locked_run();
+        let (one, two) = (write(&lock, 10, 1).unwrap(), write(&lock, 20, 1).unwrap());
+        for name in names(&one) {
+            let good = fs::read(two.join(&name)).unwrap();
+            fs::copy(one.join(&name), two.join(&name)).unwrap();
+            assert!(verify(&two).is_err(), "{name}");
+            fs::write(two.join(&name), good).unwrap();
+        }
+        verify(&two).unwrap();
+    }
+
+    #[test]
+    fn a_renamed_checkpoint_names_its_step() {
+        let (_temp, lock) = locked_run();
+        let dir = write(&lock, 120, 1).unwrap();
+        let renamed = dir.with_file_name("ckpt-0000000121");
+        fs::rename(&dir, &renamed).unwrap();
+        let error = verify(&renamed).unwrap_err().to_string();
+        assert!(
+            error.ends_with("ckpt-0000000121 holds step 120; rename the folder to ckpt-0000000120"),
+            "{error}"
+        );
+        for name in [
+            "ckpt-120",
+            "ckpt-+000000120",
+            "ckpt-00000000120",
+            "copy",
+            "ckpt-0000000120.bak",
+        ] {
+            let other = dir.with_file_name(name);
+            fs::rename(&renamed, &other).unwrap();
+            assert!(
+                matches!(verify(&other), Err(CheckpointError::Name { .. })),
+                "{name}"
+            );
+            fs::rename(&other, &renamed).unwrap();
+        }
+    }
+
+    #[test]
+    fn large_steps_have_longer_names() {
+        assert_eq!(checkpoint_name(u64::MAX), "ckpt-18446744073709551615");
+        for step in [0, 9_999_999_999, 10_000_000_000, u64::MAX] {
+            assert_eq!(parse_checkpoint_name(&checkpoint_name(step)), Some(step));
+        }
+        assert_eq!(parse_checkpoint_name("ckpt-0000000120.old-7-0"), Some(120));
+        assert_eq!(parse_checkpoint_name("ckpt-0000000120.tmp-7-0"), None);
+        assert_eq!(parse_checkpoint_name("ckpt-18446744073709551616"), None);
+    }
+
+    #[test]
+    fn hostile_manifests_are_errors() {
+        let (_temp, lock) = locked_run();
+        let dir = write(&lock, 120, 1).unwrap();
+        let path = dir.join(MANIFEST);
+        let good: Manifest = unseal(&path, &fs::read(&path).unwrap()).unwrap();
+        let reseal = |change: &dyn Fn(&mut Manifest)| {
+            let mut manifest = good.clone();
+            change(&mut manifest);
+            fs::write(&path, seal(&manifest)).unwrap();
+            verify(&dir).unwrap_err()
+        };
+        assert!(matches!(
+            reseal(&|m| m.format_version = 2),
+            CheckpointError::Version { found: 2, .. }
+        ));
+        assert!(matches!(
+            reseal(&|m| m.step = 121),
+            CheckpointError::Step { found: 121, .. }
+        ));
+        assert!(matches!(
+            reseal(&|m| m.files[0].name = "../LATEST".into()),
+            CheckpointError::Missing { .. }
+        ));
+        assert!(matches!(
+            reseal(&|m| m.files[0].name = "/etc/passwd".into()),
+            CheckpointError::Missing { .. }
+        ));
+        assert!(matches!(
+            reseal(&|m| m.files.push(m.files[0].clone())),
+            CheckpointError::Missing { .. }
+        ));
+        assert!(matches!(
+            reseal(&|m| m.files.clear()),
+            CheckpointError::Extra { .. }
+        ));
+        assert!(matches!(
+            reseal(&|m| m.files[0].length = u64::MAX),
+            CheckpointError::Length { .. }
+        ));
+        let deep = format!("{}1{}", "[".repeat(500), "]".repeat(500));
+        let body = format!("{{\n  \"format_version\": 1,\n  \"fingerprint\": {deep}");
+        let sealed = format!("{body}{}{}{}", SEAL.0, sha256_hex(body.as_bytes()), SEAL.1);
+        fs::write(&path, sealed).unwrap();
+        assert!(matches!(verify(&dir), Err(CheckpointError::Json { .. })));
+        fs::write(&path, vec![b' '; 2 << 20]).unwrap();
+        assert!(matches!(
+            verify(&dir),
+            Err(CheckpointError::Malformed { .. })
+        ));
+        fs::write(&path, b"{}").unwrap();
+        assert!(matches!(
+            verify(&dir),
+            Err(CheckpointError::Malformed { .. })
+        ));
+    }
+
+    #[test]
+    fn the_same_content_again_keeps_the_folder() {
+        let (_temp, lock) = locked_run();
+        let dir = write(&lock, 120, 1).unwrap();
+        let before = fs::metadata(&dir).unwrap().ino();
+        fs::remove_file(lock.run().path().join("LATEST")).unwrap();
+        assert_eq!(write(&lock, 120, 1).unwrap(), dir);
+        assert_eq!(fs::metadata(&dir).unwrap().ino(), before);
+        assert_eq!(
+            names(lock.run().path()),
+            ["LATEST", "ckpt-0000000120", "run.lock"]
+        );
+        assert_eq!(lock.run().latest().unwrap(), Some(dir));
+    }
+
+    #[test]
+    fn other_content_of_the_same_step_takes_its_place() {
+        let (_temp, lock) = locked_run();
+        write(&lock, 120, 1).unwrap();
+        let dir = write(&lock, 120, 2).unwrap();
+        assert_eq!(identify(&verify(&dir).unwrap()), (120, 2));
+        fs::write(dir.join("state.json"), b"damaged").unwrap();
+        write(&lock, 120, 3).unwrap();
+        assert_eq!(identify(&verify(&dir).unwrap()), (120, 3));
+        assert_eq!(
+            names(lock.run().path()),
+            ["LATEST", "ckpt-0000000120", "run.lock"]
+        );
+        assert_eq!(lock.run().latest().unwrap(), Some(dir));
+    }
+
+    #[test]
+    fn a_step_before_an_existing_one_is_refused() {
+        let (_temp, lock) = locked_run();
+        write(&lock, 120, 1).unwrap();
+        let error = write(&lock, 119, 1).unwrap_err().to_string();
+        assert!(
+            error.contains("ckpt-0000000120 is newer than step 119"),
+            "{error}"
+        );
+        assert_eq!(
+            names(lock.run().path()),
+            ["LATEST", "ckpt-0000000120", "run.lock"]
+        );
+    }
+
+    #[test]
+    fn file_names_are_plain_and_unique() {
+        let (_temp, lock) = locked_run();
+        for name in ["", ".", "..", "a/b", "../a", "a\\b", ".hidden", MANIFEST] {
+            let error = write_checkpoint(&RealFs, &lock, 1, &[(name, b"x")], &fields());
+            assert!(
+                matches!(error, Err(CheckpointError::FileName { .. })),
+                "{name}"
+            );
+        }
+        let twice: [(&str, &[u8]); 2] = [("a", b"x"), ("a", b"y")];
+        let error = write_checkpoint(&RealFs, &lock, 1, &twice, &fields());
+        assert!(matches!(error, Err(CheckpointError::FileName { .. })));
+        assert_eq!(names(lock.run().path()), ["run.lock"]);
+    }
+
+    #[test]
+    fn errors_name_the_path_and_the_cause() {
+        let (_temp, lock) = locked_run();
+        let full = FailingFs::new(3, Failure::Errno(28), false);
+        let reason =
+            write_checkpoint(&full, &lock, 9, &borrowed(&files(9, 1)), &fields()).unwrap_err();
+        let path = lock.run().path().to_path_buf();
+        let line = Rejected { path, reason }.to_string();
+        assert!(
+            line.starts_with(&format!(
+                "write {}/ckpt-0000000009.tmp-",
+                lock.run().path().display()
+            )),
+            "{line}"
+        );
+        assert!(
+            line.ends_with("/optimizer.safetensors: No space left on device (os error 28)"),
+            "{line}"
+        );
+        assert_eq!(names(lock.run().path()), ["run.lock"]);
+    }
+}

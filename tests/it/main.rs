@@ -1,0 +1,8 @@
+//! Whole-program tests: the program as a user runs it.
+
+#![allow(clippy::unwrap_used)]
+
+mod bad_input;
+mod golden;
+mod parity;
+mod resume;

@@ -1,0 +1,196 @@
+//! The project's commands. Depends on nothing, so that it builds in a second.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+const USAGE: &str = "\
+cargo xtask <command>
+
+  train [CONFIG.toml] [flags of `flux-lora train`]   no configuration: the bundled quickstart
+  sample [flags of `flux-lora sample`]
+  parity [CASE...] [flags of `flux-lora parity`]     no case: all bundled cases
+  bench step [flags of `flux-lora bench`]
+  run COMMAND...                                     any other command of `flux-lora`
+  test [--wgpu]                                      every test; --wgpu adds those that need a GPU or Mesa's llvmpipe
+  ci                                                 what CI runs: fmt, clippy, docs, tests, CUDA type check
+  golden                                             writes tests/golden/tiny-loss.txt anew
+
+`--device NAME` picks the backend and builds its cargo feature: flex (default), ndarray, wgpu, cuda.
+";
+
+type Result<T = ()> = std::result::Result<T, String>;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = env::args().skip(1).collect();
+    if let Err(error) = env::set_current_dir(root()) {
+        eprintln!("error: {}: {error}", root().display());
+        return ExitCode::FAILURE;
+    }
+    let (command, rest) = match args.split_first() {
+        Some((command, rest)) => (command.as_str(), rest),
+        None => ("help", &[][..]),
+    };
+    let result = match command {
+        "train" => train(rest),
+        "sample" => program("sample", rest),
+        "parity" => parity(rest),
+        "bench" => bench(rest),
+        "run" => match rest.split_first() {
+            Some((command, rest)) => program(command, rest),
+            None => Err("run: name a command of flux-lora".into()),
+        },
+        "test" => test(rest),
+        "ci" => ci(),
+        "golden" => golden(),
+        "help" | "--help" | "-h" => {
+            print!("{USAGE}");
+            Ok(())
+        }
+        other => Err(format!("unknown command `{other}`\n\n{USAGE}")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_path_buf).unwrap_or_default()
+}
+
+/// The feature that `--device NAME[:INDEX]` needs.
+fn feature(args: &[String]) -> Result<String> {
+    let device = args.iter().enumerate().find_map(|(i, arg)| match arg.strip_prefix("--device=") {
+        Some(name) => Some(name.to_string()),
+        None if arg == "--device" => args.get(i + 1).cloned(),
+        None => None,
+    });
+    let backend = device.as_deref().unwrap_or("flex").split(':').next().unwrap_or_default().to_string();
+    match backend.as_str() {
+        "flex" | "ndarray" | "wgpu" | "cuda" => Ok(backend),
+        other => Err(format!("unknown device `{other}`: flex, ndarray, wgpu or cuda")),
+    }
+}
+
+/// Builds `flux-lora` with the backend that `args` ask for, and runs one of its commands.
+fn program(command: &str, args: &[String]) -> Result {
+    let feature = feature(args)?;
+    let mut cargo = cargo();
+    cargo.args(["run", "--release", "--locked", "--package", "flux-lora", "--bin", "flux-lora"]);
+    if feature != "flex" {
+        cargo.args(["--no-default-features", "--features", &feature]);
+    }
+    run(cargo.args(["--", command]).args(args))
+}
+
+fn train(args: &[String]) -> Result {
+    let has_config = args.first().is_some_and(|arg| !arg.starts_with('-'));
+    if has_config {
+        return program("train", args);
+    }
+    // The quickstart's model is made from a seed, once.
+    let model = "runs/tiny-flux";
+    if !Path::new(model).join("transformer/diffusion_pytorch_model.safetensors").is_file() {
+        program("random-weights", &["examples/tiny-flux", "--out", model].map(String::from))?;
+    }
+    let mut all = vec!["examples/quickstart.toml".to_string()];
+    all.extend_from_slice(args);
+    program("train", &all)
+}
+
+fn parity(args: &[String]) -> Result {
+    let mut all = args.to_vec();
+    let has_case = args.iter().any(|arg| Path::new(arg).is_dir());
+    if !has_case {
+        all.extend(bundled_cases(Path::new("tests/fixtures/parity"))?);
+    }
+    program("parity", &all)
+}
+
+/// Every folder below `folder` that holds a case.json.
+fn bundled_cases(folder: &Path) -> Result<Vec<String>> {
+    let mut cases = Vec::new();
+    let mut folders = vec![folder.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        if folder.join("case.json").is_file() {
+            cases.push(folder.display().to_string());
+        }
+        let entries = std::fs::read_dir(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+        folders.extend(entries.filter_map(|entry| entry.ok().map(|entry| entry.path())).filter(|path| path.is_dir()));
+    }
+    cases.sort();
+    Ok(cases)
+}
+
+fn bench(args: &[String]) -> Result {
+    match args.split_first() {
+        Some((what, rest)) if what == "step" => program("bench", rest),
+        _ => Err("bench what? known: step".into()),
+    }
+}
+
+/// One feature set for programs and tests: Burn is built once.
+fn features(wgpu: bool) -> String {
+    let packages = ["flux-lora", "flux-lora-tests", "flux-lora-examples"];
+    let backends: &[&str] = if wgpu { &["ndarray", "wgpu"] } else { &["ndarray"] };
+    let all: Vec<String> =
+        packages.iter().flat_map(|package| backends.iter().map(move |backend| format!("{package}/{backend}"))).collect();
+    all.join(",")
+}
+
+fn test(args: &[String]) -> Result {
+    let wgpu = match args {
+        [] => false,
+        [flag] if flag == "--wgpu" => true,
+        _ => return Err("test takes only --wgpu".into()),
+    };
+    let features = features(wgpu);
+    let common = ["--release", "--workspace", "--locked", "--features", &features];
+    step("build the program", cargo().arg("build").args(["--bins", "--examples"]).args(common))?;
+    step("tests", cargo().arg("test").args(common).args(["--", "--test-threads=2"]))
+}
+
+fn ci() -> Result {
+    let features = features(true);
+    let common = ["--release", "--workspace", "--locked", "--features", &features];
+    step("format", cargo().args(["fmt", "--all", "--check"]))?;
+    step("clippy", cargo().arg("clippy").args(["--all-targets"]).args(common).args(["--", "-D", "warnings"]))?;
+    step("docs", cargo().env("RUSTDOCFLAGS", "-D warnings").arg("doc").arg("--no-deps").args(common))?;
+    test(&["--wgpu".to_string()])?;
+    // Burn's CUDA crates download LLVM when they are built for real; DOCS_RS makes them stop at type checking.
+    step(
+        "CUDA type check",
+        cargo().env("DOCS_RS", "1").args(["check", "--release", "--locked", "--package", "flux-lora", "--features", "cuda"]),
+    )
+}
+
+fn golden() -> Result {
+    let features = features(false);
+    step(
+        "golden losses",
+        cargo()
+            .env("FLUX_LORA_WRITE_GOLDEN", "1")
+            .args(["test", "--release", "--locked", "--package", "flux-lora-tests", "--features", &features, "golden"]),
+    )
+}
+
+fn cargo() -> Command {
+    Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+fn step(what: &str, command: &mut Command) -> Result {
+    eprintln!("==> {what}");
+    let started = std::time::Instant::now();
+    run(command)?;
+    eprintln!("==> {what}: {} s", started.elapsed().as_secs());
+    Ok(())
+}
+
+fn run(command: &mut Command) -> Result {
+    let status = command.status().map_err(|error| format!("{:?}: {error}", command.get_program()))?;
+    if status.success() { Ok(()) } else { std::process::exit(status.code().unwrap_or(1)) }
+}
