@@ -8,7 +8,9 @@ use flux_lora::train::{Outcome, TrainOptions, train};
 
 /// The repository.
 pub fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap_or(Path::new("."))
 }
 
 /// The quickstart's configuration, shortened, on a model made from a seed.
@@ -17,16 +19,25 @@ pub fn root() -> &'static Path {
 /// A folder that cannot be written.
 pub fn short_config(runs: &Path, steps: u64) -> anyhow::Result<RunConfig> {
     let model = runs.join("tiny-flux");
-    if !model.join("transformer/diffusion_pytorch_model.safetensors").is_file() {
+    if !model
+        .join("transformer/diffusion_pytorch_model.safetensors")
+        .is_file()
+    {
         flux_lora::random_weights::fill(&root().join("examples/tiny-flux"), &model, 0)?;
     }
     let overrides = [
-        format!("model.path=\"{}\"", std::fs::canonicalize(&model)?.display()),
+        format!(
+            "model.path=\"{}\"",
+            std::fs::canonicalize(&model)?.display()
+        ),
         format!("train.steps={steps}"),
         "sample.every=1000000".into(),
         "checkpoint.every=5".into(),
     ];
-    Ok(RunConfig::load(&root().join("examples/quickstart.toml"), &overrides)?)
+    Ok(RunConfig::load(
+        &root().join("examples/quickstart.toml"),
+        &overrides,
+    )?)
 }
 
 /// An empty run folder.

@@ -20,7 +20,11 @@ fn main() -> anyhow::Result<()> {
     // A raised flag stops a run after its present step, as Ctrl-C does: this one is stopped after every single step.
     let stopped = fresh_run(&runs, "example-stopped")?;
     let stop = Arc::new(AtomicBool::new(true));
-    let options = TrainOptions { stop: stop.clone(), ..TrainOptions::new(&stopped, default_name()) }.resume(Resume::Newest);
+    let options = TrainOptions {
+        stop: stop.clone(),
+        ..TrainOptions::new(&stopped, default_name())
+    }
+    .resume(Resume::Newest);
     let mut parts = 1;
     while let Outcome::Stopped { step } = train(&config, &options)? {
         println!("stopped after step {step}");
@@ -28,7 +32,11 @@ fn main() -> anyhow::Result<()> {
         stop.store(parts < 8, Ordering::SeqCst); // the eighth part may run to the end
     }
 
-    for file in ["lora.safetensors", "metrics.jsonl", "ckpt-0000000012/optimizer.safetensors"] {
+    for file in [
+        "lora.safetensors",
+        "metrics.jsonl",
+        "ckpt-0000000012/optimizer.safetensors",
+    ] {
         let equal = std::fs::read(straight.join(file))? == std::fs::read(stopped.join(file))?;
         ensure!(equal, "{file} differs");
         println!("{file}: identical");

@@ -8,15 +8,25 @@ use tempfile::TempDir;
 
 /// The repository.
 pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is in the repository").to_path_buf()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("tests/ is in the repository")
+        .to_path_buf()
 }
 
 /// The program, built by `cargo xtask test` beside the test binary.
 pub fn program() -> PathBuf {
     let test = std::env::current_exe().expect("a test knows its own path");
-    let folder = test.parent().and_then(Path::parent).expect("target/<profile>/deps/it");
+    let folder = test
+        .parent()
+        .and_then(Path::parent)
+        .expect("target/<profile>/deps/it");
     let program = folder.join("flux-lora");
-    assert!(program.is_file(), "{} is not built: run the tests with `cargo xtask test`", program.display());
+    assert!(
+        program.is_file(),
+        "{} is not built: run the tests with `cargo xtask test`",
+        program.display()
+    );
     program
 }
 
@@ -63,16 +73,27 @@ keep = 100
 impl Workbench {
     /// A fresh workbench with [`CONFIG`] and `extra` lines appended.
     pub fn new() -> Self {
-        let bench = Self { dir: tempfile::tempdir().expect("temporary folder") };
+        let bench = Self {
+            dir: tempfile::tempdir().expect("temporary folder"),
+        };
         let data = bench.path("data");
         fs::create_dir(&data).expect("create data folder");
-        for (i, (width, height)) in [(80, 80), (72, 96), (96, 96), (64, 100), (80, 80)].into_iter().enumerate() {
+        for (i, (width, height)) in [(80, 80), (72, 96), (96, 96), (64, 100), (80, 80)]
+            .into_iter()
+            .enumerate()
+        {
             let image = image::RgbImage::from_fn(width, height, |x, y| {
                 let wave = |k: u32| ((x * (k + 3) + y * (2 * k + 1) + 17 * i as u32) % 256) as u8;
                 image::Rgb([wave(1), wave(2), wave(i as u32)])
             });
-            image.save(data.join(format!("{i}.png"))).expect("write image");
-            fs::write(data.join(format!("{i}.txt")), format!("a photo of pattern {i}")).expect("write caption");
+            image
+                .save(data.join(format!("{i}.png")))
+                .expect("write image");
+            fs::write(
+                data.join(format!("{i}.txt")),
+                format!("a photo of pattern {i}"),
+            )
+            .expect("write caption");
         }
         bench.write_config(CONFIG);
         bench
@@ -94,32 +115,51 @@ impl Workbench {
     /// `flux-lora train run.toml --output OUT ARGS`, not yet started.
     pub fn train_command(&self, output: &str, device: &str, args: &[&str]) -> Command {
         let mut command = Command::new(program());
-        command.arg("train").arg(self.path("run.toml")).arg("--output").arg(self.path(output));
-        command.args(["--device", device]).args(args).stdin(Stdio::null());
+        command
+            .arg("train")
+            .arg(self.path("run.toml"))
+            .arg("--output")
+            .arg(self.path(output));
+        command
+            .args(["--device", device])
+            .args(args)
+            .stdin(Stdio::null());
         command
     }
 
     /// Runs it to its end.
     pub fn train(&self, output: &str, device: &str, args: &[&str]) -> Output {
-        self.train_command(output, device, args).output().expect("start flux-lora")
+        self.train_command(output, device, args)
+            .output()
+            .expect("start flux-lora")
     }
 
     /// Runs it and expects success.
     pub fn train_ok(&self, output: &str, device: &str, args: &[&str]) {
         let out = self.train(output, device, args);
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        assert!(
+            out.status.success(),
+            "{}",
+            String::from_utf8_lossy(&out.stderr)
+        );
     }
 
     /// Starts it in the background, quietly.
     pub fn train_in_background(&self, output: &str, device: &str, args: &[&str]) -> Child {
-        self.train_command(output, device, args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("start flux-lora")
+        self.train_command(output, device, args)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("start flux-lora")
     }
 
     /// What a run ends in: adapter, moments, losses.
     pub fn result(&self, output: &str) -> RunResult {
         let run = self.path(output);
         let last = run.join(last_checkpoint(&run));
-        let read = |path: PathBuf| fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let read = |path: PathBuf| {
+            fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+        };
         RunResult {
             lora: read(run.join("lora.safetensors")),
             checkpoint_lora: read(last.join("lora.safetensors")),
@@ -156,22 +196,36 @@ pub struct RunResult {
 impl RunResult {
     /// Panics with what differs.
     pub fn assert_same(&self, other: &Self, what: &str) {
-        assert!(self.metrics == other.metrics, "{what}: metrics differ\n{}\n{}", self.metrics, other.metrics);
+        assert!(
+            self.metrics == other.metrics,
+            "{what}: metrics differ\n{}\n{}",
+            self.metrics,
+            other.metrics
+        );
         assert!(self.optimizer == other.optimizer, "{what}: moments differ");
-        assert!(self.checkpoint_lora == other.checkpoint_lora, "{what}: adapters differ");
+        assert!(
+            self.checkpoint_lora == other.checkpoint_lora,
+            "{what}: adapters differ"
+        );
         assert!(self.lora == other.lora, "{what}: finished LoRAs differ");
     }
 }
 
 /// Name of the newest checkpoint folder of a run.
 pub fn last_checkpoint(run: &Path) -> String {
-    checkpoints(run).pop().unwrap_or_else(|| panic!("{} holds no checkpoint", run.display()))
+    checkpoints(run)
+        .pop()
+        .unwrap_or_else(|| panic!("{} holds no checkpoint", run.display()))
 }
 
 /// Names of the checkpoint folders of a run, oldest first.
 pub fn checkpoints(run: &Path) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(run)
-        .map(|entries| entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).collect())
+        .map(|entries| {
+            entries
+                .filter_map(|e| e.ok()?.file_name().into_string().ok())
+                .collect()
+        })
         .unwrap_or_default();
     names.retain(|name| name.starts_with("ckpt-") && !name.contains('.'));
     names.sort();
@@ -183,7 +237,10 @@ pub fn copy(from: &Path, to: &Path, keep: &dyn Fn(&str) -> bool) {
     fs::create_dir_all(to).expect("create folder");
     for entry in fs::read_dir(from).expect("read folder") {
         let entry = entry.expect("read folder");
-        let name = entry.file_name().into_string().expect("names here are text");
+        let name = entry
+            .file_name()
+            .into_string()
+            .expect("names here are text");
         if !keep(&name) {
             continue;
         }

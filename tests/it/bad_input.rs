@@ -5,13 +5,21 @@ use std::process::{Command, Output};
 
 use flux_lora_tests::{Workbench, copy, program, root};
 
-const FEW: [&str; 4] = ["--set", "train.steps=4", "--set", "lr_scheduler.warmup_steps=1"];
+const FEW: [&str; 4] = [
+    "--set",
+    "train.steps=4",
+    "--set",
+    "lr_scheduler.warmup_steps=1",
+];
 
 /// The single line of an error.
 fn error(out: &Output, code: i32) -> String {
     let text = String::from_utf8_lossy(&out.stderr).to_string();
     assert_eq!(out.status.code(), Some(code), "{text}");
-    let lines: Vec<&str> = text.lines().filter(|line| line.starts_with("error: ")).collect();
+    let lines: Vec<&str> = text
+        .lines()
+        .filter(|line| line.starts_with("error: "))
+        .collect();
     assert_eq!(lines.len(), 1, "{text}");
     assert!(!text.contains("panicked"), "{text}");
     lines[0].to_string()
@@ -27,10 +35,16 @@ fn assert_says(message: &str, parts: &[&str]) {
 fn configuration_mistakes_exit_with_2_and_name_the_key() {
     let bench = Workbench::new();
     for (set, parts) in [
-        ("optimizer.learnin_rate=1", &["optimizer.learnin_rate", "did you mean `learning_rate`"][..]),
+        (
+            "optimizer.learnin_rate=1",
+            &["optimizer.learnin_rate", "did you mean `learning_rate`"][..],
+        ),
         ("lora.r=0", &["lora.r"]),
         ("train.batch_size=-1", &["train.batch_size"]),
-        ("train.timestep_sampling=\"gauss\"", &["train.timestep_sampling", "logit_normal"]),
+        (
+            "train.timestep_sampling=\"gauss\"",
+            &["train.timestep_sampling", "logit_normal"],
+        ),
         ("dataset.resolution=50", &["dataset.resolution"]),
     ] {
         let message = error(&bench.train("run", "flex", &["--set", set]), 2);
@@ -40,7 +54,10 @@ fn configuration_mistakes_exit_with_2_and_name_the_key() {
     assert_says(&message, &["unknown device `tpu`", "flex"]);
     let message = error(&bench.train("run", "cuda", &[]), 2);
     assert_says(&message, &["--features cuda"]);
-    let missing = Command::new(program()).args(["train", "/nowhere.toml"]).output().unwrap();
+    let missing = Command::new(program())
+        .args(["train", "/nowhere.toml"])
+        .output()
+        .unwrap();
     assert_says(&error(&missing, 2), &["/nowhere.toml"]);
 }
 
@@ -58,7 +75,10 @@ fn bad_data_is_named() {
     assert_says(&error(&bench.train("run", "flex", &[]), 1), &["2.txt"]);
     fs::remove_file(bench.path("data/2.txt")).unwrap();
     fs::remove_file(bench.path("data/3.txt")).unwrap();
-    assert_says(&error(&bench.train("run", "flex", &[]), 1), &["3.png", "caption"]);
+    assert_says(
+        &error(&bench.train("run", "flex", &[]), 1),
+        &["3.png", "caption"],
+    );
     fs::remove_dir_all(bench.path("data")).unwrap();
     assert_says(&error(&bench.train("run", "flex", &[]), 1), &["data"]);
     fs::create_dir(bench.path("data")).unwrap();
@@ -68,7 +88,11 @@ fn bad_data_is_named() {
 /// A copy of the tiny pipeline that may be damaged.
 fn with_own_model(bench: &Workbench) -> std::path::PathBuf {
     let model = bench.path("model");
-    copy(&root().join("tests/fixtures/parity/pipeline_dev/model"), &model, &|_| true);
+    copy(
+        &root().join("tests/fixtures/parity/pipeline_dev/model"),
+        &model,
+        &|_| true,
+    );
     model
 }
 
@@ -81,27 +105,46 @@ fn a_damaged_base_model_is_named() {
     let good = fs::read(&weights).unwrap();
 
     fs::write(&weights, &good[..good.len() - 10]).unwrap();
-    assert_says(&error(&bench.train("run", "flex", &["--set", &set]), 1), &["diffusion_pytorch_model.safetensors"]);
+    assert_says(
+        &error(&bench.train("run", "flex", &["--set", &set]), 1),
+        &["diffusion_pytorch_model.safetensors"],
+    );
 
     let mut nan = good.clone();
     let end = nan.len();
     nan[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(&weights, nan).unwrap();
-    assert_says(&error(&bench.train("run", "flex", &["--set", &set]), 1), &["not finite", "tensor `"]);
+    assert_says(
+        &error(&bench.train("run", "flex", &["--set", &set]), 1),
+        &["not finite", "tensor `"],
+    );
 
-    let file = lora_core::tensor_file::TensorFile::open(&model.join("vae/diffusion_pytorch_model.safetensors")).unwrap();
+    let file = lora_core::tensor_file::TensorFile::open(
+        &model.join("vae/diffusion_pytorch_model.safetensors"),
+    )
+    .unwrap();
     assert!(file.info("encoder.conv_in.weight").is_some());
     fs::copy(file.path(), &weights).unwrap();
-    assert_says(&error(&bench.train("run", "flex", &["--set", &set]), 1), &["transformer"]);
+    assert_says(
+        &error(&bench.train("run", "flex", &["--set", &set]), 1),
+        &["transformer"],
+    );
 
     fs::remove_file(&weights).unwrap();
-    assert_says(&error(&bench.train("run", "flex", &["--set", &set]), 1), &["transformer", "weights file"]);
+    assert_says(
+        &error(&bench.train("run", "flex", &["--set", &set]), 1),
+        &["transformer", "weights file"],
+    );
 }
 
 #[test]
 fn a_target_that_matches_nothing_is_named_with_its_neighbour() {
     let bench = Workbench::new();
-    let out = bench.train("run", "flex", &["--set", "lora.target_modules=[\"attn.to_qq\"]"]);
+    let out = bench.train(
+        "run",
+        "flex",
+        &["--set", "lora.target_modules=[\"attn.to_qq\"]"],
+    );
     assert_says(&error(&out, 1), &["`attn.to_qq` matches no layer", "to_q"]);
 }
 
@@ -110,19 +153,32 @@ fn a_run_folder_is_never_restarted_silently() {
     let bench = Workbench::new();
     bench.train_ok("run", "flex", &FEW);
     let message = error(&bench.train("run", "flex", &FEW), 1);
-    assert_says(&message, &["already holds checkpoints", "--resume", "--output"]);
+    assert_says(
+        &message,
+        &["already holds checkpoints", "--resume", "--output"],
+    );
 }
 
 #[test]
 fn what_would_break_exactness_is_refused_with_the_flag_that_accepts_it() {
     let bench = Workbench::new();
     bench.train_ok("run", "flex", &FEW);
-    let resume = |extra: &[&str]| bench.train("run", "flex", &[&FEW[..], &["--resume"], extra].concat());
+    let resume =
+        |extra: &[&str]| bench.train("run", "flex", &[&FEW[..], &["--resume"], extra].concat());
 
-    assert_says(&error(&resume(&["--set", "lora.r=8"]), 1), &["`lora.r` was 4 and is now 8"]);
-    assert_says(&error(&resume(&["--set", "lora.lora_alpha=9"]), 1), &["`lora.lora_alpha` was 7", "9"]);
+    assert_says(
+        &error(&resume(&["--set", "lora.r=8"]), 1),
+        &["`lora.r` was 4 and is now 8"],
+    );
+    assert_says(
+        &error(&resume(&["--set", "lora.lora_alpha=9"]), 1),
+        &["`lora.lora_alpha` was 7", "9"],
+    );
     let message = error(&resume(&["--set", "train.batch_size=1"]), 1);
-    assert_says(&message, &["`train.batch_size` was 2 and is now 1", "--adopt-config"]);
+    assert_says(
+        &message,
+        &["`train.batch_size` was 2 and is now 1", "--adopt-config"],
+    );
     let message = error(&resume(&["--set", "train.seed=8"]), 1);
     assert_says(&message, &["`train.seed`", "--adopt-config"]);
 
@@ -130,11 +186,33 @@ fn what_would_break_exactness_is_refused_with_the_flag_that_accepts_it() {
     let message = error(&resume(&[]), 1);
     assert_says(&message, &["0.png", "--adopt-data"]);
 
-    let more = ["--resume", "--adopt-data", "--set", "train.steps=6", "--set", "lr_scheduler.warmup_steps=1", "--set", "optimizer.learning_rate=0.001"];
+    let more = [
+        "--resume",
+        "--adopt-data",
+        "--set",
+        "train.steps=6",
+        "--set",
+        "lr_scheduler.warmup_steps=1",
+        "--set",
+        "optimizer.learning_rate=0.001",
+    ];
     bench.train_ok("run", "flex", &more);
-    let inspect = Command::new(program()).arg("inspect").arg(bench.path("run")).output().unwrap();
+    let inspect = Command::new(program())
+        .arg("inspect")
+        .arg(bench.path("run"))
+        .output()
+        .unwrap();
     let text = String::from_utf8_lossy(&inspect.stdout);
-    assert_says(&text, &["step:         6 of 6", "event:", "`train.steps` was 4 and is now 6", "data changed", "optimizer.learning_rate"]);
+    assert_says(
+        &text,
+        &[
+            "step:         6 of 6",
+            "event:",
+            "`train.steps` was 4 and is now 6",
+            "data changed",
+            "optimizer.learning_rate",
+        ],
+    );
 }
 
 #[test]
@@ -151,7 +229,9 @@ fn a_damaged_checkpoint_is_passed_over_and_the_one_before_is_resumed() {
     let text = String::from_utf8_lossy(&out.stderr);
     assert!(out.status.success(), "{text}");
     assert_says(&text, &["passed over", "optimizer.safetensors", "step=3"]);
-    bench.result("run").assert_same(&bench.result("straight"), "after a flipped bit");
+    bench
+        .result("run")
+        .assert_same(&bench.result("straight"), "after a flipped bit");
 }
 
 #[test]
@@ -181,5 +261,15 @@ fn a_full_disk_stops_with_an_error_and_the_last_checkpoint_stays() {
     );
     let out = Command::new("bash").args(["-c", &script]).output().unwrap();
     assert_says(&error(&out, 1), &["write", "ckpt-"]);
-    bench.train_ok("run", "flex", &["--resume", "--set", "train.steps=6", "--set", "lr_scheduler.warmup_steps=1"]);
+    bench.train_ok(
+        "run",
+        "flex",
+        &[
+            "--resume",
+            "--set",
+            "train.steps=6",
+            "--set",
+            "lr_scheduler.warmup_steps=1",
+        ],
+    );
 }

@@ -12,14 +12,21 @@ fn cases() -> Vec<PathBuf> {
         if folder.join("case.json").is_file() {
             cases.push(folder.clone());
         }
-        folders.extend(folder.read_dir().unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()));
+        folders.extend(
+            folder
+                .read_dir()
+                .unwrap()
+                .map(|entry| entry.unwrap().path())
+                .filter(|path| path.is_dir()),
+        );
     }
     cases.sort();
     cases
 }
 
 fn kind(case: &Path) -> String {
-    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(case.join("case.json")).unwrap()).unwrap();
+    let json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(case.join("case.json")).unwrap()).unwrap();
     json["kind"].as_str().unwrap().to_string()
 }
 
@@ -31,8 +38,16 @@ fn run(device: &str, scale: &str, cases: &[PathBuf]) {
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&out.stdout);
-    let bad: Vec<&str> = text.lines().filter(|line| line.contains("FAIL") || line.contains("cannot be read")).collect();
-    assert!(out.status.success() && bad.is_empty(), "{}\n{}", bad.join("\n"), String::from_utf8_lossy(&out.stderr));
+    let bad: Vec<&str> = text
+        .lines()
+        .filter(|line| line.contains("FAIL") || line.contains("cannot be read"))
+        .collect();
+    assert!(
+        out.status.success() && bad.is_empty(),
+        "{}\n{}",
+        bad.join("\n"),
+        String::from_utf8_lossy(&out.stderr)
+    );
 }
 
 #[test]
@@ -50,7 +65,10 @@ fn ndarray_agrees_with_diffusers() {
 #[test]
 fn wgpu_agrees_with_diffusers() {
     let networks = ["transformer_forward", "lora_forward", "train"];
-    let cases: Vec<PathBuf> = cases().into_iter().filter(|case| networks.contains(&kind(case).as_str())).collect();
+    let cases: Vec<PathBuf> = cases()
+        .into_iter()
+        .filter(|case| networks.contains(&kind(case).as_str()))
+        .collect();
     run("wgpu", "2", &cases);
 }
 
@@ -64,22 +82,43 @@ fn a_wrong_expectation_fails_and_exits_with_1() {
     let last = bytes.len() - 1; // the exponent of the last number
     bytes[last] ^= 1;
     std::fs::write(&path, bytes).unwrap();
-    let out = Command::new(program()).arg("parity").arg(dir.path().join("case")).output().unwrap();
+    let out = Command::new(program())
+        .arg("parity")
+        .arg(dir.path().join("case"))
+        .output()
+        .unwrap();
     let text = String::from_utf8_lossy(&out.stdout);
     assert_eq!(out.status.code(), Some(1), "{text}");
-    assert!(text.contains("FAIL") && text.lines().last().unwrap().ends_with(" 1 failed"), "{text}");
+    assert!(
+        text.contains("FAIL") && text.lines().last().unwrap().ends_with(" 1 failed"),
+        "{text}"
+    );
 }
 
 #[test]
 fn an_unreadable_case_exits_with_2() {
-    let out = Command::new(program()).args(["parity", "/nowhere"]).output().unwrap();
+    let out = Command::new(program())
+        .args(["parity", "/nowhere"])
+        .output()
+        .unwrap();
     assert_eq!(out.status.code(), Some(2));
 }
 
 #[test]
 fn the_kinds_bundled_are_all_kinds() {
     let kinds: std::collections::BTreeSet<String> = cases().iter().map(|case| kind(case)).collect();
-    for wanted in ["transformer_forward", "single_file_transformer", "vae", "clip_text", "t5_encoder", "tokenizer", "scheduler", "pipeline", "lora_forward", "train"] {
+    for wanted in [
+        "transformer_forward",
+        "single_file_transformer",
+        "vae",
+        "clip_text",
+        "t5_encoder",
+        "tokenizer",
+        "scheduler",
+        "pipeline",
+        "lora_forward",
+        "train",
+    ] {
         assert!(kinds.contains(wanted), "{wanted}");
     }
 }

@@ -59,20 +59,34 @@ fn main() -> ExitCode {
 }
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_path_buf).unwrap_or_default()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .map(Path::to_path_buf)
+        .unwrap_or_default()
 }
 
 /// The feature that `--device NAME[:INDEX]` needs.
 fn feature(args: &[String]) -> Result<String> {
-    let device = args.iter().enumerate().find_map(|(i, arg)| match arg.strip_prefix("--device=") {
-        Some(name) => Some(name.to_string()),
-        None if arg == "--device" => args.get(i + 1).cloned(),
-        None => None,
-    });
-    let backend = device.as_deref().unwrap_or("flex").split(':').next().unwrap_or_default().to_string();
+    let device = args
+        .iter()
+        .enumerate()
+        .find_map(|(i, arg)| match arg.strip_prefix("--device=") {
+            Some(name) => Some(name.to_string()),
+            None if arg == "--device" => args.get(i + 1).cloned(),
+            None => None,
+        });
+    let backend = device
+        .as_deref()
+        .unwrap_or("flex")
+        .split(':')
+        .next()
+        .unwrap_or_default()
+        .to_string();
     match backend.as_str() {
         "flex" | "ndarray" | "wgpu" | "cuda" => Ok(backend),
-        other => Err(format!("unknown device `{other}`: flex, ndarray, wgpu or cuda")),
+        other => Err(format!(
+            "unknown device `{other}`: flex, ndarray, wgpu or cuda"
+        )),
     }
 }
 
@@ -80,7 +94,15 @@ fn feature(args: &[String]) -> Result<String> {
 fn program(command: &str, args: &[String]) -> Result {
     let feature = feature(args)?;
     let mut cargo = cargo();
-    cargo.args(["run", "--release", "--locked", "--package", "flux-lora", "--bin", "flux-lora"]);
+    cargo.args([
+        "run",
+        "--release",
+        "--locked",
+        "--package",
+        "flux-lora",
+        "--bin",
+        "flux-lora",
+    ]);
     if feature != "flex" {
         cargo.args(["--no-default-features", "--features", &feature]);
     }
@@ -94,8 +116,14 @@ fn train(args: &[String]) -> Result {
     }
     // The quickstart's model is made from a seed, once.
     let model = "runs/tiny-flux";
-    if !Path::new(model).join("transformer/diffusion_pytorch_model.safetensors").is_file() {
-        program("random-weights", &["examples/tiny-flux", "--out", model].map(String::from))?;
+    if !Path::new(model)
+        .join("transformer/diffusion_pytorch_model.safetensors")
+        .is_file()
+    {
+        program(
+            "random-weights",
+            &["examples/tiny-flux", "--out", model].map(String::from),
+        )?;
     }
     let mut all = vec!["examples/quickstart.toml".to_string()];
     all.extend_from_slice(args);
@@ -119,8 +147,13 @@ fn bundled_cases(folder: &Path) -> Result<Vec<String>> {
         if folder.join("case.json").is_file() {
             cases.push(folder.display().to_string());
         }
-        let entries = std::fs::read_dir(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-        folders.extend(entries.filter_map(|entry| entry.ok().map(|entry| entry.path())).filter(|path| path.is_dir()));
+        let entries =
+            std::fs::read_dir(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+        folders.extend(
+            entries
+                .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+                .filter(|path| path.is_dir()),
+        );
     }
     cases.sort();
     Ok(cases)
@@ -133,48 +166,56 @@ fn bench(args: &[String]) -> Result {
     }
 }
 
-/// One feature set for programs and tests: Burn is built once.
-fn features(wgpu: bool) -> String {
+/// Every package that names backends, with these.
+fn features(backends: &[&str]) -> String {
     let packages = ["flux-lora", "flux-lora-tests", "flux-lora-examples"];
-    let backends: &[&str] = if wgpu { &["ndarray", "wgpu"] } else { &["ndarray"] };
     let all: Vec<String> =
         packages.iter().flat_map(|package| backends.iter().map(move |backend| format!("{package}/{backend}"))).collect();
     all.join(",")
 }
 
 fn test(args: &[String]) -> Result {
-    let wgpu = match args {
-        [] => false,
-        [flag] if flag == "--wgpu" => true,
+    let backends: &[&str] = match args {
+        [] => &["ndarray"],
+        [flag] if flag == "--wgpu" => &["ndarray", "wgpu"],
         _ => return Err("test takes only --wgpu".into()),
     };
-    let features = features(wgpu);
+    // One profile and one feature set for programs and tests: Burn is built once.
+    let features = features(backends);
     let common = ["--release", "--workspace", "--locked", "--features", &features];
     step("build the program", cargo().arg("build").args(["--bins", "--examples"]).args(common))?;
-    step("tests", cargo().arg("test").args(common).args(["--", "--test-threads=2"]))
+    step("tests", cargo().arg("test").args(common))
 }
 
 fn ci() -> Result {
-    let features = features(true);
+    // Burn's CUDA crates download LLVM when they are built for real; with DOCS_RS set they are only type-checked.
+    let features = features(&["ndarray", "wgpu", "cuda"]);
     let common = ["--release", "--workspace", "--locked", "--features", &features];
+    let checked = |command: &str| {
+        let mut cargo = cargo();
+        cargo.env("DOCS_RS", "1").arg(command);
+        cargo
+    };
     step("format", cargo().args(["fmt", "--all", "--check"]))?;
-    step("clippy", cargo().arg("clippy").args(["--all-targets"]).args(common).args(["--", "-D", "warnings"]))?;
-    step("docs", cargo().env("RUSTDOCFLAGS", "-D warnings").arg("doc").arg("--no-deps").args(common))?;
-    test(&["--wgpu".to_string()])?;
-    // Burn's CUDA crates download LLVM when they are built for real; DOCS_RS makes them stop at type checking.
-    step(
-        "CUDA type check",
-        cargo().env("DOCS_RS", "1").args(["check", "--release", "--locked", "--package", "flux-lora", "--features", "cuda"]),
-    )
+    step("clippy and type check, CUDA included", checked("clippy").arg("--all-targets").args(common).args(["--", "-D", "warnings"]))?;
+    step("docs", checked("doc").env("RUSTDOCFLAGS", "-D warnings").arg("--no-deps").args(common))?;
+    test(&["--wgpu".to_string()])
 }
 
 fn golden() -> Result {
-    let features = features(false);
+    let features = features(&["ndarray"]);
     step(
         "golden losses",
-        cargo()
-            .env("FLUX_LORA_WRITE_GOLDEN", "1")
-            .args(["test", "--release", "--locked", "--package", "flux-lora-tests", "--features", &features, "golden"]),
+        cargo().env("FLUX_LORA_WRITE_GOLDEN", "1").args([
+            "test",
+            "--release",
+            "--locked",
+            "--package",
+            "flux-lora-tests",
+            "--features",
+            &features,
+            "golden",
+        ]),
     )
 }
 
@@ -191,6 +232,12 @@ fn step(what: &str, command: &mut Command) -> Result {
 }
 
 fn run(command: &mut Command) -> Result {
-    let status = command.status().map_err(|error| format!("{:?}: {error}", command.get_program()))?;
-    if status.success() { Ok(()) } else { std::process::exit(status.code().unwrap_or(1)) }
+    let status = command
+        .status()
+        .map_err(|error| format!("{:?}: {error}", command.get_program()))?;
+    if status.success() {
+        Ok(())
+    } else {
+        std::process::exit(status.code().unwrap_or(1))
+    }
 }

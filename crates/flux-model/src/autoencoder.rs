@@ -113,7 +113,9 @@ fn conv(inputs: usize, outputs: usize, kernel: usize, device: &Device) -> Conv2d
 }
 
 fn norm(channels: usize, groups: usize, device: &Device) -> GroupNorm {
-    GroupNormConfig::new(groups, channels).with_epsilon(EPS).init(device)
+    GroupNormConfig::new(groups, channels)
+        .with_epsilon(EPS)
+        .init(device)
 }
 
 #[derive(Module, Debug)]
@@ -170,11 +172,18 @@ impl AttentionBlock {
 
     fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         let [batch, channels, height, width] = x.dims();
-        let tokens = self.group_norm.forward(x.clone()).reshape([batch, channels, height * width]).swap_dims(1, 2);
+        let tokens = self
+            .group_norm
+            .forward(x.clone())
+            .reshape([batch, channels, height * width])
+            .swap_dims(1, 2);
         let head = |layer: &Linear| layer.forward(tokens.clone()).unsqueeze_dim::<4>(1); // (b, 1 head, tokens, c)
         let (q, k, v) = (head(&self.to_q), head(&self.to_k), head(&self.to_v));
         let out = attention(q, k, v, 1.0 / (channels as f64).sqrt(), None);
-        let out = self.to_out[0].forward(out).swap_dims(1, 2).reshape([batch, channels, height, width]);
+        let out = self.to_out[0]
+            .forward(out)
+            .swap_dims(1, 2)
+            .reshape([batch, channels, height, width]);
         x + packed(out) // the next norm reduces it
     }
 }
@@ -190,14 +199,21 @@ impl MidBlock {
         let groups = config.norm_num_groups;
         let attentions = usize::from(config.mid_block_add_attention);
         Self {
-            resnets: (0..2).map(|_| ResnetBlock::new(channels, channels, groups, device)).collect(),
-            attentions: (0..attentions).map(|_| AttentionBlock::new(channels, groups, device)).collect(),
+            resnets: (0..2)
+                .map(|_| ResnetBlock::new(channels, channels, groups, device))
+                .collect(),
+            attentions: (0..attentions)
+                .map(|_| AttentionBlock::new(channels, groups, device))
+                .collect(),
         }
     }
 
     fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         let x = self.resnets[0].forward(x);
-        let x = self.attentions.iter().fold(x, |x, attention| attention.forward(x));
+        let x = self
+            .attentions
+            .iter()
+            .fold(x, |x, attention| attention.forward(x));
         self.resnets[1].forward(x)
     }
 }
@@ -210,12 +226,15 @@ struct Downsample {
 
 impl Downsample {
     fn new(channels: usize, device: &Device) -> Self {
-        let conv = Conv2dConfig::new([channels, channels], [3, 3]).with_stride([2, 2]).init(device);
+        let conv = Conv2dConfig::new([channels, channels], [3, 3])
+            .with_stride([2, 2])
+            .init(device);
         Self { conv }
     }
 
     fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        self.conv.forward(x.pad([(0, 1), (0, 1)], PadMode::Constant(0.0)))
+        self.conv
+            .forward(x.pad([(0, 1), (0, 1)], PadMode::Constant(0.0)))
     }
 }
 
@@ -249,9 +268,22 @@ struct UpBlock {
 }
 
 /// A run of residual blocks of which the first changes the channels.
-fn resnets(count: usize, inputs: usize, outputs: usize, groups: usize, device: &Device) -> Vec<ResnetBlock> {
+fn resnets(
+    count: usize,
+    inputs: usize,
+    outputs: usize,
+    groups: usize,
+    device: &Device,
+) -> Vec<ResnetBlock> {
     (0..count)
-        .map(|i| ResnetBlock::new(if i == 0 { inputs } else { outputs }, outputs, groups, device))
+        .map(|i| {
+            ResnetBlock::new(
+                if i == 0 { inputs } else { outputs },
+                outputs,
+                groups,
+                device,
+            )
+        })
         .collect()
 }
 
@@ -277,7 +309,11 @@ impl Encoder {
                     groups,
                     device,
                 ),
-                downsamplers: if level < last { vec![Downsample::new(channels[level], device)] } else { Vec::new() },
+                downsamplers: if level < last {
+                    vec![Downsample::new(channels[level], device)]
+                } else {
+                    Vec::new()
+                },
             })
             .collect();
         Self {
@@ -324,7 +360,9 @@ impl Decoder {
                     device,
                 ),
                 upsamplers: if level < last {
-                    vec![Upsample { conv: conv(channels[level], channels[level], 3, device) }]
+                    vec![Upsample {
+                        conv: conv(channels[level], channels[level], 3, device),
+                    }]
                 } else {
                     Vec::new()
                 },

@@ -75,11 +75,20 @@ impl ClipText {
     /// A network with lazily initialised weights.
     pub fn new(config: &ClipConfig, device: &Device) -> Self {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let norm = || LayerNormConfig::new(hidden).with_epsilon(config.layer_norm_eps).init(device);
+        let norm = || {
+            LayerNormConfig::new(hidden)
+                .with_epsilon(config.layer_norm_eps)
+                .init(device)
+        };
         let square = || linear_layer(hidden, hidden, true, device);
         let layers = (0..config.num_hidden_layers)
             .map(|_| ClipLayer {
-                self_attn: ClipAttention { q_proj: square(), k_proj: square(), v_proj: square(), out_proj: square() },
+                self_attn: ClipAttention {
+                    q_proj: square(),
+                    k_proj: square(),
+                    v_proj: square(),
+                    out_proj: square(),
+                },
                 layer_norm1: norm(),
                 mlp: ClipMlp {
                     fc1: linear_layer(hidden, inner, true, device),
@@ -92,7 +101,11 @@ impl ClipText {
             text_model: TextModel {
                 embeddings: Embeddings {
                     token_embedding: EmbeddingConfig::new(config.vocab_size, hidden).init(device),
-                    position_embedding: EmbeddingConfig::new(config.max_position_embeddings, hidden).init(device),
+                    position_embedding: EmbeddingConfig::new(
+                        config.max_position_embeddings,
+                        hidden,
+                    )
+                    .init(device),
                 },
                 encoder: ClipEncoder { layers },
                 final_layer_norm: norm(),
@@ -112,21 +125,32 @@ impl ClipText {
     /// If rows differ in length or are longer than `max_position_embeddings`, or an id is outside the vocabulary.
     pub fn forward(&self, ids: &[Vec<i64>], device: &Device) -> ClipOutput {
         let (batch, tokens) = (ids.len(), ids.first().map_or(0, Vec::len));
-        assert!(tokens <= self.config.max_position_embeddings, "{tokens} tokens are more than the encoder has positions");
+        assert!(
+            tokens <= self.config.max_position_embeddings,
+            "{tokens} tokens are more than the encoder has positions"
+        );
         let model = &self.text_model;
         let positions = Tensor::<1, Int>::arange(0..tokens as i64, device).unsqueeze::<2>();
-        let mut hidden = model.embeddings.token_embedding.forward(id_tensor(ids, self.config.vocab_size, device))
-            + model.embeddings.position_embedding.forward(positions);
+        let mut hidden = model.embeddings.token_embedding.forward(id_tensor(
+            ids,
+            self.config.vocab_size,
+            device,
+        )) + model.embeddings.position_embedding.forward(positions);
 
         let heads = self.config.num_attention_heads;
         let scale = 1.0 / ((self.config.hidden_size / heads) as f64).sqrt();
         let causal = causal_bias(tokens, device);
         for layer in &model.encoder.layers {
             let x = layer.layer_norm1.forward(hidden.clone());
-            let head = |layer: &Linear| split_heads(linear(layer, x.clone()), heads).swap_dims(1, 2);
+            let head =
+                |layer: &Linear| split_heads(linear(layer, x.clone()), heads).swap_dims(1, 2);
             let attn = &layer.self_attn;
             let (q, k, v) = (head(&attn.q_proj), head(&attn.k_proj), head(&attn.v_proj));
-            hidden = hidden + linear(&attn.out_proj, attention(q, k, v, scale, Some(causal.clone())));
+            hidden = hidden
+                + linear(
+                    &attn.out_proj,
+                    attention(q, k, v, scale, Some(causal.clone())),
+                );
 
             let x = linear(&layer.mlp.fc1, layer.layer_norm2.forward(hidden.clone()));
             let x = match self.config.hidden_act {
@@ -141,11 +165,16 @@ impl ClipText {
             .enumerate()
             .map(|(row, ids)| {
                 let end = end_of_text(ids, self.config.eos_token_id);
-                last_hidden_state.clone().slice([row..row + 1, end..end + 1])
+                last_hidden_state
+                    .clone()
+                    .slice([row..row + 1, end..end + 1])
             })
             .collect();
         let pooled = Tensor::cat(rows, 0).reshape([batch, self.config.hidden_size]);
-        ClipOutput { last_hidden_state, pooled }
+        ClipOutput {
+            last_hidden_state,
+            pooled,
+        }
     }
 }
 
@@ -164,9 +193,15 @@ fn end_of_text(ids: &[i64], eos: i64) -> usize {
 /// If rows differ in length or an id is outside `0..vocab`.
 pub(crate) fn id_tensor(ids: &[Vec<i64>], vocab: usize, device: &Device) -> Tensor<2, Int> {
     let tokens = ids.first().map_or(0, Vec::len);
-    assert!(ids.iter().all(|row| row.len() == tokens), "prompts must be padded to one length");
+    assert!(
+        ids.iter().all(|row| row.len() == tokens),
+        "prompts must be padded to one length"
+    );
     let flat: Vec<i64> = ids.iter().flatten().copied().collect();
-    assert!(flat.iter().all(|&id| (0..vocab as i64).contains(&id)), "a token id is outside the vocabulary of {vocab}");
+    assert!(
+        flat.iter().all(|&id| (0..vocab as i64).contains(&id)),
+        "a token id is outside the vocabulary of {vocab}"
+    );
     Tensor::from_data(TensorData::new(flat, [ids.len(), tokens]), device)
 }
 

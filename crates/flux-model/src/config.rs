@@ -54,7 +54,10 @@ impl Default for FluxConfig {
 impl FluxConfig {
     /// FLUX.1-dev; Krea, Kontext and Redux have the same shape.
     pub fn dev() -> Self {
-        Self { guidance_embeds: true, ..Self::default() }
+        Self {
+            guidance_embeds: true,
+            ..Self::default()
+        }
     }
 
     /// FLUX.1-schnell.
@@ -64,12 +67,20 @@ impl FluxConfig {
 
     /// FLUX.1-Canny-dev and FLUX.1-Depth-dev: the condition's latents are appended to the channels.
     pub fn control() -> Self {
-        Self { in_channels: 128, out_channels: Some(64), ..Self::dev() }
+        Self {
+            in_channels: 128,
+            out_channels: Some(64),
+            ..Self::dev()
+        }
     }
 
     /// FLUX.1-Fill-dev: masked image and mask are appended to the channels.
     pub fn fill() -> Self {
-        Self { in_channels: 384, out_channels: Some(64), ..Self::dev() }
+        Self {
+            in_channels: 384,
+            out_channels: Some(64),
+            ..Self::dev()
+        }
     }
 
     /// Width of the residual stream.
@@ -92,7 +103,10 @@ impl FluxConfig {
             ("joint_attention_dim", self.joint_attention_dim),
             ("pooled_projection_dim", self.pooled_projection_dim),
         ];
-        if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0 || *value > 1 << 20) {
+        if let Some((key, _)) = positive
+            .iter()
+            .find(|(_, value)| *value == 0 || *value > 1 << 20)
+        {
             return Some(format!("`{key}` is out of range"));
         }
         if self.num_layers > 1000 || self.num_single_layers > 1000 {
@@ -106,7 +120,10 @@ impl FluxConfig {
         }
         let sum: usize = self.axes_dims_rope.iter().sum();
         (sum != self.attention_head_dim).then(|| {
-            format!("`axes_dims_rope` sums to {sum}, `attention_head_dim` is {}", self.attention_head_dim)
+            format!(
+                "`axes_dims_rope` sums to {sum}, `attention_head_dim` is {}",
+                self.attention_head_dim
+            )
         })
     }
 }
@@ -182,16 +199,28 @@ impl AutoencoderConfig {
         if self.block_out_channels.is_empty() || self.block_out_channels.len() > 8 {
             return Some("`block_out_channels` must name one to eight levels".into());
         }
-        if self.norm_num_groups == 0 || self.latent_channels == 0 || self.in_channels == 0 || self.out_channels == 0 {
+        if self.norm_num_groups == 0
+            || self.latent_channels == 0
+            || self.in_channels == 0
+            || self.out_channels == 0
+        {
             return Some("a number of channels or groups is 0".into());
         }
-        if let Some(channels) = self.block_out_channels.iter().find(|c| **c == 0 || *c % self.norm_num_groups != 0) {
-            return Some(format!("{channels} channels cannot be split into {} groups", self.norm_num_groups));
+        if let Some(channels) = self
+            .block_out_channels
+            .iter()
+            .find(|c| **c == 0 || *c % self.norm_num_groups != 0)
+        {
+            return Some(format!(
+                "{channels} channels cannot be split into {} groups",
+                self.norm_num_groups
+            ));
         }
         if self.layers_per_block == 0 || self.layers_per_block > 100 {
             return Some("`layers_per_block` is out of range".into());
         }
-        (!self.scaling_factor.is_finite() || self.scaling_factor == 0.0).then(|| "`scaling_factor` is not usable".into())
+        (!self.scaling_factor.is_finite() || self.scaling_factor == 0.0)
+            .then(|| "`scaling_factor` is not usable".into())
     }
 }
 
@@ -248,17 +277,32 @@ impl Default for ClipConfig {
 impl ClipConfig {
     /// CLIP-L, as shipped with FLUX.1.
     pub fn clip_l() -> Self {
-        Self { hidden_size: 768, intermediate_size: 3072, num_attention_heads: 12, eos_token_id: 2, ..Self::default() }
+        Self {
+            hidden_size: 768,
+            intermediate_size: 3072,
+            num_attention_heads: 12,
+            eos_token_id: 2,
+            ..Self::default()
+        }
     }
 
     /// What is wrong with this configuration, if anything.
     pub fn problem(&self) -> Option<String> {
-        let sizes = [self.vocab_size, self.hidden_size, self.intermediate_size, self.max_position_embeddings];
+        let sizes = [
+            self.vocab_size,
+            self.hidden_size,
+            self.intermediate_size,
+            self.max_position_embeddings,
+        ];
         if sizes.contains(&0) || self.num_attention_heads == 0 || self.num_hidden_layers > 1000 {
             return Some("a size is 0 or absurd".into());
         }
-        (self.hidden_size % self.num_attention_heads != 0)
-            .then(|| format!("hidden size {} cannot be split into {} heads", self.hidden_size, self.num_attention_heads))
+        (self.hidden_size % self.num_attention_heads != 0).then(|| {
+            format!(
+                "hidden size {} cannot be split into {} heads",
+                self.hidden_size, self.num_attention_heads
+            )
+        })
     }
 }
 
@@ -321,14 +365,27 @@ impl T5Config {
     /// What is wrong with this configuration, if anything.
     pub fn problem(&self) -> Option<String> {
         if self.feed_forward_proj != "gated-gelu" {
-            return Some(format!("`feed_forward_proj` is {}; only gated-gelu (T5 v1.1) is supported", self.feed_forward_proj));
+            return Some(format!(
+                "`feed_forward_proj` is {}; only gated-gelu (T5 v1.1) is supported",
+                self.feed_forward_proj
+            ));
         }
-        let sizes = [self.vocab_size, self.d_model, self.d_kv, self.d_ff, self.num_heads];
+        let sizes = [
+            self.vocab_size,
+            self.d_model,
+            self.d_kv,
+            self.d_ff,
+            self.num_heads,
+        ];
         if sizes.contains(&0) || self.num_layers > 1000 {
             return Some("a size is 0 or absurd".into());
         }
-        let (buckets, distance) = (self.relative_attention_num_buckets, self.relative_attention_max_distance);
-        (buckets < 4 || buckets % 4 != 0 || distance <= buckets / 4)
-            .then(|| format!("{buckets} relative position buckets up to distance {distance} make no sense"))
+        let (buckets, distance) = (
+            self.relative_attention_num_buckets,
+            self.relative_attention_max_distance,
+        );
+        (buckets < 4 || buckets % 4 != 0 || distance <= buckets / 4).then(|| {
+            format!("{buckets} relative position buckets up to distance {distance} make no sense")
+        })
     }
 }

@@ -20,18 +20,29 @@ pub struct BflModule {
 
 impl BflModule {
     fn whole(name: impl Into<String>) -> Self {
-        Self { name: name.into(), rows: None, swap_halves: false }
+        Self {
+            name: name.into(),
+            rows: None,
+            swap_halves: false,
+        }
     }
 
     fn part(name: String, rows: Range<usize>) -> Self {
-        Self { name, rows: Some(rows), swap_halves: false }
+        Self {
+            name,
+            rows: Some(rows),
+            swap_halves: false,
+        }
     }
 }
 
 /// BFL's place of the transformer's module `path`, in a network of width `hidden`.
 pub fn bfl_transformer_module(path: &str, hidden: usize) -> Option<BflModule> {
     let third = |i: usize| i * hidden..(i + 1) * hidden;
-    if let Some((index, module)) = path.strip_prefix("transformer_blocks.").and_then(|rest| rest.split_once('.')) {
+    if let Some((index, module)) = path
+        .strip_prefix("transformer_blocks.")
+        .and_then(|rest| rest.split_once('.'))
+    {
         let block = format!("double_blocks.{index}");
         let whole = |name: &str| Some(BflModule::whole(format!("{block}.{name}")));
         let img = |i| Some(BflModule::part(format!("{block}.img_attn.qkv"), third(i)));
@@ -58,7 +69,10 @@ pub fn bfl_transformer_module(path: &str, hidden: usize) -> Option<BflModule> {
             _ => None,
         };
     }
-    if let Some((index, module)) = path.strip_prefix("single_transformer_blocks.").and_then(|rest| rest.split_once('.')) {
+    if let Some((index, module)) = path
+        .strip_prefix("single_transformer_blocks.")
+        .and_then(|rest| rest.split_once('.'))
+    {
         let block = format!("single_blocks.{index}");
         let whole = |name: &str| Some(BflModule::whole(format!("{block}.{name}")));
         let linear1 = |rows| Some(BflModule::part(format!("{block}.linear1"), rows));
@@ -85,7 +99,10 @@ pub fn bfl_transformer_module(path: &str, hidden: usize) -> Option<BflModule> {
         "time_text_embed.text_embedder.linear_2" => "vector_in.out_layer",
         "proj_out" => "final_layer.linear",
         "norm_out.linear" => {
-            return Some(BflModule { swap_halves: true, ..BflModule::whole("final_layer.adaLN_modulation.1") });
+            return Some(BflModule {
+                swap_halves: true,
+                ..BflModule::whole("final_layer.adaLN_modulation.1")
+            });
         }
         _ => return None,
     };
@@ -103,8 +120,12 @@ pub fn bfl_autoencoder_module(path: &str, levels: usize) -> Option<String> {
     let renamed = match parts.as_slice() {
         ["conv_in" | "conv_out"] => rest.to_string(),
         ["conv_norm_out"] => "norm_out".into(),
-        ["down_blocks", level, "resnets", j, part] => format!("down.{level}.block.{j}.{}", resnet(part)),
-        ["down_blocks", level, "downsamplers", "0", "conv"] => format!("down.{level}.downsample.conv"),
+        ["down_blocks", level, "resnets", j, part] => {
+            format!("down.{level}.block.{j}.{}", resnet(part))
+        }
+        ["down_blocks", level, "downsamplers", "0", "conv"] => {
+            format!("down.{level}.downsample.conv")
+        }
         ["up_blocks", level, tail @ ..] => {
             let level = (levels - 1).checked_sub(level.parse().ok()?)?; // BFL counts from full resolution
             match tail {
@@ -113,7 +134,11 @@ pub fn bfl_autoencoder_module(path: &str, levels: usize) -> Option<String> {
                 _ => return None,
             }
         }
-        ["mid_block", "resnets", j, part] => format!("mid.block_{}.{}", j.parse::<usize>().ok()? + 1, resnet(part)),
+        ["mid_block", "resnets", j, part] => format!(
+            "mid.block_{}.{}",
+            j.parse::<usize>().ok()? + 1,
+            resnet(part)
+        ),
         ["mid_block", "attentions", "0", tail @ ..] => match tail {
             ["group_norm"] => "mid.attn_1.norm".into(),
             ["to_q"] => "mid.attn_1.q".into(),

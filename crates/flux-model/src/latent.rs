@@ -11,7 +11,10 @@ use burn::tensor::Tensor;
 /// If a side is odd.
 pub fn pack(latents: Tensor<4>) -> Tensor<3> {
     let [batch, channels, height, width] = latents.dims();
-    assert!(height % 2 == 0 && width % 2 == 0, "latent sides must be even, found {height} x {width}");
+    assert!(
+        height % 2 == 0 && width % 2 == 0,
+        "latent sides must be even, found {height} x {width}"
+    );
     let (rows, columns) = (height / 2, width / 2);
     latents
         .reshape([batch, channels, rows, 2, columns, 2])
@@ -35,7 +38,9 @@ pub type Position = [f32; 3];
 /// Positions of the tokens of a latent of `height` x `width`, row by row.
 pub fn image_positions(height: usize, width: usize) -> Vec<Position> {
     let (rows, columns) = (height / 2, width / 2);
-    (0..rows).flat_map(|row| (0..columns).map(move |column| [0.0, row as f32, column as f32])).collect()
+    (0..rows)
+        .flat_map(|row| (0..columns).map(move |column| [0.0, row as f32, column as f32]))
+        .collect()
 }
 
 /// Positions of text tokens: all zero, so text is not rotated.
@@ -51,11 +56,20 @@ mod tests {
     #[test]
     fn unpack_undoes_pack_and_the_channel_is_slowest() {
         let values: Vec<f32> = (0..2 * 3 * 4 * 6).map(|v| v as f32).collect();
-        let latents = Tensor::<4>::from_data(TensorData::new(values, [2, 3, 4, 6]), &Device::flex());
+        let latents =
+            Tensor::<4>::from_data(TensorData::new(values, [2, 3, 4, 6]), &Device::flex());
         let tokens = pack(latents.clone());
         assert_eq!(tokens.dims(), [2, 6, 12]);
-        let first: Vec<f32> = tokens.clone().slice([0..1, 0..1]).into_data().try_into_vec().expect("f32");
-        assert_eq!(first, [0., 1., 6., 7., 24., 25., 30., 31., 48., 49., 54., 55.]);
+        let first: Vec<f32> = tokens
+            .clone()
+            .slice([0..1, 0..1])
+            .into_data()
+            .try_into_vec()
+            .expect("f32");
+        assert_eq!(
+            first,
+            [0., 1., 6., 7., 24., 25., 30., 31., 48., 49., 54., 55.]
+        );
         assert_eq!(unpack(tokens, 4, 6).into_data(), latents.into_data());
     }
 }

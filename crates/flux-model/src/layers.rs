@@ -11,7 +11,9 @@ use crate::latent::Position;
 
 /// A linear layer with lazily initialised weights.
 pub(crate) fn linear_layer(inputs: usize, outputs: usize, bias: bool, device: &Device) -> Linear {
-    LinearConfig::new(inputs, outputs).with_bias(bias).init(device)
+    LinearConfig::new(inputs, outputs)
+        .with_bias(bias)
+        .init(device)
 }
 
 /// A row-major copy, unless `x` is row-major already.
@@ -88,8 +90,12 @@ impl RotaryTable {
                 }
             }
         }
-        let tensor = |values| Tensor::from_data(TensorData::new(values, [positions.len(), half]), device);
-        Self { cos: tensor(cos), sin: tensor(sin) }
+        let tensor =
+            |values| Tensor::from_data(TensorData::new(values, [positions.len(), half]), device);
+        Self {
+            cos: tensor(cos),
+            sin: tensor(sin),
+        }
     }
 
     /// Rotates the pairs (2k, 2k + 1) of the last dimension.
@@ -103,7 +109,10 @@ impl RotaryTable {
         let (cos, sin) = (table(&self.cos), table(&self.sin));
         let (even, odd) = (pairs.clone().narrow(3, 0, 1), pairs.narrow(3, 1, 1));
         let rotated = Tensor::cat(
-            vec![even.clone() * cos.clone() - odd.clone() * sin.clone(), even * sin + odd * cos],
+            vec![
+                even.clone() * cos.clone() - odd.clone() * sin.clone(),
+                even * sin + odd * cos,
+            ],
             3,
         );
         rotated.reshape([batch, heads, tokens, dim])
@@ -120,11 +129,22 @@ pub(crate) fn split_heads(x: Tensor<3>, heads: usize) -> Tensor<4> {
 ///
 /// # Shapes
 /// - `q`, `k`, `v`: `[batch, tokens, heads, head_dim]`; returns `[batch, tokens, heads * head_dim]`
-pub(crate) fn rotary_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, rotary: &RotaryTable) -> Tensor<3> {
+pub(crate) fn rotary_attention(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    rotary: &RotaryTable,
+) -> Tensor<3> {
     let q = rotary.rotate(q.swap_dims(1, 2));
     let k = rotary.rotate(k.swap_dims(1, 2));
     let head_dim = q.dims()[3];
-    attention(q, k, v.swap_dims(1, 2), 1.0 / (head_dim as f64).sqrt(), None)
+    attention(
+        q,
+        k,
+        v.swap_dims(1, 2),
+        1.0 / (head_dim as f64).sqrt(),
+        None,
+    )
 }
 
 /// `softmax(scale * q kᵀ + bias) v`, heads merged.
@@ -132,14 +152,23 @@ pub(crate) fn rotary_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, rotary:
 /// # Shapes
 /// - `q`, `k`, `v`: `[batch, heads, tokens, head_dim]`, `bias`: broadcast to `[batch, heads, tokens, tokens]`
 /// - returns `[batch, tokens, heads * head_dim]`
-pub(crate) fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64, bias: Option<Tensor<4>>) -> Tensor<3> {
+pub(crate) fn attention(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    scale: f64,
+    bias: Option<Tensor<4>>,
+) -> Tensor<3> {
     let [batch, heads, tokens, head_dim] = q.dims();
     let scores = q.mul_scalar(scale).matmul(k.swap_dims(2, 3));
     let scores = match bias {
         Some(bias) => scores + bias,
         None => scores,
     };
-    softmax(scores, 3).matmul(v).swap_dims(1, 2).reshape([batch, tokens, heads * head_dim])
+    softmax(scores, 3)
+        .matmul(v)
+        .swap_dims(1, 2)
+        .reshape([batch, tokens, heads * head_dim])
 }
 
 /// Sinusoidal embedding of `1000 * t`, `[batch, 256]`: cosines first.
@@ -155,7 +184,8 @@ pub(crate) fn sinusoidal_embedding(t: &[f32], device: &Device) -> Tensor<2> {
         let argument = t * 1000.0;
         let angles: Vec<f64> = (0..HALF)
             .map(|j| {
-                let frequency = f64::from(-(10000f64.ln() as f32) * j as f32 / HALF as f32).exp() as f32;
+                let frequency =
+                    f64::from(-(10000f64.ln() as f32) * j as f32 / HALF as f32).exp() as f32;
                 f64::from(argument * frequency)
             })
             .collect();

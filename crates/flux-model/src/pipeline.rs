@@ -40,23 +40,39 @@ impl PipelineFolder {
         match read.get("_class_name").and_then(|name| name.as_str()) {
             Some(name) if name.starts_with("Flux") && !name.starts_with("Flux2") => {}
             other => {
-                let reason = format!("a {} is not a FLUX.1 pipeline", other.unwrap_or("file without `_class_name`"));
-                return Err(WeightsError::Config { path: index, reason });
+                let reason = format!(
+                    "a {} is not a FLUX.1 pipeline",
+                    other.unwrap_or("file without `_class_name`")
+                );
+                return Err(WeightsError::Config {
+                    path: index,
+                    reason,
+                });
             }
         }
-        Ok(Self { root: root.into(), transformer: root.join("transformer"), autoencoder: root.join("vae") })
+        Ok(Self {
+            root: root.into(),
+            transformer: root.join("transformer"),
+            autoencoder: root.join("vae"),
+        })
     }
 
     /// Takes the transformer from a single file instead.
     #[must_use]
     pub fn with_transformer(self, file: &Path) -> Self {
-        Self { transformer: file.into(), ..self }
+        Self {
+            transformer: file.into(),
+            ..self
+        }
     }
 
     /// Takes the autoencoder from a single file instead.
     #[must_use]
     pub fn with_autoencoder(self, file: &Path) -> Self {
-        Self { autoencoder: file.into(), ..self }
+        Self {
+            autoencoder: file.into(),
+            ..self
+        }
     }
 
     /// The folder.
@@ -77,7 +93,11 @@ impl PipelineFolder {
     /// # Errors
     /// A malformed file, or a tensor that is missing, left over or of another shape.
     pub fn transformer(&self, device: &Device) -> Result<FluxTransformer, WeightsError> {
-        load_transformer(&self.transformer, self.transformer_config().ok().as_ref(), device)
+        load_transformer(
+            &self.transformer,
+            self.transformer_config().ok().as_ref(),
+            device,
+        )
     }
 
     /// The architecture that `transformer/config.json` states.
@@ -85,7 +105,10 @@ impl PipelineFolder {
     /// # Errors
     /// No such file, or one that describes no FLUX.1 transformer.
     pub fn transformer_config(&self) -> Result<FluxConfig, WeightsError> {
-        read_config(&self.root.join("transformer/config.json"), FluxConfig::problem)
+        read_config(
+            &self.root.join("transformer/config.json"),
+            FluxConfig::problem,
+        )
     }
 
     /// Loads the autoencoder.
@@ -105,7 +128,10 @@ impl PipelineFolder {
     /// # Errors
     /// No such file, or one that describes no autoencoder.
     pub fn autoencoder_config(&self) -> Result<AutoencoderConfig, WeightsError> {
-        read_config(&self.root.join("vae/config.json"), AutoencoderConfig::problem)
+        read_config(
+            &self.root.join("vae/config.json"),
+            AutoencoderConfig::problem,
+        )
     }
 
     /// Loads both text encoders and their tokenizers.
@@ -134,7 +160,11 @@ impl PipelineFolder {
 ///
 /// # Errors
 /// A malformed file, shapes that disagree with `config`, a tensor missing or left over.
-pub fn load_transformer(path: &Path, config: Option<&FluxConfig>, device: &Device) -> Result<FluxTransformer, WeightsError> {
+pub fn load_transformer(
+    path: &Path,
+    config: Option<&FluxConfig>,
+    device: &Device,
+) -> Result<FluxTransformer, WeightsError> {
     let own: Option<FluxConfig> = match path.is_dir() {
         true => Some(read_config(&path.join("config.json"), FluxConfig::problem)?),
         false => None,
@@ -145,24 +175,39 @@ pub fn load_transformer(path: &Path, config: Option<&FluxConfig>, device: &Devic
     if let Some(stated) = &own {
         let (stated, found) = (normalized(stated), normalized(&inferred));
         if stated != found {
-            let reason = format!("its configuration says {stated:?}, but its tensors are those of {found:?}");
-            return Err(WeightsError::Config { path: checkpoint.path().into(), reason });
+            let reason = format!(
+                "its configuration says {stated:?}, but its tensors are those of {found:?}"
+            );
+            return Err(WeightsError::Config {
+                path: checkpoint.path().into(),
+                reason,
+            });
         }
     }
     checkpoint.load(FluxTransformer::new(&inferred, device), layout, device)
 }
 
 fn normalized(config: &FluxConfig) -> FluxConfig {
-    FluxConfig { out_channels: Some(config.out_channels()), ..config.clone() }
+    FluxConfig {
+        out_channels: Some(config.out_channels()),
+        ..config.clone()
+    }
 }
 
 /// Loads an autoencoder from a component folder or a single file in either layout.
 ///
 /// # Errors
 /// As [`load_transformer`].
-pub fn load_autoencoder(path: &Path, config: Option<&AutoencoderConfig>, device: &Device) -> Result<Autoencoder, WeightsError> {
+pub fn load_autoencoder(
+    path: &Path,
+    config: Option<&AutoencoderConfig>,
+    device: &Device,
+) -> Result<Autoencoder, WeightsError> {
     let own: Option<AutoencoderConfig> = match path.is_dir() {
-        true => Some(read_config(&path.join("config.json"), AutoencoderConfig::problem)?),
+        true => Some(read_config(
+            &path.join("config.json"),
+            AutoencoderConfig::problem,
+        )?),
         false => None,
     };
     let checkpoint = Checkpoint::open(path)?;
@@ -193,16 +238,28 @@ pub fn load_t5(folder: &Path, device: &Device) -> Result<T5Encoder, WeightsError
 /// # Errors
 /// A file that cannot be read or parsed.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, WeightsError> {
-    let bytes = std::fs::read(path).map_err(|source| WeightsError::Read { path: path.into(), source })?;
-    serde_json::from_slice(&bytes).map_err(|source| WeightsError::Json { path: path.into(), source })
+    let bytes = std::fs::read(path).map_err(|source| WeightsError::Read {
+        path: path.into(),
+        source,
+    })?;
+    serde_json::from_slice(&bytes).map_err(|source| WeightsError::Json {
+        path: path.into(),
+        source,
+    })
 }
 
 /// Parses a component's `config.json` and checks it.
-fn read_config<T: DeserializeOwned>(path: &Path, problem: impl Fn(&T) -> Option<String>) -> Result<T, WeightsError> {
+fn read_config<T: DeserializeOwned>(
+    path: &Path,
+    problem: impl Fn(&T) -> Option<String>,
+) -> Result<T, WeightsError> {
     let config = read_json(path)?;
     match problem(&config) {
         None => Ok(config),
-        Some(reason) => Err(WeightsError::Config { path: path.into(), reason }),
+        Some(reason) => Err(WeightsError::Config {
+            path: path.into(),
+            reason,
+        }),
     }
 }
 
@@ -227,19 +284,30 @@ pub struct TextEmbedding {
 impl TextEncoders {
     /// The CLIP encoder, mutable so that an adapter can be attached.
     pub fn map_clip<E>(self, f: impl FnOnce(ClipText) -> Result<ClipText, E>) -> Result<Self, E> {
-        Ok(Self { clip: f(self.clip)?, ..self })
+        Ok(Self {
+            clip: f(self.clip)?,
+            ..self
+        })
     }
 
     /// The T5 encoder, likewise.
     pub fn map_t5<E>(self, f: impl FnOnce(T5Encoder) -> Result<T5Encoder, E>) -> Result<Self, E> {
-        Ok(Self { t5: f(self.t5)?, ..self })
+        Ok(Self {
+            t5: f(self.t5)?,
+            ..self
+        })
     }
 
     /// Encodes one prompt, T5 padded to `max_sequence_length` tokens.
     ///
     /// # Errors
     /// A prompt the tokenizer refuses, or a token outside an encoder's vocabulary.
-    pub fn encode(&self, prompt: &str, max_sequence_length: usize, device: &Device) -> Result<TextEmbedding, WeightsError> {
+    pub fn encode(
+        &self,
+        prompt: &str,
+        max_sequence_length: usize,
+        device: &Device,
+    ) -> Result<TextEmbedding, WeightsError> {
         let positions = self.clip.config().max_position_embeddings.min(CLIP_TOKENS);
         let clip_ids = self.clip_tokenizer.encode(prompt, positions)?;
         let t5_ids = self.t5_tokenizer.encode(prompt, max_sequence_length)?;
@@ -250,7 +318,9 @@ impl TextEncoders {
             if let Some(id) = ids.iter().find(|id| !(0..vocab as i64).contains(id)) {
                 return Err(WeightsError::Config {
                     path: name.into(),
-                    reason: format!("its tokenizer gives id {id}, but the encoder knows only {vocab}"),
+                    reason: format!(
+                        "its tokenizer gives id {id}, but the encoder knows only {vocab}"
+                    ),
                 });
             }
         }
@@ -292,7 +362,10 @@ pub fn denoise(
     let [batch, image_tokens, _] = latents.dims();
     let sigmas = scheduler.sigmas(settings.num_inference_steps, image_tokens);
     let mut positions = text_positions(text.sequence.dims()[1]);
-    positions.extend(image_positions(settings.latent_height, settings.latent_width));
+    positions.extend(image_positions(
+        settings.latent_height,
+        settings.latent_width,
+    ));
     let mut latents = latents;
     for (step, pair) in sigmas.windows(2).enumerate() {
         let velocity = transformer.forward(FluxInput {

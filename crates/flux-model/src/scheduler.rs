@@ -42,7 +42,8 @@ impl Default for SchedulerConfig {
 impl SchedulerConfig {
     /// Shift exponent for an image of `image_tokens` tokens: linear in their number.
     pub fn mu(&self, image_tokens: usize) -> f64 {
-        let slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len as f64 - self.base_image_seq_len as f64);
+        let slope = (self.max_shift - self.base_shift)
+            / (self.max_image_seq_len as f64 - self.base_image_seq_len as f64);
         self.base_shift + slope * (image_tokens as f64 - self.base_image_seq_len as f64)
     }
 
@@ -72,7 +73,11 @@ impl SchedulerConfig {
         (0..n)
             .map(|i| {
                 let sigma = (n - i) as f32 / n as f32;
-                if self.use_dynamic_shifting { sigma } else { static_shift(sigma, self.shift) }
+                if self.use_dynamic_shifting {
+                    sigma
+                } else {
+                    static_shift(sigma, self.shift)
+                }
             })
             .collect()
     }
@@ -84,7 +89,12 @@ fn static_shift(sigma: f32, shift: f64) -> f32 {
 }
 
 /// Euler step from noise level `sigma` to `next` along the velocity.
-pub fn euler_step<const D: usize>(sample: Tensor<D>, velocity: Tensor<D>, sigma: f32, next: f32) -> Tensor<D> {
+pub fn euler_step<const D: usize>(
+    sample: Tensor<D>,
+    velocity: Tensor<D>,
+    sigma: f32,
+    next: f32,
+) -> Tensor<D> {
     sample + velocity * (next - sigma)
 }
 
@@ -94,7 +104,11 @@ mod tests {
 
     #[test]
     fn the_dev_schedule_of_a_1024_pixel_image() {
-        let config = SchedulerConfig { use_dynamic_shifting: true, shift: 3.0, ..SchedulerConfig::default() };
+        let config = SchedulerConfig {
+            use_dynamic_shifting: true,
+            shift: 3.0,
+            ..SchedulerConfig::default()
+        };
         let sigmas = config.sigmas(4, 4096);
         for (sigma, expected) in sigmas.iter().zip([1.0, 0.904531, 0.759511, 0.512844, 0.0]) {
             assert!((sigma - expected).abs() < 1e-6, "{sigmas:?}");

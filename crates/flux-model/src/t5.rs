@@ -5,7 +5,10 @@
 //!
 //! Source: transformers 4.57 `modeling_t5.py` (`T5Stack`, `T5Attention._relative_position_bucket`).
 
-#![allow(non_snake_case, reason = "fields are checkpoint keys, and the derive repeats them as variables")]
+#![allow(
+    non_snake_case,
+    reason = "fields are checkpoint keys, and the derive repeats them as variables"
+)]
 
 use burn::module::Module;
 use burn::nn::{Embedding, EmbeddingConfig, Linear};
@@ -81,8 +84,11 @@ impl T5Encoder {
                             v: layer(width, inner),
                             o: layer(inner, width),
                             relative_attention_bias: (i == 0).then(|| {
-                                EmbeddingConfig::new(config.relative_attention_num_buckets, config.num_heads)
-                                    .init(device)
+                                EmbeddingConfig::new(
+                                    config.relative_attention_num_buckets,
+                                    config.num_heads,
+                                )
+                                .init(device)
                             }),
                         },
                         layer_norm: norm(),
@@ -100,7 +106,10 @@ impl T5Encoder {
             .collect();
         Self {
             shared: EmbeddingConfig::new(config.vocab_size, width).init(device),
-            encoder: Stack { block, final_layer_norm: norm() },
+            encoder: Stack {
+                block,
+                final_layer_norm: norm(),
+            },
             config: config.clone(),
         }
     }
@@ -117,13 +126,25 @@ impl T5Encoder {
     pub fn forward(&self, ids: &[Vec<i64>], device: &Device) -> Tensor<3> {
         let tokens = ids.first().map_or(0, Vec::len);
         let heads = self.config.num_heads;
-        let mut hidden = self.shared.forward(id_tensor(ids, self.config.vocab_size, device));
+        let mut hidden = self
+            .shared
+            .forward(id_tensor(ids, self.config.vocab_size, device));
         let bias = self.position_bias(tokens, device);
-        for Block { layer: (attention_layer, mlp_layer) } in &self.encoder.block {
+        for Block {
+            layer: (attention_layer, mlp_layer),
+        } in &self.encoder.block
+        {
             let x = attention_layer.layer_norm.forward(hidden.clone());
             let attn = &attention_layer.SelfAttention;
-            let head = |layer: &Linear| split_heads(linear(layer, x.clone()), heads).swap_dims(1, 2);
-            let out = attention(head(&attn.q), head(&attn.k), head(&attn.v), 1.0, bias.clone());
+            let head =
+                |layer: &Linear| split_heads(linear(layer, x.clone()), heads).swap_dims(1, 2);
+            let out = attention(
+                head(&attn.q),
+                head(&attn.k),
+                head(&attn.v),
+                1.0,
+                bias.clone(),
+            );
             hidden = hidden + linear(&attn.o, out);
 
             let x = mlp_layer.layer_norm.forward(hidden.clone());
@@ -136,15 +157,28 @@ impl T5Encoder {
 
     /// `[1, heads, tokens, tokens]`: the learned bias of every pair's distance bucket.
     fn position_bias(&self, tokens: usize, device: &Device) -> Option<Tensor<4>> {
-        let table = self.encoder.block.first()?.layer.0.SelfAttention.relative_attention_bias.as_ref()?;
+        let table = self
+            .encoder
+            .block
+            .first()?
+            .layer
+            .0
+            .SelfAttention
+            .relative_attention_bias
+            .as_ref()?;
         let buckets: Vec<i64> = (0..tokens as i64)
             .flat_map(|query| (0..tokens as i64).map(move |key| key - query))
             .map(|distance| {
                 let config = &self.config;
-                bucket(distance, config.relative_attention_num_buckets, config.relative_attention_max_distance)
+                bucket(
+                    distance,
+                    config.relative_attention_num_buckets,
+                    config.relative_attention_max_distance,
+                )
             })
             .collect();
-        let buckets = Tensor::<2, Int>::from_data(TensorData::new(buckets, [tokens, tokens]), device);
+        let buckets =
+            Tensor::<2, Int>::from_data(TensorData::new(buckets, [tokens, tokens]), device);
         Some(table.forward(buckets).permute([2, 0, 1]).unsqueeze::<4>()) // (q, k, heads) -> (1, heads, q, k)
     }
 }
@@ -168,11 +202,35 @@ mod tests {
 
     #[test]
     fn buckets_of_the_shipped_table() {
-        let starts = [(0, 0), (7, 7), (8, 8), (11, 8), (12, 9), (15, 9), (16, 10), (22, 10), (23, 11), (31, 11), (32, 12)];
-        for (distance, expected) in starts.into_iter().chain([(45, 12), (46, 13), (63, 13), (64, 14), (90, 14), (91, 15), (500, 15)]) {
+        let starts = [
+            (0, 0),
+            (7, 7),
+            (8, 8),
+            (11, 8),
+            (12, 9),
+            (15, 9),
+            (16, 10),
+            (22, 10),
+            (23, 11),
+            (31, 11),
+            (32, 12),
+        ];
+        for (distance, expected) in starts.into_iter().chain([
+            (45, 12),
+            (46, 13),
+            (63, 13),
+            (64, 14),
+            (90, 14),
+            (91, 15),
+            (500, 15),
+        ]) {
             assert_eq!(bucket(-distance, 32, 128), expected, "distance {distance}");
             if distance > 0 {
-                assert_eq!(bucket(distance, 32, 128), 16 + expected, "distance {distance}");
+                assert_eq!(
+                    bucket(distance, 32, 128),
+                    16 + expected,
+                    "distance {distance}"
+                );
             }
         }
     }

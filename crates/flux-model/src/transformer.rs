@@ -17,7 +17,10 @@ use lora_core::linear;
 
 use crate::config::FluxConfig;
 use crate::latent::Position;
-use crate::layers::{RmsNorm, RotaryTable, layer_norm, linear_layer, rotary_attention, sinusoidal_embedding, split_heads};
+use crate::layers::{
+    RmsNorm, RotaryTable, layer_norm, linear_layer, rotary_attention, sinusoidal_embedding,
+    split_heads,
+};
 
 /// Of every norm in this network.
 const EPS: f64 = 1e-6;
@@ -73,10 +76,14 @@ impl FluxTransformer {
             context_embedder: linear_layer(config.joint_attention_dim, hidden, true, device),
             time_text_embed: TimeTextEmbed {
                 timestep_embedder: Embedder::new(256, hidden, device),
-                guidance_embedder: config.guidance_embeds.then(|| Embedder::new(256, hidden, device)),
+                guidance_embedder: config
+                    .guidance_embeds
+                    .then(|| Embedder::new(256, hidden, device)),
                 text_embedder: Embedder::new(config.pooled_projection_dim, hidden, device),
             },
-            transformer_blocks: (0..config.num_layers).map(|_| DoubleStreamBlock::new(config, device)).collect(),
+            transformer_blocks: (0..config.num_layers)
+                .map(|_| DoubleStreamBlock::new(config, device))
+                .collect(),
             single_transformer_blocks: (0..config.num_single_layers)
                 .map(|_| SingleStreamBlock::new(config, device))
                 .collect(),
@@ -94,7 +101,10 @@ impl FluxTransformer {
     /// Predicted velocity, `[batch, img_tokens, out_channels]`.
     pub fn forward(&self, input: FluxInput) -> Tensor<3> {
         let txt_tokens = input.txt.dims()[1];
-        let conditioning = Conditioning { temb: self.condition(&input), rotary: self.rotary(&input) };
+        let conditioning = Conditioning {
+            temb: self.condition(&input),
+            rotary: self.rotary(&input),
+        };
         let (mut img, mut txt) = self.embed(input.img, input.txt);
         for block in &self.transformer_blocks {
             (img, txt) = block.forward(img, txt, &conditioning);
@@ -110,9 +120,13 @@ impl FluxTransformer {
     pub fn condition(&self, input: &FluxInput) -> Tensor<2> {
         let device = input.pooled.device();
         let embed = &self.time_text_embed;
-        let time = embed.timestep_embedder.forward(sinusoidal_embedding(&input.sigma, &device));
+        let time = embed
+            .timestep_embedder
+            .forward(sinusoidal_embedding(&input.sigma, &device));
         let time = match &embed.guidance_embedder {
-            Some(guidance) => time + guidance.forward(sinusoidal_embedding(&input.guidance, &device)),
+            Some(guidance) => {
+                time + guidance.forward(sinusoidal_embedding(&input.guidance, &device))
+            }
             None => time,
         };
         time + embed.text_embedder.forward(input.pooled.clone())
@@ -120,12 +134,19 @@ impl FluxTransformer {
 
     /// The rotary table of the input's tokens.
     pub fn rotary(&self, input: &FluxInput) -> RotaryTable {
-        RotaryTable::new(&input.positions, &self.config.axes_dims_rope, &input.img.device())
+        RotaryTable::new(
+            &input.positions,
+            &self.config.axes_dims_rope,
+            &input.img.device(),
+        )
     }
 
     /// Image and text tokens at the width of the network.
     pub fn embed(&self, img: Tensor<3>, txt: Tensor<3>) -> (Tensor<3>, Tensor<3>) {
-        (linear(&self.x_embedder, img), linear(&self.context_embedder, txt))
+        (
+            linear(&self.x_embedder, img),
+            linear(&self.context_embedder, txt),
+        )
     }
 
     /// Drops the text tokens and projects to the velocity.
@@ -158,7 +179,10 @@ struct Embedder {
 
 impl Embedder {
     fn new(inputs: usize, hidden: usize, device: &Device) -> Self {
-        Self { linear_1: linear_layer(inputs, hidden, true, device), linear_2: linear_layer(hidden, hidden, true, device) }
+        Self {
+            linear_1: linear_layer(inputs, hidden, true, device),
+            linear_2: linear_layer(hidden, hidden, true, device),
+        }
     }
 
     fn forward(&self, x: Tensor<2>) -> Tensor<2> {
@@ -174,7 +198,9 @@ pub struct Modulation {
 
 impl Modulation {
     fn new(hidden: usize, chunks: usize, device: &Device) -> Self {
-        Self { linear: linear_layer(hidden, chunks * hidden, true, device) }
+        Self {
+            linear: linear_layer(hidden, chunks * hidden, true, device),
+        }
     }
 
     /// # Shapes
@@ -199,7 +225,13 @@ struct GeluProjection {
 impl FeedForward {
     fn new(hidden: usize, device: &Device) -> Self {
         let proj = linear_layer(hidden, 4 * hidden, true, device);
-        Self { net: (GeluProjection { proj }, Identity::new(), linear_layer(4 * hidden, hidden, true, device)) }
+        Self {
+            net: (
+                GeluProjection { proj },
+                Identity::new(),
+                linear_layer(4 * hidden, hidden, true, device),
+            ),
+        }
     }
 
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
@@ -265,11 +297,22 @@ impl DoubleStreamBlock {
 
     /// # Shapes
     /// - `img`: `[batch, img_tokens, hidden]`, `txt`: `[batch, txt_tokens, hidden]`; returns both, unchanged in shape
-    pub fn forward(&self, img: Tensor<3>, txt: Tensor<3>, c: &Conditioning) -> (Tensor<3>, Tensor<3>) {
+    pub fn forward(
+        &self,
+        img: Tensor<3>,
+        txt: Tensor<3>,
+        c: &Conditioning,
+    ) -> (Tensor<3>, Tensor<3>) {
         let activated = silu(c.temb.clone()); // the only use of temb: per-block recompute relies on it
         let [shift1, scale1, gate1, shift2, scale2, gate2] = self.norm1.forward(activated.clone());
-        let [txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2] =
-            self.norm1_context.forward(activated);
+        let [
+            txt_shift1,
+            txt_scale1,
+            txt_gate1,
+            txt_shift2,
+            txt_scale2,
+            txt_gate2,
+        ] = self.norm1_context.forward(activated);
 
         let (img_attn, txt_attn) = self.attn.forward(
             layer_norm(img.clone(), EPS) * (scale1 + 1.0) + shift1,
@@ -278,19 +321,32 @@ impl DoubleStreamBlock {
         );
 
         let img = img + gate1 * img_attn;
-        let img = img.clone() + gate2 * self.ff.forward(layer_norm(img, EPS) * (scale2 + 1.0) + shift2);
+        let img = img.clone()
+            + gate2
+                * self
+                    .ff
+                    .forward(layer_norm(img, EPS) * (scale2 + 1.0) + shift2);
 
         let txt = txt + txt_gate1 * txt_attn;
-        let txt =
-            txt.clone() + txt_gate2 * self.ff_context.forward(layer_norm(txt, EPS) * (txt_scale2 + 1.0) + txt_shift2);
+        let txt = txt.clone()
+            + txt_gate2
+                * self
+                    .ff_context
+                    .forward(layer_norm(txt, EPS) * (txt_scale2 + 1.0) + txt_shift2);
         (img, txt)
     }
 }
 
 impl JointAttention {
-    fn forward(&self, img: Tensor<3>, txt: Tensor<3>, rotary: &RotaryTable) -> (Tensor<3>, Tensor<3>) {
+    fn forward(
+        &self,
+        img: Tensor<3>,
+        txt: Tensor<3>,
+        rotary: &RotaryTable,
+    ) -> (Tensor<3>, Tensor<3>) {
         let (img_tokens, txt_tokens) = (img.dims()[1], txt.dims()[1]);
-        let heads = |layer: &Linear, x: &Tensor<3>| split_heads(linear(layer, x.clone()), self.heads);
+        let heads =
+            |layer: &Linear, x: &Tensor<3>| split_heads(linear(layer, x.clone()), self.heads);
         let q = self.norm_q.forward(heads(&self.to_q, &img));
         let k = self.norm_k.forward(heads(&self.to_k, &img));
         let v = heads(&self.to_v, &img);
@@ -302,7 +358,10 @@ impl JointAttention {
         let out = rotary_attention(both(txt_q, q), both(txt_k, k), both(txt_v, v), rotary);
         let txt_out = out.clone().narrow(1, 0, txt_tokens);
         let img_out = out.narrow(1, txt_tokens, img_tokens);
-        (linear(&self.to_out[0], img_out), linear(&self.to_add_out, txt_out))
+        (
+            linear(&self.to_out[0], img_out),
+            linear(&self.to_add_out, txt_out),
+        )
     }
 }
 

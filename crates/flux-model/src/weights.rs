@@ -52,19 +52,37 @@ struct Location {
 impl Layout {
     fn locate(self, key: &str) -> Option<Location> {
         let (module, parameter) = key.rsplit_once('.')?;
-        let whole = |key: String| Location { key, rows: None, swap_halves: false, pointwise: false };
+        let whole = |key: String| Location {
+            key,
+            rows: None,
+            swap_halves: false,
+            pointwise: false,
+        };
         match self {
             Self::Diffusers | Self::T5 | Self::Clip => Some(whole(key.into())),
             Self::BflTransformer { hidden } => {
                 let bfl = bfl_transformer_module(module, hidden)?;
-                let parameter = if bfl.name.ends_with("_norm") { "scale" } else { parameter };
+                let parameter = if bfl.name.ends_with("_norm") {
+                    "scale"
+                } else {
+                    parameter
+                };
                 let key = format!("{}.{parameter}", bfl.name);
-                Some(Location { key, rows: bfl.rows, swap_halves: bfl.swap_halves, pointwise: false })
+                Some(Location {
+                    key,
+                    rows: bfl.rows,
+                    swap_halves: bfl.swap_halves,
+                    pointwise: false,
+                })
             }
             Self::BflAutoencoder { levels } => {
                 let name = bfl_autoencoder_module(module, levels)?;
-                let pointwise = parameter == "weight" && name.contains(".attn_1.") && !name.ends_with("norm");
-                Some(Location { pointwise, ..whole(format!("{name}.{parameter}")) })
+                let pointwise =
+                    parameter == "weight" && name.contains(".attn_1.") && !name.ends_with("norm");
+                Some(Location {
+                    pointwise,
+                    ..whole(format!("{name}.{parameter}"))
+                })
             }
         }
     }
@@ -74,7 +92,10 @@ impl Layout {
         match self {
             Self::T5 => key == "encoder.embed_tokens.weight", // the same tensor as shared.weight
             Self::Clip => {
-                matches!(key, "text_model.embeddings.position_ids" | "text_projection.weight" | "logit_scale")
+                matches!(
+                    key,
+                    "text_model.embeddings.position_ids" | "text_projection.weight" | "logit_scale"
+                )
             }
             _ => false,
         }
@@ -94,13 +115,21 @@ impl Checkpoint {
     /// # Errors
     /// Nothing to open, or a malformed file.
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
-        let file = if path.is_dir() { component_file(path)? } else { path.to_path_buf() };
+        let file = if path.is_dir() {
+            component_file(path)?
+        } else {
+            path.to_path_buf()
+        };
         let tensors = TensorSet::open(&file)?;
         let prefix = ["model.diffusion_model.", "diffusion_model."]
             .into_iter()
             .find(|prefix| tensors.names().any(|name| name.starts_with(prefix)))
             .unwrap_or_default();
-        Ok(Self { tensors, prefix, path: file })
+        Ok(Self {
+            tensors,
+            prefix,
+            path: file,
+        })
     }
 
     /// The file.
@@ -110,11 +139,15 @@ impl Checkpoint {
 
     /// Names of the tensors, without prefix.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.names().filter_map(|name| name.strip_prefix(self.prefix))
+        self.tensors
+            .names()
+            .filter_map(|name| name.strip_prefix(self.prefix))
     }
 
     fn shape(&self, key: &str) -> Option<&[usize]> {
-        self.tensors.info(&format!("{}{key}", self.prefix)).map(|info| info.shape.as_slice())
+        self.tensors
+            .info(&format!("{}{key}", self.prefix))
+            .map(|info| info.shape.as_slice())
     }
 
     fn read(&self, location: &Location) -> Result<HostTensor, WeightsError> {
@@ -127,14 +160,27 @@ impl Checkpoint {
 
     /// The factor of an fp8 weight that was scaled before rounding, and the name it is stored under.
     fn fp8_scale(&self, key: &str) -> Result<Option<(f32, String)>, WeightsError> {
-        let Some(module) = key.strip_suffix(".weight") else { return Ok(None) };
-        for name in [format!("{module}.scale_weight"), format!("{module}.weight_scale")] {
+        let Some(module) = key.strip_suffix(".weight") else {
+            return Ok(None);
+        };
+        for name in [
+            format!("{module}.scale_weight"),
+            format!("{module}.weight_scale"),
+        ] {
             if let Some(shape) = self.shape(&name) {
                 if shape.iter().product::<usize>() != 1 {
                     let found = shape.to_vec();
-                    return Err(WeightsError::Shape { path: self.path.clone(), key: name, expected: vec![1], found });
+                    return Err(WeightsError::Shape {
+                        path: self.path.clone(),
+                        key: name,
+                        expected: vec![1],
+                        found,
+                    });
                 }
-                let scale = self.tensors.read(&format!("{}{name}", self.prefix))?.to_f32()[0];
+                let scale = self
+                    .tensors
+                    .read(&format!("{}{name}", self.prefix))?
+                    .to_f32()[0];
                 return Ok(Some((scale, name)));
             }
         }
@@ -147,7 +193,10 @@ impl Checkpoint {
     ///
     /// # Errors
     /// A file that holds no FLUX.1 transformer.
-    pub fn transformer(&self, hint: Option<&FluxConfig>) -> Result<(Layout, FluxConfig), WeightsError> {
+    pub fn transformer(
+        &self,
+        hint: Option<&FluxConfig>,
+    ) -> Result<(Layout, FluxConfig), WeightsError> {
         let unknown = |reason: &str| WeightsError::UnknownLayout {
             path: self.path.clone(),
             what: "FLUX.1 transformer",
@@ -172,8 +221,10 @@ impl Checkpoint {
         };
         let (hidden, in_channels) = dims("img_in.weight", "x_embedder.weight")?;
         let (_, joint_attention_dim) = dims("txt_in.weight", "context_embedder.weight")?;
-        let (_, pooled_projection_dim) =
-            dims("vector_in.in_layer.weight", "time_text_embed.text_embedder.linear_1.weight")?;
+        let (_, pooled_projection_dim) = dims(
+            "vector_in.in_layer.weight",
+            "time_text_embed.text_embedder.linear_1.weight",
+        )?;
         let (out_channels, _) = dims("final_layer.linear.weight", "proj_out.weight")?;
         let norms = [
             "double_blocks.0.img_attn.norm.query_norm.scale",
@@ -185,12 +236,19 @@ impl Checkpoint {
             Some(&[width]) if width > 0 && hidden % width == 0 => width,
             _ => return Err(unknown("its attention heads cannot be told from its norms")),
         };
-        let (double, single) =
-            if bfl { ("double_blocks.", "single_blocks.") } else { ("transformer_blocks.", "single_transformer_blocks.") };
+        let (double, single) = if bfl {
+            ("double_blocks.", "single_blocks.")
+        } else {
+            ("transformer_blocks.", "single_transformer_blocks.")
+        };
         let axes_dims_rope = match hint {
             Some(config) => config.axes_dims_rope.clone(),
             None if attention_head_dim == 128 => vec![16, 56, 56],
-            None => return Err(unknown(&format!("the rotary axes of a head width of {attention_head_dim} are not known"))),
+            None => {
+                return Err(unknown(&format!(
+                    "the rotary axes of a head width of {attention_head_dim} are not known"
+                )));
+            }
         };
         let config = FluxConfig {
             patch_size: 1,
@@ -203,13 +261,22 @@ impl Checkpoint {
             joint_attention_dim,
             pooled_projection_dim,
             guidance_embeds: self.shape("guidance_in.in_layer.weight").is_some()
-                || self.shape("time_text_embed.guidance_embedder.linear_1.weight").is_some(),
+                || self
+                    .shape("time_text_embed.guidance_embedder.linear_1.weight")
+                    .is_some(),
             axes_dims_rope,
         };
         if let Some(reason) = config.problem() {
             return Err(unknown(&reason));
         }
-        Ok((if bfl { Layout::BflTransformer { hidden } } else { Layout::Diffusers }, config))
+        Ok((
+            if bfl {
+                Layout::BflTransformer { hidden }
+            } else {
+                Layout::Diffusers
+            },
+            config,
+        ))
     }
 
     /// The autoencoder's layout, and its architecture as far as tensor shapes tell it.
@@ -218,7 +285,10 @@ impl Checkpoint {
     ///
     /// # Errors
     /// A file that holds no autoencoder.
-    pub fn autoencoder(&self, hint: Option<&AutoencoderConfig>) -> Result<(Layout, AutoencoderConfig), WeightsError> {
+    pub fn autoencoder(
+        &self,
+        hint: Option<&AutoencoderConfig>,
+    ) -> Result<(Layout, AutoencoderConfig), WeightsError> {
         let unknown = |reason: String| WeightsError::UnknownLayout {
             path: self.path.clone(),
             what: "autoencoder",
@@ -258,7 +328,13 @@ impl Checkpoint {
     /// One more than the largest index after `prefix`.
     fn blocks(&self, prefix: &str) -> usize {
         self.names()
-            .filter_map(|name| name.strip_prefix(prefix)?.split('.').next()?.parse::<usize>().ok())
+            .filter_map(|name| {
+                name.strip_prefix(prefix)?
+                    .split('.')
+                    .next()?
+                    .parse::<usize>()
+                    .ok()
+            })
             .max()
             .map_or(0, |index| index.saturating_add(1))
     }
@@ -267,7 +343,12 @@ impl Checkpoint {
     ///
     /// # Errors
     /// A tensor that is missing, left over, of another shape, or not finite.
-    pub fn load<M: Module>(&self, module: M, layout: Layout, device: &Device) -> Result<M, WeightsError> {
+    pub fn load<M: Module>(
+        &self,
+        module: M,
+        layout: Layout,
+        device: &Device,
+    ) -> Result<M, WeightsError> {
         let mut load = Load {
             checkpoint: self,
             layout,
@@ -283,9 +364,11 @@ impl Checkpoint {
         let unused: Vec<&str> = self.names().filter(|key| !load.is_used(key)).collect();
         match unused.first() {
             None => Ok(module),
-            Some(key) => {
-                Err(WeightsError::Leftover { path: self.path.clone(), key: key.to_string(), count: unused.len() })
-            }
+            Some(key) => Err(WeightsError::Leftover {
+                path: self.path.clone(),
+                key: key.to_string(),
+                count: unused.len(),
+            }),
         }
     }
 }
@@ -298,10 +381,14 @@ fn component_file(folder: &Path) -> Result<PathBuf, WeightsError> {
         "diffusion_pytorch_model.safetensors",
         "model.safetensors",
     ];
-    names.iter().map(|name| folder.join(name)).find(|path| path.is_file()).ok_or_else(|| WeightsError::NoComponent {
-        path: folder.into(),
-        what: format!("weights file ({})", names[2..].join(" or ")),
-    })
+    names
+        .iter()
+        .map(|name| folder.join(name))
+        .find(|path| path.is_file())
+        .ok_or_else(|| WeightsError::NoComponent {
+            path: folder.into(),
+            what: format!("weights file ({})", names[2..].join(" or ")),
+        })
 }
 
 /// Path and owner of the parameter a walk is at.
@@ -337,7 +424,11 @@ impl Walk {
 
     /// Burn keeps `[in, out]` where checkpoints keep `[out, in]`.
     fn is_transposed(&self, rank: usize) -> bool {
-        rank == 2 && self.owner.last().is_some_and(|owner| owner == "Struct:Linear")
+        rank == 2
+            && self
+                .owner
+                .last()
+                .is_some_and(|owner| owner == "Struct:Linear")
     }
 
     /// The shape the checkpoint gives this parameter.
@@ -362,25 +453,49 @@ struct Load<'a> {
 
 impl Load<'_> {
     fn is_used(&self, key: &str) -> bool {
-        let quantisation = [".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant"];
-        let base = quantisation.iter().find_map(|suffix| key.strip_suffix(suffix)).map(|m| format!("{m}.weight"));
+        let quantisation = [
+            ".scale_weight",
+            ".weight_scale",
+            ".scale_input",
+            ".input_scale",
+            ".comfy_quant",
+        ];
+        let base = quantisation
+            .iter()
+            .find_map(|suffix| key.strip_suffix(suffix))
+            .map(|m| format!("{m}.weight"));
         let key = base.as_deref().unwrap_or(key);
-        let all = |used: &usize| self.checkpoint.shape(key).is_none_or(|s| s.first().is_none_or(|rows| used == rows));
+        let all = |used: &usize| {
+            self.checkpoint
+                .shape(key)
+                .is_none_or(|s| s.first().is_none_or(|rows| used == rows))
+        };
         self.used.get(key).is_some_and(all) || key == "scaled_fp8" || self.layout.ignores(key)
     }
 
     fn values(&mut self, shape: &[usize]) -> Result<Vec<f32>, WeightsError> {
         let key = self.walk.key();
         let path = || self.checkpoint.path.clone();
-        let mut location =
-            self.layout.locate(&key).ok_or_else(|| WeightsError::Missing { path: path(), key: key.clone() })?;
-        if self.layout == Layout::T5 && key == "shared.weight" && self.checkpoint.shape(&key).is_none() {
+        let mut location = self
+            .layout
+            .locate(&key)
+            .ok_or_else(|| WeightsError::Missing {
+                path: path(),
+                key: key.clone(),
+            })?;
+        if self.layout == Layout::T5
+            && key == "shared.weight"
+            && self.checkpoint.shape(&key).is_none()
+        {
             location.key = "encoder.embed_tokens.weight".into();
         }
         let found = self
             .checkpoint
             .shape(&location.key)
-            .ok_or_else(|| WeightsError::Missing { path: path(), key: location.key.clone() })?
+            .ok_or_else(|| WeightsError::Missing {
+                path: path(),
+                key: location.key.clone(),
+            })?
             .to_vec();
         let expected = self.walk.stored_shape(shape);
         let mut available = found.clone();
@@ -389,12 +504,22 @@ impl Load<'_> {
         }
         if let (Some(rows), Some(first)) = (&location.rows, available.first_mut()) {
             if rows.end > *first {
-                return Err(WeightsError::Shape { path: path(), key: location.key, expected, found });
+                return Err(WeightsError::Shape {
+                    path: path(),
+                    key: location.key,
+                    expected,
+                    found,
+                });
             }
             *first = rows.len();
         }
         if available != expected {
-            return Err(WeightsError::Shape { path: path(), key: location.key, expected, found });
+            return Err(WeightsError::Shape {
+                path: path(),
+                key: location.key,
+                expected,
+                found,
+            });
         }
         let mut tensor = self.checkpoint.read(&location)?;
         let rows = tensor.shape.first().copied().unwrap_or(1);
@@ -416,7 +541,11 @@ impl Load<'_> {
         }
         match values.iter().position(|v| !v.is_finite()) {
             None => Ok(values),
-            Some(index) => Err(WeightsError::NotFinite { path: path(), key: location.key, index }),
+            Some(index) => Err(WeightsError::NotFinite {
+                path: path(),
+                key: location.key,
+                index,
+            }),
         }
     }
 }
@@ -464,7 +593,9 @@ pub fn checkpoint_tensors<M: Module>(module: &M, layout: Layout) -> BTreeMap<Str
         }
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             let mut shape = self.walk.stored_shape(param.lazy_shape().as_slice());
-            let Some(location) = self.layout.locate(&self.walk.key()) else { return };
+            let Some(location) = self.layout.locate(&self.walk.key()) else {
+                return;
+            };
             if location.pointwise {
                 shape.extend([1, 1]);
             }
@@ -476,14 +607,20 @@ pub fn checkpoint_tensors<M: Module>(module: &M, layout: Layout) -> BTreeMap<Str
             fused[0] += shape[0];
         }
     }
-    let mut expect = Expect { layout, walk: Walk::default(), tensors: BTreeMap::new() };
+    let mut expect = Expect {
+        layout,
+        walk: Walk::default(),
+        tensors: BTreeMap::new(),
+    };
     module.visit(&mut expect);
     expect.tensors
 }
 
-
 /// Values of the parameters whose diffusers key `wanted` picks, in the checkpoint's shape.
-pub fn tensors_of<M: Module>(module: &M, wanted: impl Fn(&str) -> bool) -> BTreeMap<String, HostTensor> {
+pub fn tensors_of<M: Module>(
+    module: &M,
+    wanted: impl Fn(&str) -> bool,
+) -> BTreeMap<String, HostTensor> {
     struct Collect<F> {
         wanted: F,
         walk: Walk,
@@ -500,12 +637,20 @@ pub fn tensors_of<M: Module>(module: &M, wanted: impl Fn(&str) -> bool) -> BTree
             let key = self.walk.key();
             if (self.wanted)(&key) {
                 let tensor = lora_core::host_tensor(param.val());
-                let tensor = if self.walk.is_transposed(D) { tensor.transposed() } else { tensor };
+                let tensor = if self.walk.is_transposed(D) {
+                    tensor.transposed()
+                } else {
+                    tensor
+                };
                 self.tensors.insert(key, tensor);
             }
         }
     }
-    let mut collect = Collect { wanted, walk: Walk::default(), tensors: BTreeMap::new() };
+    let mut collect = Collect {
+        wanted,
+        walk: Walk::default(),
+        tensors: BTreeMap::new(),
+    };
     module.visit(&mut collect);
     collect.tensors
 }
@@ -520,26 +665,56 @@ mod tests {
     use crate::transformer::FluxTransformer;
 
     fn count(tensors: &BTreeMap<String, Vec<usize>>) -> (usize, usize) {
-        (tensors.len(), tensors.values().map(|shape| shape.iter().product::<usize>()).sum())
+        (
+            tensors.len(),
+            tensors
+                .values()
+                .map(|shape| shape.iter().product::<usize>())
+                .sum(),
+        )
     }
 
     /// Tensors and parameters of a full-size transformer in both layouts; nothing is allocated.
     fn transformer(config: &FluxConfig) -> ((usize, usize), (usize, usize)) {
         let model = FluxTransformer::new(config, &Device::flex());
-        let bfl = Layout::BflTransformer { hidden: config.hidden_size() };
-        (count(&checkpoint_tensors(&model, Layout::Diffusers)), count(&checkpoint_tensors(&model, bfl)))
+        let bfl = Layout::BflTransformer {
+            hidden: config.hidden_size(),
+        };
+        (
+            count(&checkpoint_tensors(&model, Layout::Diffusers)),
+            count(&checkpoint_tensors(&model, bfl)),
+        )
     }
 
     #[test]
     fn full_size_transformers_have_the_tensors_of_the_published_files() {
         for (name, config, parameters, tensors) in [
-            ("dev, Krea, Kontext, Redux", FluxConfig::dev(), 11_901_408_320, (1160, 780)),
-            ("schnell", FluxConfig::schnell(), 11_891_178_560, (1156, 776)),
-            ("Canny, Depth", FluxConfig::control(), 11_901_604_928, (1160, 780)),
+            (
+                "dev, Krea, Kontext, Redux",
+                FluxConfig::dev(),
+                11_901_408_320,
+                (1160, 780),
+            ),
+            (
+                "schnell",
+                FluxConfig::schnell(),
+                11_891_178_560,
+                (1156, 776),
+            ),
+            (
+                "Canny, Depth",
+                FluxConfig::control(),
+                11_901_604_928,
+                (1160, 780),
+            ),
             ("Fill", FluxConfig::fill(), 11_902_391_360, (1160, 780)),
         ] {
             let found = transformer(&config);
-            assert_eq!(found, ((tensors.0, parameters), (tensors.1, parameters)), "{name}");
+            assert_eq!(
+                found,
+                ((tensors.0, parameters), (tensors.1, parameters)),
+                "{name}"
+            );
         }
     }
 
@@ -551,25 +726,73 @@ mod tests {
         for (tensors, key, shape) in [
             (&diffusers, "x_embedder.weight", vec![3072, 64]),
             (&diffusers, "context_embedder.weight", vec![3072, 4096]),
-            (&diffusers, "time_text_embed.guidance_embedder.linear_1.weight", vec![3072, 256]),
-            (&diffusers, "time_text_embed.text_embedder.linear_1.weight", vec![3072, 768]),
-            (&diffusers, "transformer_blocks.18.norm1_context.linear.weight", vec![18432, 3072]),
-            (&diffusers, "transformer_blocks.0.attn.to_out.0.bias", vec![3072]),
-            (&diffusers, "transformer_blocks.0.attn.norm_added_k.weight", vec![128]),
-            (&diffusers, "transformer_blocks.0.ff.net.0.proj.weight", vec![12288, 3072]),
-            (&diffusers, "transformer_blocks.0.ff_context.net.2.weight", vec![3072, 12288]),
-            (&diffusers, "single_transformer_blocks.37.proj_out.weight", vec![3072, 15360]),
+            (
+                &diffusers,
+                "time_text_embed.guidance_embedder.linear_1.weight",
+                vec![3072, 256],
+            ),
+            (
+                &diffusers,
+                "time_text_embed.text_embedder.linear_1.weight",
+                vec![3072, 768],
+            ),
+            (
+                &diffusers,
+                "transformer_blocks.18.norm1_context.linear.weight",
+                vec![18432, 3072],
+            ),
+            (
+                &diffusers,
+                "transformer_blocks.0.attn.to_out.0.bias",
+                vec![3072],
+            ),
+            (
+                &diffusers,
+                "transformer_blocks.0.attn.norm_added_k.weight",
+                vec![128],
+            ),
+            (
+                &diffusers,
+                "transformer_blocks.0.ff.net.0.proj.weight",
+                vec![12288, 3072],
+            ),
+            (
+                &diffusers,
+                "transformer_blocks.0.ff_context.net.2.weight",
+                vec![3072, 12288],
+            ),
+            (
+                &diffusers,
+                "single_transformer_blocks.37.proj_out.weight",
+                vec![3072, 15360],
+            ),
             (&diffusers, "norm_out.linear.weight", vec![6144, 3072]),
             (&diffusers, "proj_out.weight", vec![64, 3072]),
             (&bfl, "img_in.weight", vec![3072, 64]),
-            (&bfl, "double_blocks.0.img_attn.qkv.weight", vec![9216, 3072]),
-            (&bfl, "double_blocks.18.txt_attn.norm.query_norm.scale", vec![128]),
+            (
+                &bfl,
+                "double_blocks.0.img_attn.qkv.weight",
+                vec![9216, 3072],
+            ),
+            (
+                &bfl,
+                "double_blocks.18.txt_attn.norm.query_norm.scale",
+                vec![128],
+            ),
             (&bfl, "double_blocks.3.txt_mlp.2.weight", vec![3072, 12288]),
             (&bfl, "single_blocks.37.linear1.weight", vec![21504, 3072]),
             (&bfl, "single_blocks.0.linear1.bias", vec![21504]),
             (&bfl, "single_blocks.0.linear2.weight", vec![3072, 15360]),
-            (&bfl, "single_blocks.5.modulation.lin.weight", vec![9216, 3072]),
-            (&bfl, "final_layer.adaLN_modulation.1.weight", vec![6144, 3072]),
+            (
+                &bfl,
+                "single_blocks.5.modulation.lin.weight",
+                vec![9216, 3072],
+            ),
+            (
+                &bfl,
+                "final_layer.adaLN_modulation.1.weight",
+                vec![6144, 3072],
+            ),
             (&bfl, "guidance_in.out_layer.bias", vec![3072]),
         ] {
             assert_eq!(tensors.get(key), Some(&shape), "{key}");
@@ -580,12 +803,21 @@ mod tests {
     fn full_size_encoders_have_the_tensors_of_the_published_files() {
         let device = Device::flex();
         let clip = ClipText::new(&ClipConfig::clip_l(), &device);
-        assert_eq!(count(&checkpoint_tensors(&clip, Layout::Clip)), (196, 123_060_480));
+        assert_eq!(
+            count(&checkpoint_tensors(&clip, Layout::Clip)),
+            (196, 123_060_480)
+        );
         let t5 = T5Encoder::new(&T5Config::xxl(), &device);
         let tensors = checkpoint_tensors(&t5, Layout::T5);
         assert_eq!(count(&tensors), (219, 4_762_310_656));
-        assert_eq!(tensors["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"], [32, 64]);
-        assert_eq!(tensors["encoder.block.23.layer.1.DenseReluDense.wi_1.weight"], [10240, 4096]);
+        assert_eq!(
+            tensors["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"],
+            [32, 64]
+        );
+        assert_eq!(
+            tensors["encoder.block.23.layer.1.DenseReluDense.wi_1.weight"],
+            [10240, 4096]
+        );
 
         let vae = Autoencoder::new(&AutoencoderConfig::flux(), &device);
         let diffusers = checkpoint_tensors(&vae, Layout::Diffusers);
@@ -593,13 +825,41 @@ mod tests {
         assert_eq!(count(&diffusers), (244, 83_819_683));
         assert_eq!(count(&bfl), (244, 83_819_683));
         for (tensors, key, shape) in [
-            (&diffusers, "encoder.down_blocks.1.resnets.0.conv_shortcut.weight", vec![256, 128, 1, 1]),
-            (&diffusers, "decoder.up_blocks.2.resnets.0.conv1.weight", vec![256, 512, 3, 3]),
-            (&diffusers, "decoder.mid_block.attentions.0.to_out.0.weight", vec![512, 512]),
-            (&bfl, "encoder.down.1.block.0.nin_shortcut.weight", vec![256, 128, 1, 1]),
-            (&bfl, "decoder.up.1.block.0.conv1.weight", vec![256, 512, 3, 3]),
-            (&bfl, "decoder.up.3.upsample.conv.weight", vec![512, 512, 3, 3]),
-            (&bfl, "decoder.mid.attn_1.proj_out.weight", vec![512, 512, 1, 1]),
+            (
+                &diffusers,
+                "encoder.down_blocks.1.resnets.0.conv_shortcut.weight",
+                vec![256, 128, 1, 1],
+            ),
+            (
+                &diffusers,
+                "decoder.up_blocks.2.resnets.0.conv1.weight",
+                vec![256, 512, 3, 3],
+            ),
+            (
+                &diffusers,
+                "decoder.mid_block.attentions.0.to_out.0.weight",
+                vec![512, 512],
+            ),
+            (
+                &bfl,
+                "encoder.down.1.block.0.nin_shortcut.weight",
+                vec![256, 128, 1, 1],
+            ),
+            (
+                &bfl,
+                "decoder.up.1.block.0.conv1.weight",
+                vec![256, 512, 3, 3],
+            ),
+            (
+                &bfl,
+                "decoder.up.3.upsample.conv.weight",
+                vec![512, 512, 3, 3],
+            ),
+            (
+                &bfl,
+                "decoder.mid.attn_1.proj_out.weight",
+                vec![512, 512, 1, 1],
+            ),
             (&bfl, "encoder.mid.block_2.norm1.weight", vec![512]),
             (&bfl, "decoder.conv_out.weight", vec![3, 128, 3, 3]),
         ] {

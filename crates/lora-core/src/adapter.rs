@@ -57,8 +57,10 @@ pub struct Adapter {
     pub(crate) name: String,
     pub(crate) spec: AdapterSpec,
     pub(crate) layout: WeightLayout,
-    /// Strength chosen at run time; 0 switches the adapter off.
+    /// Strength chosen at run time. A DoRA adapter of strength 0 still sets the magnitude, as in PEFT.
     pub(crate) weight: f64,
+    /// Whether it takes part in the forward pass.
+    pub(crate) active: bool,
     /// Identity of the layer in random streams.
     pub(crate) stream: u64,
     pub(crate) lora_a: Param<Tensor<2>>,
@@ -85,12 +87,15 @@ impl Adapter {
 
     /// Whether it takes part in the forward pass.
     pub fn is_active(&self) -> bool {
-        self.weight != 0.0
+        self.active
     }
 
     /// `scale * B A`, shape `[out, in]`.
     pub fn delta(&self) -> Tensor<2> {
-        self.lora_b.val().matmul(self.lora_a.val()).mul_scalar(self.scale())
+        self.lora_b
+            .val()
+            .matmul(self.lora_a.val())
+            .mul_scalar(self.scale())
     }
 
     /// `result` plus what this adapter adds for the input `x`, without the dense `B A` (DoRA needs it for its norm).
@@ -113,8 +118,11 @@ impl Adapter {
         };
         let hidden = linear(x.clone(), self.lora_a.val().transpose(), None);
         let lora_bias = self.bias.as_ref().map(|b| b.val());
-        let update = linear(hidden, self.lora_b.val().transpose(), lora_bias).mul_scalar(self.scale());
-        let Some(magnitude) = &self.magnitude else { return result + update };
+        let update =
+            linear(hidden, self.lora_b.val().transpose(), lora_bias).mul_scalar(self.scale());
+        let Some(magnitude) = &self.magnitude else {
+            return result + update;
+        };
 
         let direction = base.clone().inner() + self.delta().inner().transpose();
         let norm = direction.square().sum_dim(0).sqrt(); // [1, out], a constant for the gradient
@@ -131,7 +139,9 @@ impl Adapter {
     /// The weight this adapter makes of `weight`, which is `[in, out]`; `base` is the weight without any adapter.
     fn apply(&self, weight: Tensor<2>, base: &Tensor<2>) -> Tensor<2> {
         let delta = self.delta().transpose();
-        let Some(magnitude) = &self.magnitude else { return weight + delta };
+        let Some(magnitude) = &self.magnitude else {
+            return weight + delta;
+        };
         let direction = (base.clone() + delta.clone()).detach();
         let norm = direction.square().sum_dim(0).sqrt();
         let factor = magnitude.val().unsqueeze::<2>() / norm;
@@ -199,7 +209,9 @@ impl Lora {
     }
 
     pub(crate) fn each(self, f: impl FnMut(Adapter) -> Adapter) -> Self {
-        Self { adapters: self.adapters.into_iter().map(f).collect() }
+        Self {
+            adapters: self.adapters.into_iter().map(f).collect(),
+        }
     }
 }
 
@@ -231,7 +243,11 @@ impl Module for Adapter {
     fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
         struct Map<'a, M>(&'a mut M);
         impl<M: ModuleMapper> Mapping for Map<'_, M> {
-            fn param<const D: usize>(&mut self, name: &str, p: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            fn param<const D: usize>(
+                &mut self,
+                name: &str,
+                p: Param<Tensor<D>>,
+            ) -> Param<Tensor<D>> {
                 self.0.enter_module(name, CONTAINER);
                 let p = p.map_module(self.0);
                 self.0.exit_module(name, CONTAINER);
@@ -298,7 +314,9 @@ impl<P: Module> MapModule for P {
 
 impl Module for Lora {
     fn collect_devices(&self, devices: Devices) -> Devices {
-        self.adapters.iter().fold(devices, |devices, adapter| adapter.collect_devices(devices))
+        self.adapters
+            .iter()
+            .fold(devices, |devices, adapter| adapter.collect_devices(devices))
     }
 
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
@@ -332,7 +350,9 @@ impl Module for Lora {
     }
 
     fn valid(&self) -> Self {
-        Self { adapters: self.adapters.iter().map(Module::valid).collect() }
+        Self {
+            adapters: self.adapters.iter().map(Module::valid).collect(),
+        }
     }
 
     fn materialize(self) -> Self {
@@ -345,7 +365,9 @@ impl Reparameterization for Lora {
 
     /// `Param::val()` of an adapted weight: the dense `W + scale * B A`.
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
-        let Some(first) = self.active().next() else { return base };
+        let Some(first) = self.active().next() else {
+            return base;
+        };
         let shape = base.shape();
         let base: Tensor<2> = match first.layout {
             WeightLayout::InOut => base.reshape([shape[0] as i32, -1]),

@@ -53,7 +53,10 @@ pub struct AdapterFile {
 impl AdapterFile {
     /// An adapter from factors per layer.
     pub fn new(modules: BTreeMap<String, ModuleAdapter>, target_modules: Option<Targets>) -> Self {
-        Self { modules, target_modules }
+        Self {
+            modules,
+            target_modules,
+        }
     }
 
     /// Layer path to factors.
@@ -70,7 +73,11 @@ impl AdapterFile {
     ///
     /// # Errors
     /// No adapter of that name.
-    pub fn from_model<M: Module>(model: &M, name: &str, target_modules: Option<Targets>) -> Result<Self, LoraError> {
+    pub fn from_model<M: Module>(
+        model: &M,
+        name: &str,
+        target_modules: Option<Targets>,
+    ) -> Result<Self, LoraError> {
         // A visitor sees parameters, not the adapter they belong to; a mapper's edit hook does.
         let found = std::rc::Rc::new(std::cell::RefCell::new(BTreeMap::new()));
         let (sink, wanted) = (found.clone(), name.to_string());
@@ -83,9 +90,15 @@ impl AdapterFile {
         });
         let modules = found.take();
         if modules.is_empty() {
-            return Err(LoraError::UnknownAdapter { name: name.into(), attached: crate::edit::adapter_names(model) });
+            return Err(LoraError::UnknownAdapter {
+                name: name.into(),
+                attached: crate::edit::adapter_names(model),
+            });
         }
-        Ok(Self { modules, target_modules })
+        Ok(Self {
+            modules,
+            target_modules,
+        })
     }
 
     /// Reads a file whose keys start with `prefix`.
@@ -108,13 +121,26 @@ impl AdapterFile {
         let metadata = metadata_config(file, prefix)?;
         let mut layers: BTreeMap<String, BTreeMap<&str, HostTensor>> = BTreeMap::new();
         for key in file.names() {
-            let leftover = |reason: &str| LoraError::Leftover { key: key.into(), reason: reason.into() };
-            let body = key.strip_prefix(prefix).ok_or_else(|| leftover(&format!("its name does not start with `{prefix}`")))?;
-            let (layer, part) = [".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector"]
-                .into_iter()
-                .find_map(|suffix| body.strip_suffix(suffix).map(|layer| (layer, suffix)))
-                .ok_or_else(|| leftover("its name is not that of an adapter parameter"))?;
-            layers.entry(layer.into()).or_default().insert(part, file.read(key)?);
+            let leftover = |reason: &str| LoraError::Leftover {
+                key: key.into(),
+                reason: reason.into(),
+            };
+            let body = key
+                .strip_prefix(prefix)
+                .ok_or_else(|| leftover(&format!("its name does not start with `{prefix}`")))?;
+            let (layer, part) = [
+                ".lora_A.weight",
+                ".lora_B.weight",
+                ".lora_B.bias",
+                ".lora_magnitude_vector",
+            ]
+            .into_iter()
+            .find_map(|suffix| body.strip_suffix(suffix).map(|layer| (layer, suffix)))
+            .ok_or_else(|| leftover("its name is not that of an adapter parameter"))?;
+            layers
+                .entry(layer.into())
+                .or_default()
+                .insert(part, file.read(key)?);
         }
         let mut modules = BTreeMap::new();
         for (layer, mut parts) in layers {
@@ -129,13 +155,21 @@ impl AdapterFile {
                 &[rank, _] if rank > 0 => rank,
                 _ => {
                     let key = format!("{prefix}{layer}.lora_A.weight");
-                    return Err(LoraError::Leftover { key, reason: format!("shape {:?} is no [r, in] matrix", lora_a.shape) });
+                    return Err(LoraError::Leftover {
+                        key,
+                        reason: format!("shape {:?} is no [r, in] matrix", lora_a.shape),
+                    });
                 }
             };
             let magnitude = parts.remove(".lora_magnitude_vector");
             let bias = parts.remove(".lora_B.bias");
             let spec = match &metadata {
-                None => AdapterSpec { rank, alpha: rank as f64, use_rslora: false, dropout: 0.0 },
+                None => AdapterSpec {
+                    rank,
+                    alpha: rank as f64,
+                    use_rslora: false,
+                    dropout: 0.0,
+                },
                 Some(config) => {
                     let (stated, alpha) = config.resolve(&layer)?;
                     if stated != rank {
@@ -145,16 +179,37 @@ impl AdapterFile {
                             stored: format!("{rank} (tensor)"),
                         });
                     }
-                    AdapterSpec { rank, alpha, use_rslora: config.use_rslora, dropout: config.lora_dropout }
+                    AdapterSpec {
+                        rank,
+                        alpha,
+                        use_rslora: config.use_rslora,
+                        dropout: config.lora_dropout,
+                    }
                 }
             };
             let use_dora = magnitude.is_some();
-            modules.insert(layer, ModuleAdapter { spec, lora_a, lora_b, magnitude, bias, use_dora });
+            modules.insert(
+                layer,
+                ModuleAdapter {
+                    spec,
+                    lora_a,
+                    lora_b,
+                    magnitude,
+                    bias,
+                    use_dora,
+                },
+            );
         }
         if modules.is_empty() {
-            return Err(LoraError::Config(format!("{} holds no adapter", file.path().display())));
+            return Err(LoraError::Config(format!(
+                "{} holds no adapter",
+                file.path().display()
+            )));
         }
-        Ok(Self { modules, target_modules: metadata.map(|config| config.target_modules) })
+        Ok(Self {
+            modules,
+            target_modules: metadata.map(|config| config.target_modules),
+        })
     }
 
     /// Takes rank, alpha and scale of every layer from `config` instead of from the header, for files that do not say them.
@@ -171,7 +226,12 @@ impl AdapterFile {
                     stored: module.spec.rank.to_string(),
                 });
             }
-            module.spec = AdapterSpec { rank, alpha, use_rslora: config.use_rslora, dropout: config.lora_dropout };
+            module.spec = AdapterSpec {
+                rank,
+                alpha,
+                use_rslora: config.use_rslora,
+                dropout: config.lora_dropout,
+            };
         }
         self.target_modules = Some(config.target_modules.clone());
         Ok(self)
@@ -180,7 +240,9 @@ impl AdapterFile {
     /// Sets the dropout, which belongs to the training and not to the factors.
     #[must_use]
     pub fn with_dropout(mut self, dropout: f64) -> Self {
-        self.modules.values_mut().for_each(|module| module.spec.dropout = dropout);
+        self.modules
+            .values_mut()
+            .for_each(|module| module.spec.dropout = dropout);
         self
     }
 
@@ -190,10 +252,21 @@ impl AdapterFile {
     /// The first such factor, by name.
     pub fn check_finite(&self) -> Result<(), LoraError> {
         for (layer, module) in &self.modules {
-            let tensors = [Some(&module.lora_a), Some(&module.lora_b), module.magnitude.as_ref(), module.bias.as_ref()];
-            for (tensor, name) in tensors.into_iter().zip([LORA_A, LORA_B, MAGNITUDE, LORA_BIAS]) {
+            let tensors = [
+                Some(&module.lora_a),
+                Some(&module.lora_b),
+                module.magnitude.as_ref(),
+                module.bias.as_ref(),
+            ];
+            for (tensor, name) in tensors
+                .into_iter()
+                .zip([LORA_A, LORA_B, MAGNITUDE, LORA_BIAS])
+            {
                 if let Some(index) = tensor.and_then(HostTensor::first_non_finite) {
-                    return Err(LoraError::NotFinite { key: format!("{layer}.{name}"), index });
+                    return Err(LoraError::NotFinite {
+                        key: format!("{layer}.{name}"),
+                        index,
+                    });
                 }
             }
         }
@@ -210,7 +283,10 @@ impl AdapterFile {
             put(".lora_A.weight", &module.lora_a);
             put(".lora_B.weight", &module.lora_b);
             module.bias.iter().for_each(|t| put(".lora_B.bias", t));
-            module.magnitude.iter().for_each(|t| put(".lora_magnitude_vector", t));
+            module
+                .magnitude
+                .iter()
+                .for_each(|t| put(".lora_magnitude_vector", t));
         }
         let metadata = BTreeMap::from([
             ("format".to_string(), "pt".to_string()),
@@ -223,14 +299,24 @@ impl AdapterFile {
     pub fn config(&self) -> LoraConfig {
         let most_common = |f: &dyn Fn(&AdapterSpec) -> u64| {
             let mut counts = BTreeMap::new();
-            self.modules.values().for_each(|m| *counts.entry(f(&m.spec)).or_insert(0usize) += 1);
-            counts.into_iter().max_by_key(|(_, n)| *n).map(|(value, _)| value).unwrap_or_default()
+            self.modules
+                .values()
+                .for_each(|m| *counts.entry(f(&m.spec)).or_insert(0usize) += 1);
+            counts
+                .into_iter()
+                .max_by_key(|(_, n)| *n)
+                .map(|(value, _)| value)
+                .unwrap_or_default()
         };
         let r = most_common(&|s| s.rank as u64) as usize;
         let lora_alpha = f64::from_bits(most_common(&|s| s.alpha.to_bits()));
         let rooted = |layer: &str| format!("^{}", layer.replace('.', r"\."));
         let others = |differs: &dyn Fn(&AdapterSpec) -> bool| -> Vec<(&String, AdapterSpec)> {
-            self.modules.iter().filter(|(_, m)| differs(&m.spec)).map(|(layer, m)| (layer, m.spec)).collect()
+            self.modules
+                .iter()
+                .filter(|(_, m)| differs(&m.spec))
+                .map(|(layer, m)| (layer, m.spec))
+                .collect()
         };
         let first = self.modules.values().next();
         LoraConfig {
@@ -240,8 +326,14 @@ impl AdapterFile {
                 .target_modules
                 .clone()
                 .unwrap_or_else(|| Targets::List(self.modules.keys().cloned().collect())),
-            rank_pattern: others(&|s| s.rank != r).into_iter().map(|(l, s)| (rooted(l), s.rank)).collect(),
-            alpha_pattern: others(&|s| s.alpha != lora_alpha).into_iter().map(|(l, s)| (rooted(l), s.alpha)).collect(),
+            rank_pattern: others(&|s| s.rank != r)
+                .into_iter()
+                .map(|(l, s)| (rooted(l), s.rank))
+                .collect(),
+            alpha_pattern: others(&|s| s.alpha != lora_alpha)
+                .into_iter()
+                .map(|(l, s)| (rooted(l), s.alpha))
+                .collect(),
             use_rslora: first.is_some_and(|m| m.spec.use_rslora),
             use_dora: first.is_some_and(|m| m.use_dora),
             lora_bias: first.is_some_and(|m| m.bias.is_some()),
@@ -255,32 +347,66 @@ impl AdapterFile {
     /// # Errors
     /// The first value that differs, with both values.
     pub(crate) fn agrees_with(&self, config: &LoraConfig) -> Result<(), LoraError> {
-        let differ = |key: String, configured: String, stored: String| Err(LoraError::Disagrees { key, configured, stored });
+        let differ = |key: String, configured: String, stored: String| {
+            Err(LoraError::Disagrees {
+                key,
+                configured,
+                stored,
+            })
+        };
         if let Some(stored) = &self.target_modules
             && !stored.same_as(&config.target_modules)
         {
-            return differ("target_modules".into(), show(&config.target_modules), show(stored));
+            return differ(
+                "target_modules".into(),
+                show(&config.target_modules),
+                show(stored),
+            );
         }
         for (layer, module) in &self.modules {
             let (rank, alpha) = config.resolve(layer)?;
             let spec = &module.spec;
             if rank != spec.rank {
-                return differ(format!("r ({layer})"), rank.to_string(), spec.rank.to_string());
+                return differ(
+                    format!("r ({layer})"),
+                    rank.to_string(),
+                    spec.rank.to_string(),
+                );
             }
             if alpha != spec.alpha {
-                return differ(format!("lora_alpha ({layer})"), alpha.to_string(), spec.alpha.to_string());
+                return differ(
+                    format!("lora_alpha ({layer})"),
+                    alpha.to_string(),
+                    spec.alpha.to_string(),
+                );
             }
             if config.use_rslora != spec.use_rslora {
-                return differ("use_rslora".into(), config.use_rslora.to_string(), spec.use_rslora.to_string());
+                return differ(
+                    "use_rslora".into(),
+                    config.use_rslora.to_string(),
+                    spec.use_rslora.to_string(),
+                );
             }
             if config.use_dora != module.use_dora {
-                return differ("use_dora".into(), config.use_dora.to_string(), module.use_dora.to_string());
+                return differ(
+                    "use_dora".into(),
+                    config.use_dora.to_string(),
+                    module.use_dora.to_string(),
+                );
             }
             if config.lora_bias != module.bias.is_some() {
-                return differ("lora_bias".into(), config.lora_bias.to_string(), module.bias.is_some().to_string());
+                return differ(
+                    "lora_bias".into(),
+                    config.lora_bias.to_string(),
+                    module.bias.is_some().to_string(),
+                );
             }
             if config.lora_dropout != spec.dropout {
-                return differ("lora_dropout".into(), config.lora_dropout.to_string(), spec.dropout.to_string());
+                return differ(
+                    "lora_dropout".into(),
+                    config.lora_dropout.to_string(),
+                    spec.dropout.to_string(),
+                );
             }
         }
         Ok(())
@@ -288,9 +414,17 @@ impl AdapterFile {
 
     /// PEFT's fields, each key with the prefix; only names that PEFT's `LoraConfig` takes.
     fn metadata_json(&self, prefix: &str) -> String {
-        let config = LoraConfig { init_lora_weights: InitLoraWeights::Default, ..self.config() };
-        let Ok(Value::Object(fields)) = serde_json::to_value(&config) else { return String::new() };
-        let extra = [("bias", Value::from("none")), ("peft_type", Value::from("LORA"))];
+        let config = LoraConfig {
+            init_lora_weights: InitLoraWeights::Default,
+            ..self.config()
+        };
+        let Ok(Value::Object(fields)) = serde_json::to_value(&config) else {
+            return String::new();
+        };
+        let extra = [
+            ("bias", Value::from("none")),
+            ("peft_type", Value::from("LORA")),
+        ];
         let fields: BTreeMap<String, Value> = fields
             .into_iter()
             .chain(extra.map(|(key, value)| (key.to_string(), value)))
@@ -318,8 +452,13 @@ fn module_adapter(adapter: &Adapter) -> ModuleAdapter {
 
 /// The configuration in the header, if there is one for `prefix`.
 fn metadata_config(file: &TensorFile, prefix: &str) -> Result<Option<LoraConfig>, LoraError> {
-    let Some(text) = file.metadata().get(METADATA_KEY) else { return Ok(None) };
-    let json = |source| LoraError::Json { what: format!("`{METADATA_KEY}` of {}", file.path().display()), source };
+    let Some(text) = file.metadata().get(METADATA_KEY) else {
+        return Ok(None);
+    };
+    let json = |source| LoraError::Json {
+        what: format!("`{METADATA_KEY}` of {}", file.path().display()),
+        source,
+    };
     let all: Map<String, Value> = serde_json::from_str(text).map_err(json)?;
     let known: BTreeSet<String> = match serde_json::to_value(LoraConfig {
         exclude_modules: Some(Targets::List(Vec::new())),
@@ -331,7 +470,9 @@ fn metadata_config(file: &TensorFile, prefix: &str) -> Result<Option<LoraConfig>
     let fields: Map<String, Value> = all
         .into_iter()
         .filter_map(|(key, value)| Some((key.strip_prefix(prefix)?.to_string(), value)))
-        .filter(|(key, value)| known.contains(key) && !value.is_null() && key != "init_lora_weights")
+        .filter(|(key, value)| {
+            known.contains(key) && !value.is_null() && key != "init_lora_weights"
+        })
         .collect();
     if fields.is_empty() {
         return Ok(None);

@@ -9,7 +9,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use burn::module::{Module, ModuleVisitor, Param, Reparameterization, Reparameterizer};
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::adapter::{Adapter, AdapterSpec, LORA_A, LORA_B, LORA_BIAS, Lora, MAGNITUDE, WeightLayout};
+use crate::adapter::{
+    Adapter, AdapterSpec, LORA_A, LORA_B, LORA_BIAS, Lora, MAGNITUDE, WeightLayout,
+};
 use crate::adapter_file::{AdapterFile, ModuleAdapter};
 use crate::config::{InitLoraWeights, LoraConfig};
 use crate::edit::{adapter_names, edit};
@@ -72,10 +74,14 @@ impl Plan {
         path: ForwardPath,
     ) -> Result<Self, LoraError> {
         if name.is_empty() || name.contains('.') {
-            return Err(LoraError::Config(format!("adapter name `{name}` must be non-empty and without dots")));
+            return Err(LoraError::Config(format!(
+                "adapter name `{name}` must be non-empty and without dots"
+            )));
         }
         if adapter_names(model).iter().any(|attached| attached == name) {
-            return Err(LoraError::Config(format!("an adapter named `{name}` is already attached")));
+            return Err(LoraError::Config(format!(
+                "an adapter named `{name}` is already attached"
+            )));
         }
         if let Some(config) = config {
             config.validate()?;
@@ -84,7 +90,9 @@ impl Plan {
         model.visit(&mut scan);
         let modules = match source {
             AdapterSource::Fresh { seed } => {
-                let config = config.ok_or_else(|| LoraError::Config("a fresh adapter needs a configuration".into()))?;
+                let config = config.ok_or_else(|| {
+                    LoraError::Config("a fresh adapter needs a configuration".into())
+                })?;
                 fresh(&scan, config, seed)?
             }
             AdapterSource::File(file) => {
@@ -96,7 +104,10 @@ impl Plan {
         };
         let layers = modules
             .into_iter()
-            .map(|(layer, module)| scan.place(&layer, module).map(|placed| (format!("{layer}.weight"), placed)))
+            .map(|(layer, module)| {
+                scan.place(&layer, module)
+                    .map(|placed| (format!("{layer}.weight"), placed))
+            })
             .collect::<Result<BTreeMap<_, _>, _>>()?;
         if layers.is_empty() {
             return Err(LoraError::Config("the adapter file holds no layer".into()));
@@ -107,12 +118,23 @@ impl Plan {
                     return Err(LoraError::Config("`lora_dropout` needs a model that computes its layers with `lora_core::linear`; set it to 0".into()));
                 }
                 if module.bias.is_some() {
-                    return Err(LoraError::Config(format!("`{layer}` has a `lora_bias`, which needs a model that computes its layers with `lora_core::linear`")));
+                    return Err(LoraError::Config(format!(
+                        "`{layer}` has a `lora_bias`, which needs a model that computes its layers with `lora_core::linear`"
+                    )));
                 }
             }
         }
-        let mut plan = Self { name: name.into(), layers, magnitudes: BTreeMap::new(), occupied: scan.occupied };
-        if plan.layers.values().any(|layer| layer.module.magnitude.is_none() && layer.module.use_dora) {
+        let mut plan = Self {
+            name: name.into(),
+            layers,
+            magnitudes: BTreeMap::new(),
+            occupied: scan.occupied,
+        };
+        if plan
+            .layers
+            .values()
+            .any(|layer| layer.module.magnitude.is_none() && layer.module.use_dora)
+        {
             plan.magnitudes = initial_magnitudes(model, &plan.layers);
         }
         Ok(plan)
@@ -120,7 +142,9 @@ impl Plan {
 
     /// Paths of the layers that get an adapter, sorted.
     pub fn layers(&self) -> impl Iterator<Item = &str> {
-        self.layers.keys().map(|path| path.strip_suffix(".weight").unwrap_or(path))
+        self.layers
+            .keys()
+            .map(|path| path.strip_suffix(".weight").unwrap_or(path))
     }
 
     /// Attaches. Base weights stop requiring gradients; other adapters stay as they are.
@@ -143,18 +167,29 @@ impl Plan {
     }
 
     fn adapter(&self, path: &str, layer: &Layer, device: &Device) -> Adapter {
-        let matrix = |t: &HostTensor| Param::from_data(TensorData::new(t.to_f32(), [t.shape[0], t.shape[1]]), device);
-        let vector = |t: &HostTensor| Param::from_data(TensorData::new(t.to_f32(), [t.numel()]), device);
+        let matrix = |t: &HostTensor| {
+            Param::from_data(
+                TensorData::new(t.to_f32(), [t.shape[0], t.shape[1]]),
+                device,
+            )
+        };
+        let vector =
+            |t: &HostTensor| Param::from_data(TensorData::new(t.to_f32(), [t.numel()]), device);
         let module = &layer.module;
         Adapter {
             name: self.name.clone(),
             spec: module.spec,
             layout: layer.layout,
             weight: 1.0,
+            active: true,
             stream: name_hash(&format!("{path}.{}", self.name)),
             lora_a: matrix(&module.lora_a),
             lora_b: matrix(&module.lora_b),
-            magnitude: module.magnitude.as_ref().or_else(|| self.magnitudes.get(path)).map(vector),
+            magnitude: module
+                .magnitude
+                .as_ref()
+                .or_else(|| self.magnitudes.get(path))
+                .map(vector),
             bias: module.bias.as_ref().map(vector),
         }
     }
@@ -176,7 +211,12 @@ impl Reparameterizer for &Plan {
         match self.layers.get(path) {
             Some(layer) if !self.occupied.contains(path) => {
                 let adapter = self.adapter(path, layer, &device);
-                (param, Some(Lora { adapters: vec![adapter] }))
+                (
+                    param,
+                    Some(Lora {
+                        adapters: vec![adapter],
+                    }),
+                )
             }
             _ => (param, None),
         }
@@ -245,18 +285,28 @@ impl Scan {
     /// Layers that `config` selects.
     fn targets(&self, config: &LoraConfig) -> Result<Vec<&str>, LoraError> {
         let target = config.target_modules.matcher()?;
-        let exclude = config.exclude_modules.as_ref().map(|e| e.matcher()).transpose()?;
+        let exclude = config
+            .exclude_modules
+            .as_ref()
+            .map(|e| e.matcher())
+            .transpose()?;
         let is_target = |path: &str, weight: &Weight| {
-            !exclude.as_ref().is_some_and(|e| e.matches(path, weight.is_linear()))
+            !exclude
+                .as_ref()
+                .is_some_and(|e| e.matches(path, weight.is_linear()))
                 && target.matches(path, weight.is_linear())
         };
         // A list entry that selects nothing is a typing error, even where other entries match.
         if let crate::config::Targets::List(entries) = &config.target_modules {
             if entries.is_empty() {
-                return Err(LoraError::Config("`target_modules` is empty: name the layers to adapt".into()));
+                return Err(LoraError::Config(
+                    "`target_modules` is empty: name the layers to adapt".into(),
+                ));
             }
             for entry in entries {
-                if !self.weights.iter().any(|(path, w)| w.adaptable().is_some() && crate::config::is_suffix(path, entry)) {
+                if !self.weights.iter().any(|(path, w)| {
+                    w.adaptable().is_some() && crate::config::is_suffix(path, entry)
+                }) {
                     return Err(self.no_match(entry));
                 }
             }
@@ -284,16 +334,28 @@ impl Scan {
             .max_by_key(|path| similarity(path, pattern))
             .filter(|path| similarity(path, pattern) > 0)
             .cloned();
-        LoraError::NoMatch { pattern: pattern.into(), nearest }
+        LoraError::NoMatch {
+            pattern: pattern.into(),
+            nearest,
+        }
     }
 
     /// Checks one layer's factors against the weight they go to.
     fn place(&self, path: &str, module: ModuleAdapter) -> Result<Layer, LoraError> {
-        let leftover = |reason: &str| LoraError::Leftover { key: format!("{path}.{LORA_A}"), reason: reason.into() };
-        let weight = self.weights.get(path).ok_or_else(|| leftover("the model has no such layer"))?;
-        let (layout, inputs, outputs) = weight
-            .adaptable()
-            .ok_or_else(|| leftover(&format!("a weight of shape {:?} cannot be adapted", weight.shape)))?;
+        let leftover = |reason: &str| LoraError::Leftover {
+            key: format!("{path}.{LORA_A}"),
+            reason: reason.into(),
+        };
+        let weight = self
+            .weights
+            .get(path)
+            .ok_or_else(|| leftover("the model has no such layer"))?;
+        let (layout, inputs, outputs) = weight.adaptable().ok_or_else(|| {
+            leftover(&format!(
+                "a weight of shape {:?} cannot be adapted",
+                weight.shape
+            ))
+        })?;
         let rank = module.spec.rank;
         for (name, tensor, expected) in [
             (LORA_A, Some(&module.lora_a), vec![rank, inputs]),
@@ -303,10 +365,17 @@ impl Scan {
         ] {
             let Some(tensor) = tensor else { continue };
             if tensor.shape != expected {
-                return Err(LoraError::Shape { key: format!("{path}.{name}"), expected, found: tensor.shape.clone() });
+                return Err(LoraError::Shape {
+                    key: format!("{path}.{name}"),
+                    expected,
+                    found: tensor.shape.clone(),
+                });
             }
             if let Some(index) = tensor.first_non_finite() {
-                return Err(LoraError::NotFinite { key: format!("{path}.{name}"), index });
+                return Err(LoraError::NotFinite {
+                    key: format!("{path}.{name}"),
+                    index,
+                });
             }
         }
         Ok(Layer { layout, module })
@@ -315,42 +384,72 @@ impl Scan {
 
 /// Length of the longest common suffix and prefix, in characters: enough to find a mistyped layer.
 fn similarity(path: &str, pattern: &str) -> usize {
-    let suffix = path.bytes().rev().zip(pattern.bytes().rev()).take_while(|(a, b)| a == b).count();
+    let suffix = path
+        .bytes()
+        .rev()
+        .zip(pattern.bytes().rev())
+        .take_while(|(a, b)| a == b)
+        .count();
     let last = |s: &str| s.rsplit('.').next().unwrap_or_default().to_string();
-    let prefix = last(path).bytes().zip(last(pattern).bytes()).take_while(|(a, b)| a == b).count();
+    let prefix = last(path)
+        .bytes()
+        .zip(last(pattern).bytes())
+        .take_while(|(a, b)| a == b)
+        .count();
     suffix + prefix
 }
 
 /// Fresh factors for every target.
-fn fresh(scan: &Scan, config: &LoraConfig, seed: u64) -> Result<BTreeMap<String, ModuleAdapter>, LoraError> {
+fn fresh(
+    scan: &Scan,
+    config: &LoraConfig,
+    seed: u64,
+) -> Result<BTreeMap<String, ModuleAdapter>, LoraError> {
     let mut modules = BTreeMap::new();
     for path in scan.targets(config)? {
         let (rank, alpha) = config.resolve(path)?;
-        let Some((_, inputs, outputs)) = scan.weights[path].adaptable() else { continue };
+        let Some((_, inputs, outputs)) = scan.weights[path].adaptable() else {
+            continue;
+        };
         let layer = name_hash(path);
         let uniform = |name: &str, n: usize, bound: f64| -> Vec<f32> {
             let mut stream = Stream::new(seed, name, 0, layer);
-            (0..n).map(|_| ((2.0 * stream.uniform() - 1.0) * bound) as f32).collect()
+            (0..n)
+                .map(|_| ((2.0 * stream.uniform() - 1.0) * bound) as f32)
+                .collect()
         };
         let a = match config.init_lora_weights {
             InitLoraWeights::Gaussian => {
                 let mut stream = Stream::new(seed, "init_lora_a", 0, layer);
-                stream.normals(rank * inputs).into_iter().map(|v| v / rank as f32).collect()
+                stream
+                    .normals(rank * inputs)
+                    .into_iter()
+                    .map(|v| v / rank as f32)
+                    .collect()
             }
             InitLoraWeights::Default | InitLoraWeights::Random => {
                 uniform("init_lora_a", rank * inputs, 1.0 / (inputs as f64).sqrt())
             }
         };
         let b = match config.init_lora_weights {
-            InitLoraWeights::Random => uniform("init_lora_b", outputs * rank, 1.0 / (rank as f64).sqrt()),
+            InitLoraWeights::Random => {
+                uniform("init_lora_b", outputs * rank, 1.0 / (rank as f64).sqrt())
+            }
             InitLoraWeights::Default | InitLoraWeights::Gaussian => vec![0.0; outputs * rank],
         };
         let module = ModuleAdapter {
-            spec: AdapterSpec { rank, alpha, use_rslora: config.use_rslora, dropout: config.lora_dropout },
+            spec: AdapterSpec {
+                rank,
+                alpha,
+                use_rslora: config.use_rslora,
+                dropout: config.lora_dropout,
+            },
             lora_a: HostTensor::from_f32([rank, inputs], &a),
             lora_b: HostTensor::from_f32([outputs, rank], &b),
             magnitude: None,
-            bias: config.lora_bias.then(|| HostTensor::from_f32([outputs], &vec![0.0; outputs])),
+            bias: config
+                .lora_bias
+                .then(|| HostTensor::from_f32([outputs], &vec![0.0; outputs])),
             use_dora: config.use_dora,
         };
         modules.insert(path.to_string(), module);
@@ -359,7 +458,10 @@ fn fresh(scan: &Scan, config: &LoraConfig, seed: u64) -> Result<BTreeMap<String,
 }
 
 /// DoRA starts from the norms of the weight as it is: `‖W + scale B A‖` over the inputs, with B zero `‖W‖`.
-fn initial_magnitudes<M: Module>(model: &M, layers: &BTreeMap<String, Layer>) -> BTreeMap<String, HostTensor> {
+fn initial_magnitudes<M: Module>(
+    model: &M,
+    layers: &BTreeMap<String, Layer>,
+) -> BTreeMap<String, HostTensor> {
     struct Norms<'a> {
         path: Vec<String>,
         layers: &'a BTreeMap<String, Layer>,
@@ -374,19 +476,37 @@ fn initial_magnitudes<M: Module>(model: &M, layers: &BTreeMap<String, Layer>) ->
         }
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             let path = self.path.join(".");
-            let Some(Layer { module, .. }) = self.layers.get(&path) else { return };
+            let Some(Layer { module, .. }) = self.layers.get(&path) else {
+                return;
+            };
             let base = param.base();
             let [inputs, outputs] = [base.dims()[0], base.dims()[D - 1]];
             let weight: Tensor<2> = base.reshape([inputs, outputs]);
             let device = weight.device();
-            let factor = |t: &HostTensor| Tensor::<2>::from_data(TensorData::new(t.to_f32(), [t.shape[0], t.shape[1]]), &device);
-            let delta = factor(&module.lora_b).matmul(factor(&module.lora_a)).mul_scalar(module.spec.scale());
+            let factor = |t: &HostTensor| {
+                Tensor::<2>::from_data(
+                    TensorData::new(t.to_f32(), [t.shape[0], t.shape[1]]),
+                    &device,
+                )
+            };
+            let delta = factor(&module.lora_b)
+                .matmul(factor(&module.lora_a))
+                .mul_scalar(module.spec.scale());
             let norm = (weight + delta.transpose()).square().sum_dim(0).sqrt();
-            let values = norm.into_data().convert::<f32>().try_into_vec::<f32>().expect("converted to f32");
-            self.norms.insert(path, HostTensor::from_f32([outputs], &values));
+            let values = norm
+                .into_data()
+                .convert::<f32>()
+                .try_into_vec::<f32>()
+                .expect("converted to f32");
+            self.norms
+                .insert(path, HostTensor::from_f32([outputs], &values));
         }
     }
-    let mut norms = Norms { path: Vec::new(), layers, norms: BTreeMap::new() };
+    let mut norms = Norms {
+        path: Vec::new(),
+        layers,
+        norms: BTreeMap::new(),
+    };
     model.visit(&mut norms);
     norms.norms
 }

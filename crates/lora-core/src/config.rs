@@ -65,7 +65,10 @@ impl LoraConfig {
     /// A pattern that is not a regular expression.
     pub fn resolve(&self, path: &str) -> Result<(usize, f64), LoraError> {
         let rank = self.rank_pattern.first_match(path)?.unwrap_or(self.r);
-        let alpha = self.alpha_pattern.first_match(path)?.unwrap_or(self.lora_alpha);
+        let alpha = self
+            .alpha_pattern
+            .first_match(path)?
+            .unwrap_or(self.lora_alpha);
         Ok((rank, alpha))
     }
 
@@ -76,19 +79,32 @@ impl LoraConfig {
     pub fn validate(&self) -> Result<(), LoraError> {
         let fail = |text: String| Err(LoraError::Config(text));
         if let Some(key) = std::iter::once(("r", self.r))
-            .chain(self.rank_pattern.iter().map(|(pattern, rank)| (pattern, *rank)))
+            .chain(
+                self.rank_pattern
+                    .iter()
+                    .map(|(pattern, rank)| (pattern, *rank)),
+            )
             .find_map(|(key, rank)| (rank == 0).then_some(key))
         {
             return fail(format!("rank of `{key}` is 0; it must be at least 1"));
         }
         if let Some((key, alpha)) = std::iter::once(("lora_alpha", self.lora_alpha))
-            .chain(self.alpha_pattern.iter().map(|(pattern, alpha)| (pattern, *alpha)))
+            .chain(
+                self.alpha_pattern
+                    .iter()
+                    .map(|(pattern, alpha)| (pattern, *alpha)),
+            )
             .find(|(_, alpha)| !alpha.is_finite())
         {
-            return fail(format!("alpha of `{key}` is {alpha}; it must be a finite number"));
+            return fail(format!(
+                "alpha of `{key}` is {alpha}; it must be a finite number"
+            ));
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
-            return fail(format!("`lora_dropout` is {}; it must be in [0, 1)", self.lora_dropout));
+            return fail(format!(
+                "`lora_dropout` is {}; it must be in [0, 1)",
+                self.lora_dropout
+            ));
         }
         if self.use_dora && self.lora_bias {
             return fail("`use_dora` and `lora_bias` cannot be combined".into());
@@ -128,7 +144,11 @@ impl<'de> Deserialize<'de> for InitLoraWeights {
                 f.write_str("true, false or \"gaussian\"")
             }
             fn visit_bool<E: de::Error>(self, flag: bool) -> Result<Self::Value, E> {
-                Ok(if flag { InitLoraWeights::Default } else { InitLoraWeights::Random })
+                Ok(if flag {
+                    InitLoraWeights::Default
+                } else {
+                    InitLoraWeights::Random
+                })
             }
             fn visit_str<E: de::Error>(self, name: &str) -> Result<Self::Value, E> {
                 match name {
@@ -161,7 +181,12 @@ impl Targets {
     pub(crate) fn same_as(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::List(a), Self::List(b)) => {
-                let set = |entries: &[String]| entries.iter().cloned().collect::<std::collections::BTreeSet<_>>();
+                let set = |entries: &[String]| {
+                    entries
+                        .iter()
+                        .cloned()
+                        .collect::<std::collections::BTreeSet<_>>()
+                };
                 set(a) == set(b)
             }
             _ => self == other,
@@ -204,7 +229,8 @@ impl Matcher<'_> {
 
 /// `path` equals `entry` or ends with it at a dot.
 pub(crate) fn is_suffix(path: &str, entry: &str) -> bool {
-    path.strip_suffix(entry).is_some_and(|head| head.is_empty() || head.ends_with('.'))
+    path.strip_suffix(entry)
+        .is_some_and(|head| head.is_empty() || head.ends_with('.'))
 }
 
 fn full_match(pattern: &str) -> Result<fancy_regex::Regex, LoraError> {
@@ -212,7 +238,10 @@ fn full_match(pattern: &str) -> Result<fancy_regex::Regex, LoraError> {
 }
 
 fn compile(regex: &str, pattern: &str) -> Result<fancy_regex::Regex, LoraError> {
-    fancy_regex::Regex::new(regex).map_err(|error| LoraError::Regex { pattern: pattern.into(), reason: error.to_string() })
+    fancy_regex::Regex::new(regex).map_err(|error| LoraError::Regex {
+        pattern: pattern.into(),
+        reason: error.to_string(),
+    })
 }
 
 /// Ordered map from path pattern to value (`rank_pattern`, `alpha_pattern`); order decides which of two matches counts.
@@ -234,12 +263,17 @@ impl<T> FromIterator<(String, T)> for Patterns<T> {
 impl<T: Copy> Patterns<T> {
     /// Pattern and value, in order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &T)> {
-        self.0.iter().map(|(pattern, value)| (pattern.as_str(), value))
+        self.0
+            .iter()
+            .map(|(pattern, value)| (pattern.as_str(), value))
     }
 
     /// Value of exactly this pattern.
     pub fn get(&self, pattern: &str) -> Option<T> {
-        self.0.iter().find(|(own, _)| own == pattern).map(|(_, value)| *value)
+        self.0
+            .iter()
+            .find(|(own, _)| own == pattern)
+            .map(|(_, value)| *value)
     }
 
     /// True if there is no pattern.
@@ -306,10 +340,19 @@ mod tests {
     #[test]
     fn suffixes_match_at_dots_only() {
         assert!(hits(&list(&["proj_out"]), "proj_out"));
-        assert!(hits(&list(&["proj_out"]), "single_transformer_blocks.3.proj_out"));
+        assert!(hits(
+            &list(&["proj_out"]),
+            "single_transformer_blocks.3.proj_out"
+        ));
         assert!(hits(&list(&["ff.net.2"]), "transformer_blocks.0.ff.net.2"));
-        assert!(!hits(&list(&["ff.net.2"]), "transformer_blocks.0.ff_context.net.2"));
-        assert!(!hits(&list(&["to_out"]), "transformer_blocks.0.attn.to_out.0"));
+        assert!(!hits(
+            &list(&["ff.net.2"]),
+            "transformer_blocks.0.ff_context.net.2"
+        ));
+        assert!(!hits(
+            &list(&["to_out"]),
+            "transformer_blocks.0.attn.to_out.0"
+        ));
         assert!(!hits(&list(&["q"]), "transformer_blocks.0.attn.to_q"));
     }
 
@@ -318,8 +361,14 @@ mod tests {
         let targets = Targets::Pattern(r".*attn\.to_[qk]".into());
         assert!(hits(&targets, "transformer_blocks.0.attn.to_q"));
         assert!(!hits(&targets, "transformer_blocks.0.attn.to_q.extra"));
-        assert!(hits(&Targets::Pattern(r"(?!single).*\.to_q".into()), "transformer_blocks.1.attn.to_q"));
-        assert!(!hits(&Targets::Pattern(r"(?!single).*\.to_q".into()), "single_transformer_blocks.1.attn.to_q"));
+        assert!(hits(
+            &Targets::Pattern(r"(?!single).*\.to_q".into()),
+            "transformer_blocks.1.attn.to_q"
+        ));
+        assert!(!hits(
+            &Targets::Pattern(r"(?!single).*\.to_q".into()),
+            "single_transformer_blocks.1.attn.to_q"
+        ));
     }
 
     #[test]
@@ -335,13 +384,26 @@ mod tests {
 
     #[test]
     fn rank_zero_is_an_error_that_names_the_key() {
-        let config = LoraConfig { r: 0, ..LoraConfig::default() };
-        assert_eq!(config.validate().expect_err("rank 0").to_string(), "rank of `r` is 0; it must be at least 1");
+        let config = LoraConfig {
+            r: 0,
+            ..LoraConfig::default()
+        };
+        assert_eq!(
+            config.validate().expect_err("rank 0").to_string(),
+            "rank of `r` is 0; it must be at least 1"
+        );
     }
 
     #[test]
     fn a_broken_regex_is_named() {
-        let error = Targets::Pattern("attn.(".into()).matcher().err().expect("broken").to_string();
-        assert!(error.starts_with("`attn.(` is not a valid regular expression"), "{error}");
+        let error = Targets::Pattern("attn.(".into())
+            .matcher()
+            .err()
+            .expect("broken")
+            .to_string();
+        assert!(
+            error.starts_with("`attn.(` is not a valid regular expression"),
+            "{error}"
+        );
     }
 }

@@ -28,7 +28,13 @@ pub struct DropoutScope(());
 impl DropoutScope {
     /// Starts the scope of one forward and backward pass. `micro_step` counts micro-batches over the whole run.
     pub fn enter(seed: u64, micro_step: u64) -> Self {
-        SCOPE.with(|scope| *scope.borrow_mut() = Some(Active { seed, micro_step, dense: None }));
+        SCOPE.with(|scope| {
+            *scope.borrow_mut() = Some(Active {
+                seed,
+                micro_step,
+                dense: None,
+            })
+        });
         Self(())
     }
 
@@ -37,7 +43,10 @@ impl DropoutScope {
     /// # Errors
     /// An adapter with dropout was computed through `Param::val()`, where dropout on the input cannot exist.
     pub fn finish(self) -> Result<(), LoraError> {
-        match SCOPE.with(|scope| scope.borrow_mut().take()).and_then(|active| active.dense) {
+        match SCOPE
+            .with(|scope| scope.borrow_mut().take())
+            .and_then(|active| active.dense)
+        {
             Some(adapter) => Err(LoraError::Config(format!(
                 "adapter `{adapter}` has dropout, but the model computes a layer without `lora_core::linear`: set `lora_dropout` to 0"
             ))),
@@ -57,8 +66,12 @@ pub(crate) fn mask<const D: usize>(p: f64, layer: u64, x: &Tensor<D>) -> Option<
     if p == 0.0 {
         return None;
     }
-    let (seed, micro_step) =
-        SCOPE.with(|scope| scope.borrow().as_ref().map(|active| (active.seed, active.micro_step)))?;
+    let (seed, micro_step) = SCOPE.with(|scope| {
+        scope
+            .borrow()
+            .as_ref()
+            .map(|active| (active.seed, active.micro_step))
+    })?;
     let mut stream = Stream::new(seed, "dropout", micro_step, layer);
     let shape = x.dims();
     let threshold = (p * 2f64.powi(32)) as u32;
@@ -66,7 +79,10 @@ pub(crate) fn mask<const D: usize>(p: f64, layer: u64, x: &Tensor<D>) -> Option<
     let values: Vec<f32> = (0..shape.iter().product::<usize>())
         .map(|_| if stream.bits() < threshold { 0.0 } else { kept })
         .collect();
-    Some(Tensor::from_data(TensorData::new(values, shape), &x.device()))
+    Some(Tensor::from_data(
+        TensorData::new(values, shape),
+        &x.device(),
+    ))
 }
 
 /// Remembers that a dense weight was built for an adapter with dropout.

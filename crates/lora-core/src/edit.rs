@@ -35,7 +35,9 @@ impl Drop for Installed {
 /// Called by `Lora::map` on every walk; does nothing unless [`edit`] started the walk.
 pub(crate) fn apply_pending(lora: Lora) -> Lora {
     // Taken out while it runs, so that a walk inside the edit does not see it.
-    let Some(mut pending) = PENDING.with(|pending| pending.borrow_mut().take()) else { return lora };
+    let Some(mut pending) = PENDING.with(|pending| pending.borrow_mut().take()) else {
+        return lora;
+    };
     let owner = pending.path[..pending.path.len().saturating_sub(1)].join("."); // the last part is "lora"
     let lora = (pending.edit)(&owner, lora);
     PENDING.with(|slot| *slot.borrow_mut() = Some(pending));
@@ -61,7 +63,12 @@ pub(crate) fn edit<M: Module>(model: M, f: impl FnMut(&str, Lora) -> Lora + 'sta
             });
         }
     }
-    PENDING.with(|pending| *pending.borrow_mut() = Some(Pending { edit: Box::new(f), path: Vec::new() }));
+    PENDING.with(|pending| {
+        *pending.borrow_mut() = Some(Pending {
+            edit: Box::new(f),
+            path: Vec::new(),
+        })
+    });
     let _installed = Installed;
     model.map(&mut Walk)
 }
@@ -96,15 +103,25 @@ pub fn adapter_names<M: Module>(model: &M) -> Vec<String> {
 /// A name that is not attached.
 pub fn set_adapters<M: Module>(model: M, weights: &[(&str, f64)]) -> Result<M, LoraError> {
     let attached = adapter_names(&model);
-    if let Some((name, _)) = weights.iter().find(|(name, _)| !attached.iter().any(|a| a == name)) {
-        return Err(LoraError::UnknownAdapter { name: name.to_string(), attached });
+    if let Some((name, _)) = weights
+        .iter()
+        .find(|(name, _)| !attached.iter().any(|a| a == name))
+    {
+        return Err(LoraError::UnknownAdapter {
+            name: name.to_string(),
+            attached,
+        });
     }
-    let weights: BTreeMap<String, f64> = weights.iter().map(|(name, weight)| (name.to_string(), *weight)).collect();
+    let weights: BTreeMap<String, f64> = weights
+        .iter()
+        .map(|(name, weight)| (name.to_string(), *weight))
+        .collect();
     Ok(edit(model, move |_, lora| {
         lora.each(|mut adapter| {
-            adapter.weight = weights.get(&adapter.name).copied().unwrap_or(0.0);
-            let active = adapter.is_active();
-            adapter.set_trainable(active)
+            let weight = weights.get(&adapter.name);
+            adapter.active = weight.is_some();
+            adapter.weight = weight.copied().unwrap_or(1.0);
+            adapter.set_trainable(weight.is_some())
         })
     }))
 }
@@ -116,7 +133,10 @@ pub fn set_adapters<M: Module>(model: M, weights: &[(&str, f64)]) -> Result<M, L
 pub fn delete_adapter<M: Module>(model: M, name: &str) -> Result<M, LoraError> {
     let attached = adapter_names(&model);
     if !attached.iter().any(|a| a == name) {
-        return Err(LoraError::UnknownAdapter { name: name.into(), attached });
+        return Err(LoraError::UnknownAdapter {
+            name: name.into(),
+            attached,
+        });
     }
     let name = name.to_string();
     Ok(edit(model, move |_, mut lora| {

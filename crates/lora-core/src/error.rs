@@ -53,7 +53,9 @@ pub enum LoraError {
         reason: String,
     },
     /// Stored adapter and configuration disagree.
-    #[error("`{key}` is {configured} in the configuration but {stored} in the stored adapter; resume with the stored value or start a new run")]
+    #[error(
+        "`{key}` is {configured} in the configuration but {stored} in the stored adapter; resume with the stored value or start a new run"
+    )]
     Disagrees {
         /// Configuration key.
         key: String,

@@ -40,8 +40,16 @@ impl Gradients {
                 }
             }
         }
-        let path = prefix.split('.').filter(|part| !part.is_empty()).map(String::from).collect();
-        module.visit(&mut Take { path, from, into: self });
+        let path = prefix
+            .split('.')
+            .filter(|part| !part.is_empty())
+            .map(String::from)
+            .collect();
+        module.visit(&mut Take {
+            path,
+            from,
+            into: self,
+        });
     }
 
     fn add(&mut self, path: String, gradient: Tensor<1>) {
@@ -61,7 +69,9 @@ impl Gradients {
 
     /// Path and gradient, sorted by path.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor<1>)> {
-        self.0.iter().map(|(path, gradient)| (path.as_str(), gradient))
+        self.0
+            .iter()
+            .map(|(path, gradient)| (path.as_str(), gradient))
     }
 
     /// Removes and returns the gradient of the parameter at `path`.
@@ -84,11 +94,21 @@ impl Gradients {
     pub fn norm(&self) -> Result<f64, LoraError> {
         let mut sum = 0.0;
         for (path, gradient) in &self.0 {
-            let values = gradient.to_data().convert::<f32>().try_into_vec::<f32>().expect("converted to f32");
+            let values = gradient
+                .to_data()
+                .convert::<f32>()
+                .try_into_vec::<f32>()
+                .expect("converted to f32");
             if let Some(index) = values.iter().position(|v| !v.is_finite()) {
-                return Err(LoraError::NotFinite { key: format!("gradient of {path}"), index });
+                return Err(LoraError::NotFinite {
+                    key: format!("gradient of {path}"),
+                    index,
+                });
             }
-            sum += values.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>();
+            sum += values
+                .iter()
+                .map(|&v| f64::from(v) * f64::from(v))
+                .sum::<f64>();
         }
         Ok(sum.sqrt())
     }
@@ -100,6 +120,11 @@ impl Gradients {
         if factor >= 1.0 {
             return self;
         }
-        Self(self.0.into_iter().map(|(path, gradient)| (path, gradient.mul_scalar(factor))).collect())
+        Self(
+            self.0
+                .into_iter()
+                .map(|(path, gradient)| (path, gradient.mul_scalar(factor)))
+                .collect(),
+        )
     }
 }

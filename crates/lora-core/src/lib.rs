@@ -5,6 +5,24 @@
 //! that computes its layers with [`linear`] gets `x W + b + scale * (x Aᵀ) Bᵀ` instead, without the dense sum and without
 //! a gradient for `W`.
 //!
+//! ```
+//! use burn::nn::LinearConfig;
+//! use burn::tensor::Device;
+//! use lora_core::{AdapterFile, AdapterSource, ForwardPath, LoraConfig, Plan, Targets};
+//!
+//! # fn main() -> Result<(), lora_core::LoraError> {
+//! let device = Device::flex().autodiff();
+//! let model = vec![LinearConfig::new(16, 32).init(&device), LinearConfig::new(32, 4).init(&device)]; // any module
+//! let config = LoraConfig { r: 4, target_modules: Targets::Pattern("all-linear".into()), ..LoraConfig::default() };
+//! let source = AdapterSource::Fresh { seed: 42 };
+//! let model = Plan::new(&model, "default", Some(&config), source, ForwardPath::Dense)?.apply(model);
+//! // ... train `model` as any Burn model: only the adapter has gradients ...
+//! let file = AdapterFile::from_model(&model, "default", Some(config.target_modules))?.to_bytes("");
+//! # assert!(AdapterFile::from_bytes("adapter.safetensors".as_ref(), file, "").is_ok());
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! | file | idea |
 //! |---|---|
 //! | `config` | `LoraConfig`: which layers, which rank and alpha, by PEFT's rules |
@@ -47,7 +65,9 @@ pub use forward::linear;
 pub use gradients::Gradients;
 pub use optimizer::{OptimizerScalars, OptimizerState, PathOptimizer};
 pub use record::{AdaptersRestored, OptimizerRestored, Training, TrainingRecord};
-pub use state::{ParameterCount, adapter_state, count_parameters, host as host_tensor, trainable_parameters};
+pub use state::{
+    ParameterCount, adapter_state, count_parameters, host as host_tensor, trainable_parameters,
+};
 
 #[cfg(test)]
 mod test_model;

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::optim::{DynOptimizer, DynState, Optimizer, StateSink, StateSource};
-use burn_pack::Scalar;
 use burn::tensor::{Device, Tensor, TensorData};
+use burn_pack::Scalar;
 use serde::{Deserialize, Serialize};
 
 use crate::error::LoraError;
@@ -47,7 +47,11 @@ impl OptimizerState {
     ///
     /// # Errors
     /// A malformed file.
-    pub fn from_bytes(name: &std::path::Path, bytes: Vec<u8>, scalars: OptimizerScalars) -> Result<Self, LoraError> {
+    pub fn from_bytes(
+        name: &std::path::Path,
+        bytes: Vec<u8>,
+        scalars: OptimizerScalars,
+    ) -> Result<Self, LoraError> {
         let file = TensorFile::from_bytes(name, bytes)?;
         let tensors = file
             .names()
@@ -58,27 +62,46 @@ impl OptimizerState {
 
     /// The tensors as a safetensors file.
     pub fn to_bytes(&self) -> Vec<u8> {
-        crate::tensor_file::serialize(&self.tensors, &BTreeMap::from([("format".into(), "pt".into())]))
+        crate::tensor_file::serialize(
+            &self.tensors,
+            &BTreeMap::from([("format".into(), "pt".into())]),
+        )
     }
 }
 
 impl<O: Optimizer> PathOptimizer<O> {
     /// An optimizer that has made no step.
     pub fn new(optimizer: O) -> Self {
-        Self { optimizer, state: BTreeMap::new() }
+        Self {
+            optimizer,
+            state: BTreeMap::new(),
+        }
     }
 
     /// One step of every trainable parameter of `model`.
     ///
     /// # Errors
     /// A trainable parameter without gradient, or a gradient without parameter.
-    pub fn step<M: Module>(&mut self, learning_rate: f64, model: M, gradients: Gradients) -> Result<M, LoraError> {
-        let mut walk = Walk { owner: self, gradients, learning_rate, path: Vec::new(), missing: None };
+    pub fn step<M: Module>(
+        &mut self,
+        learning_rate: f64,
+        model: M,
+        gradients: Gradients,
+    ) -> Result<M, LoraError> {
+        let mut walk = Walk {
+            owner: self,
+            gradients,
+            learning_rate,
+            path: Vec::new(),
+            missing: None,
+        };
         let model = model.map(&mut walk);
         match (walk.missing, walk.gradients.leftover()) {
             (None, None) => Ok(model),
             (Some(path), _) => Err(LoraError::Gradients(format!("`{path}` has no gradient"))),
-            (None, Some(path)) => Err(LoraError::Gradients(format!("the gradient of `{path}` has no parameter"))),
+            (None, Some(path)) => Err(LoraError::Gradients(format!(
+                "the gradient of `{path}` has no parameter"
+            ))),
         }
     }
 
@@ -104,7 +127,10 @@ impl<O: Optimizer> PathOptimizer<O> {
             .into_iter()
             .map(|(name, data)| {
                 let shape = data.shape().to_vec();
-                let values = data.convert::<f32>().try_into_vec::<f32>().expect("converted to f32");
+                let values = data
+                    .convert::<f32>()
+                    .try_into_vec::<f32>()
+                    .expect("converted to f32");
                 (name, HostTensor::from_f32(shape, &values))
             })
             .collect();
@@ -124,14 +150,26 @@ impl<O: Optimizer> PathOptimizer<O> {
     ) -> Result<Self, LoraError> {
         let fail = |text: String| Err(LoraError::Optimizer(text));
         let OptimizerState { tensors, scalars } = state;
-        if let Some(path) = trainable.keys().find(|path| !scalars.ranks.contains_key(*path)) {
+        if let Some(path) = trainable
+            .keys()
+            .find(|path| !scalars.ranks.contains_key(*path))
+        {
             return fail(format!("`{path}` has no stored state"));
         }
-        if let Some(path) = scalars.ranks.keys().find(|path| !trainable.contains_key(*path)) {
+        if let Some(path) = scalars
+            .ranks
+            .keys()
+            .find(|path| !trainable.contains_key(*path))
+        {
             return fail(format!("the state of `{path}` has no parameter"));
         }
-        if let Some((path, _)) = trainable.iter().find(|(path, shape)| scalars.ranks[*path] != shape.len()) {
-            return fail(format!("the state of `{path}` has another number of dimensions"));
+        if let Some((path, _)) = trainable
+            .iter()
+            .find(|(path, shape)| scalars.ranks[*path] != shape.len())
+        {
+            return fail(format!(
+                "the state of `{path}` has another number of dimensions"
+            ));
         }
         let mut values = BTreeMap::new();
         for (name, value) in scalars.values {
@@ -150,13 +188,24 @@ impl<O: Optimizer> PathOptimizer<O> {
         let mut source = StateSource::new(values);
         let mut unclaimed: BTreeSet<String> = tensors.keys().cloned().collect();
         for (name, tensor) in &tensors {
-            let owner = trainable.iter().find(|(path, _)| name.strip_prefix(path.as_str()).is_some_and(|rest| rest.starts_with('.')));
-            let Some((path, shape)) = owner else { return fail(format!("`{name}` belongs to no parameter")) };
+            let owner = trainable.iter().find(|(path, _)| {
+                name.strip_prefix(path.as_str())
+                    .is_some_and(|rest| rest.starts_with('.'))
+            });
+            let Some((path, shape)) = owner else {
+                return fail(format!("`{name}` belongs to no parameter"));
+            };
             if tensor.shape != *shape {
-                return fail(format!("`{name}` has shape {:?}, `{path}` has {shape:?}", tensor.shape));
+                return fail(format!(
+                    "`{name}` has shape {:?}, `{path}` has {shape:?}",
+                    tensor.shape
+                ));
             }
             if let Some(index) = tensor.first_non_finite() {
-                return Err(LoraError::NotFinite { key: name.clone(), index });
+                return Err(LoraError::NotFinite {
+                    key: name.clone(),
+                    index,
+                });
             }
         }
         for (name, tensor) in tensors {
@@ -164,8 +213,12 @@ impl<O: Optimizer> PathOptimizer<O> {
         }
         let mut restored = Self::new(optimizer);
         for (path, shape) in trainable {
-            let state = restored.optimizer.state_unflatten(shape.len(), path, &mut source, device);
-            let Some(state) = state else { return fail(format!("the stored state of `{path}` is incomplete")) };
+            let state = restored
+                .optimizer
+                .state_unflatten(shape.len(), path, &mut source, device);
+            let Some(state) = state else {
+                return fail(format!("the stored state of `{path}` is incomplete"));
+            };
             // What was used is what flattening gives back; the rest of the file must be empty.
             let mut used = StateSink::default();
             restored.optimizer.state_flatten(path, &state, &mut used);
@@ -208,10 +261,17 @@ impl<O: Optimizer> ModuleMapper for Walk<'_, O> {
             return param;
         };
         let gradient = gradient.reshape(param.shape());
-        let state = self.owner.state.remove(&path).map(|state| state.downcast::<O::State<D>>());
+        let state = self
+            .owner
+            .state
+            .remove(&path)
+            .map(|state| state.downcast::<O::State<D>>());
         let mut next = None;
         let param = param.map(|tensor| {
-            let (tensor, state) = self.owner.optimizer.step(self.learning_rate, tensor.inner(), gradient, state);
+            let (tensor, state) =
+                self.owner
+                    .optimizer
+                    .step(self.learning_rate, tensor.inner(), gradient, state);
             next = state;
             Tensor::from_inner(tensor).require_grad()
         });

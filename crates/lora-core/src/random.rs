@@ -9,7 +9,9 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 /// FNV-1a, the 64-bit hash that names streams and layers.
 pub fn name_hash(name: &str) -> u64 {
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
 }
 
 /// A sequence of random numbers, named by what it is for.
@@ -19,7 +21,10 @@ impl Stream {
     /// The stream of `name` (such as `"noise"`) at `step` for the sample or layer `index`.
     pub fn new(seed: u64, name: &str, step: u64, index: u64) -> Self {
         let mut key = [0; 32];
-        for (slot, word) in key.chunks_exact_mut(8).zip([seed, name_hash(name), step, index]) {
+        for (slot, word) in key
+            .chunks_exact_mut(8)
+            .zip([seed, name_hash(name), step, index])
+        {
             slot.copy_from_slice(&word.to_le_bytes());
         }
         Self(ChaCha8Rng::from_seed(key))
@@ -90,9 +95,20 @@ mod tests {
     fn golden_vectors_never_change() {
         let mut stream = Stream::new(42, "noise", 7, 3);
         let bits: Vec<u32> = (0..4).map(|_| stream.bits()).collect();
-        let normals: Vec<u32> = Stream::new(42, "noise", 7, 3).normals(4).iter().map(|v| v.to_bits()).collect();
+        let normals: Vec<u32> = Stream::new(42, "noise", 7, 3)
+            .normals(4)
+            .iter()
+            .map(|v| v.to_bits())
+            .collect();
         let order = Stream::new(1, "shuffle", 0, 0).permutation(8);
-        assert_eq!((bits, normals, order), (GOLDEN_BITS.to_vec(), GOLDEN_NORMALS.to_vec(), GOLDEN_ORDER.to_vec()));
+        assert_eq!(
+            (bits, normals, order),
+            (
+                GOLDEN_BITS.to_vec(),
+                GOLDEN_NORMALS.to_vec(),
+                GOLDEN_ORDER.to_vec()
+            )
+        );
     }
     const GOLDEN_BITS: [u32; 4] = [0; 4];
     const GOLDEN_NORMALS: [u32; 4] = [0; 4];
@@ -102,14 +118,27 @@ mod tests {
     fn normals_have_zero_mean_and_unit_variance() {
         let values = Stream::new(0, "test", 0, 0).normals(100_000);
         let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / 1e5;
-        let var = values.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / 1e5;
-        assert!(mean.abs() < 0.02 && (var - 1.0).abs() < 0.02, "mean {mean}, variance {var}");
+        let var = values
+            .iter()
+            .map(|&v| (f64::from(v) - mean).powi(2))
+            .sum::<f64>()
+            / 1e5;
+        assert!(
+            mean.abs() < 0.02 && (var - 1.0).abs() < 0.02,
+            "mean {mean}, variance {var}"
+        );
     }
 
     #[test]
     fn every_part_of_the_name_matters() {
         let first = |s: u64, n: &str, t: u64, i: u64| Stream::new(s, n, t, i).bits();
-        let all = [first(1, "a", 2, 3), first(2, "a", 2, 3), first(1, "b", 2, 3), first(1, "a", 3, 3), first(1, "a", 2, 4)];
+        let all = [
+            first(1, "a", 2, 3),
+            first(2, "a", 2, 3),
+            first(1, "b", 2, 3),
+            first(1, "a", 3, 3),
+            first(1, "a", 2, 4),
+        ];
         let distinct: std::collections::BTreeSet<_> = all.iter().collect();
         assert_eq!(distinct.len(), all.len());
     }

@@ -40,7 +40,8 @@ impl<const D: usize> TensorTree for Tensor<D> {
         Some((self * gradient).sum())
     }
     fn take_gradient(&self, from: &mut BurnGradients) -> Self {
-        self.grad_remove(from).unwrap_or_else(|| self.clone().inner().zeros_like())
+        self.grad_remove(from)
+            .unwrap_or_else(|| self.clone().inner().zeros_like())
     }
     fn plus(self, other: Self) -> Self {
         self + other
@@ -123,7 +124,15 @@ impl<'a, B: Module, X: TensorTree, S: TensorTree, F: Fn(&B, X, &S) -> X> Chain<'
             inputs.push(current.clone());
             current = forward(&block.clone().no_grad(), current.lift(), &lifted).inner();
         }
-        (Self { blocks, inputs, shared, forward }, current)
+        (
+            Self {
+                blocks,
+                inputs,
+                shared,
+                forward,
+            },
+            current,
+        )
     }
 
     /// Adds the gradients of the blocks' trainable parameters to `into`, under paths `<prefix>.<index>...`.
@@ -133,7 +142,9 @@ impl<'a, B: Module, X: TensorTree, S: TensorTree, F: Fn(&B, X, &S) -> X> Chain<'
         for (index, (block, input)) in self.blocks.iter().zip(self.inputs).enumerate().rev() {
             let (x, shared) = (input.leaf(), self.shared.clone().leaf());
             let output = (self.forward)(block, x.clone(), &shared);
-            let Some(dot) = output.dot(upstream.clone().lift()) else { continue };
+            let Some(dot) = output.dot(upstream.clone().lift()) else {
+                continue;
+            };
             let mut gradients = dot.backward();
             upstream = x.take_gradient(&mut gradients);
             let from_block = shared.take_gradient(&mut gradients);
@@ -143,6 +154,9 @@ impl<'a, B: Module, X: TensorTree, S: TensorTree, F: Fn(&B, X, &S) -> X> Chain<'
             });
             into.take(&format!("{prefix}.{index}"), block, &mut gradients);
         }
-        ChainGradient { input: upstream, shared: shared_gradient }
+        ChainGradient {
+            input: upstream,
+            shared: shared_gradient,
+        }
     }
 }

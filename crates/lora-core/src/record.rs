@@ -66,8 +66,18 @@ impl<P> TrainingRecord<P> {
         config: Option<&LoraConfig>,
         path: ForwardPath,
     ) -> Result<AdaptersRestored<M, P>, LoraError> {
-        let plan = Plan::new(&model, adapter, config, AdapterSource::File(self.adapters), path)?;
-        Ok(AdaptersRestored { model: plan.apply(model), optimizer: self.optimizer, progress: self.progress })
+        let plan = Plan::new(
+            &model,
+            adapter,
+            config,
+            AdapterSource::File(self.adapters),
+            path,
+        )?;
+        Ok(AdaptersRestored {
+            model: plan.apply(model),
+            optimizer: self.optimizer,
+            progress: self.progress,
+        })
     }
 }
 
@@ -81,14 +91,27 @@ impl<M: Module, P> AdaptersRestored<M, P> {
         optimizer: O,
         device: &Device,
     ) -> Result<OptimizerRestored<M, O, P>, LoraError> {
-        let optimizer = PathOptimizer::restore(optimizer, self.optimizer, &trainable_parameters(&self.model), device)?;
-        Ok(OptimizerRestored { model: self.model, optimizer, progress: self.progress })
+        let optimizer = PathOptimizer::restore(
+            optimizer,
+            self.optimizer,
+            &trainable_parameters(&self.model),
+            device,
+        )?;
+        Ok(OptimizerRestored {
+            model: self.model,
+            optimizer,
+            progress: self.progress,
+        })
     }
 }
 
 impl<M, O: Optimizer, P> OptimizerRestored<M, O, P> {
     /// The run, where it stopped.
     pub fn restore_progress(self) -> Training<M, O, P> {
-        Training { model: self.model, optimizer: self.optimizer, progress: self.progress }
+        Training {
+            model: self.model,
+            optimizer: self.optimizer,
+            progress: self.progress,
+        }
     }
 }

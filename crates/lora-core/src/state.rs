@@ -26,8 +26,15 @@ pub fn count_parameters<M: Module>(model: &M) -> ParameterCount {
         (n, if trainable { n } else { 0 })
     });
     model.visit(&mut walk);
-    let (total, trainable) = walk.out.iter().fold((0, 0), |sum, n| (sum.0 + n.0, sum.1 + n.1));
-    ParameterCount { total, trainable, adapted_layers: walk.adapted.len() }
+    let (total, trainable) = walk
+        .out
+        .iter()
+        .fold((0, 0), |sum, n| (sum.0 + n.0, sum.1 + n.1));
+    ParameterCount {
+        total,
+        trainable,
+        adapted_layers: walk.adapted.len(),
+    }
 }
 
 /// Path and shape of every trainable parameter.
@@ -48,7 +55,12 @@ struct Walk<F, T> {
 
 impl<F, T> Walk<F, T> {
     fn new(f: F) -> Self {
-        Self { path: Vec::new(), adapted: BTreeSet::new(), f, out: Vec::new() }
+        Self {
+            path: Vec::new(),
+            adapted: BTreeSet::new(),
+            f,
+            out: Vec::new(),
+        }
     }
 }
 
@@ -64,7 +76,11 @@ impl<T, F: FnMut(&str, &[usize], bool) -> T> ModuleVisitor for Walk<F, T> {
     }
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let shape = param.lazy_shape();
-        self.out.push((self.f)(&self.path.join("."), shape.as_slice(), param.is_initialized() && param.is_require_grad()));
+        self.out.push((self.f)(
+            &self.path.join("."),
+            shape.as_slice(),
+            param.is_initialized() && param.is_require_grad(),
+        ));
     }
 }
 
@@ -96,6 +112,10 @@ pub fn adapter_state<M: Module>(model: &M) -> BTreeMap<String, HostTensor> {
 /// A tensor's values as f32 on the host.
 pub fn host<const D: usize>(tensor: Tensor<D>) -> HostTensor {
     let shape = tensor.dims();
-    let values = tensor.into_data().convert::<f32>().try_into_vec::<f32>().expect("converted to f32");
+    let values = tensor
+        .into_data()
+        .convert::<f32>()
+        .try_into_vec::<f32>()
+        .expect("converted to f32");
     HostTensor::from_f32(shape.to_vec(), &values)
 }

@@ -25,13 +25,20 @@ impl Mlp {
             }
             fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
                 let shape = param.lazy_shape();
-                let values = Stream::new(9, "model", 0, name_hash(&self.0.join("."))).normals(shape.num_elements());
+                let values = Stream::new(9, "model", 0, name_hash(&self.0.join(".")))
+                    .normals(shape.num_elements());
                 let values = values.into_iter().map(|v| 0.3 * v).collect();
-                Param::initialized(param.id, Tensor::from_data(TensorData::new::<f32, _>(values, shape), &self.1))
+                Param::initialized(
+                    param.id,
+                    Tensor::from_data(TensorData::new::<f32, _>(values, shape), &self.1),
+                )
             }
         }
         let layer = |inputs, outputs| LinearConfig::new(inputs, outputs).init(device);
-        let model = Self { up: layer(width, 2 * width), down: layer(2 * width, width) };
+        let model = Self {
+            up: layer(width, 2 * width),
+            down: layer(2 * width, width),
+        };
         model.map(&mut Fill(Vec::new(), device.clone()))
     }
 

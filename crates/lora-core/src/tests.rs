@@ -22,7 +22,9 @@ fn config() -> LoraConfig {
 
 fn attach(model: Mlp, name: &str, config: &LoraConfig, seed: u64) -> Mlp {
     let source = AdapterSource::Fresh { seed };
-    Plan::new(&model, name, Some(config), source, ForwardPath::Fast).expect("valid plan").apply(model)
+    Plan::new(&model, name, Some(config), source, ForwardPath::Fast)
+        .expect("valid plan")
+        .apply(model)
 }
 
 fn gradients(model: &Mlp, fast: bool, device: &Device) -> (Vec<f32>, Gradients) {
@@ -38,7 +40,10 @@ fn gradients(model: &Mlp, fast: bool, device: &Device) -> (Vec<f32>, Gradients) 
 fn zero_b_leaves_the_output_unchanged_and_base_weights_are_frozen() {
     let device = Device::flex();
     let base = Mlp::new(8, &device.clone().autodiff());
-    let config = LoraConfig { init_lora_weights: InitLoraWeights::Default, ..config() };
+    let config = LoraConfig {
+        init_lora_weights: InitLoraWeights::Default,
+        ..config()
+    };
     let adapted = attach(base.clone(), "default", &config, 1);
     let x = input(5, 8, &device.clone().autodiff());
     assert_eq!(values(base.fast(x.clone())), values(adapted.fast(x)));
@@ -49,20 +54,36 @@ fn zero_b_leaves_the_output_unchanged_and_base_weights_are_frozen() {
         "up.weight.lora.default.lora_A",
         "up.weight.lora.default.lora_B",
     ];
-    assert_eq!(trainable.keys().map(String::as_str).collect::<Vec<_>>(), expected);
+    assert_eq!(
+        trainable.keys().map(String::as_str).collect::<Vec<_>>(),
+        expected
+    );
     assert_eq!(trainable["up.weight.lora.default.lora_A"], [3, 8]);
     let count = count_parameters(&adapted);
-    assert_eq!((count.total, count.trainable, count.adapted_layers), (8 * 16 * 2 + 24 + 144, 144, 2));
+    assert_eq!(
+        (count.total, count.trainable, count.adapted_layers),
+        (8 * 16 * 2 + 24 + 144, 144, 2)
+    );
 }
 
 #[test]
 fn a_step_moves_every_factor_and_no_base_weight() {
     let device = Device::flex();
-    let model = attach(Mlp::new(8, &device.clone().autodiff()), "default", &config(), 1);
-    let before = (values(model.up.weight.base().inner()), adapter_state(&model));
+    let model = attach(
+        Mlp::new(8, &device.clone().autodiff()),
+        "default",
+        &config(),
+        1,
+    );
+    let before = (
+        values(model.up.weight.base().inner()),
+        adapter_state(&model),
+    );
     let (_, gradients) = gradients(&model, true, &device);
     let mut optimizer = PathOptimizer::new(AdamWConfig::new().build());
-    let model = optimizer.step(1e-2, model, gradients).expect("every parameter has its gradient");
+    let model = optimizer
+        .step(1e-2, model, gradients)
+        .expect("every parameter has its gradient");
     assert_eq!(values(model.up.weight.base().inner()), before.0);
     for (path, tensor) in adapter_state(&model) {
         assert_ne!(tensor, before.1[&path], "{path}");
@@ -73,12 +94,25 @@ fn a_step_moves_every_factor_and_no_base_weight() {
 #[test]
 fn a_missing_or_foreign_gradient_is_an_error() {
     let device = Device::flex();
-    let model = attach(Mlp::new(8, &device.clone().autodiff()), "default", &config(), 1);
+    let model = attach(
+        Mlp::new(8, &device.clone().autodiff()),
+        "default",
+        &config(),
+        1,
+    );
     let mut optimizer = PathOptimizer::new(AdamWConfig::new().build());
-    let error = optimizer.step(1e-2, model.clone(), Gradients::default()).err().expect("no gradients").to_string();
+    let error = optimizer
+        .step(1e-2, model.clone(), Gradients::default())
+        .err()
+        .expect("no gradients")
+        .to_string();
     assert!(error.contains("has no gradient"), "{error}");
     let (_, found) = gradients(&model, true, &device);
-    let error = optimizer.step(1e-2, model.no_grad(), found).err().expect("nothing to train").to_string();
+    let error = optimizer
+        .step(1e-2, model.no_grad(), found)
+        .err()
+        .expect("nothing to train")
+        .to_string();
     assert!(error.contains("has no parameter"), "{error}");
 }
 
@@ -143,25 +177,54 @@ fn adapters_are_chosen_weighted_and_deleted_by_name() {
     let only = |name: &str, seed| attach(base.clone(), name, &config(), seed);
     let both = attach(only("a", 1), "b", &config(), 2);
     let x = || input(5, 8, &device);
-    let set = |model: &Mlp, weights: &[(&str, f64)]| set_adapters(model.clone(), weights).expect("attached");
+    let set = |model: &Mlp, weights: &[(&str, f64)]| {
+        set_adapters(model.clone(), weights).expect("attached")
+    };
     assert_eq!(adapter_names(&both), ["a", "b"]);
-    assert_eq!(values(set(&both, &[("a", 1.0)]).fast(x())), values(only("a", 1).fast(x())));
-    assert_eq!(values(set(&both, &[("b", 1.0)]).fast(x())), values(only("b", 2).fast(x())));
+    assert_eq!(
+        values(set(&both, &[("a", 1.0)]).fast(x())),
+        values(only("a", 1).fast(x()))
+    );
+    assert_eq!(
+        values(set(&both, &[("b", 1.0)]).fast(x())),
+        values(only("b", 2).fast(x()))
+    );
     assert_eq!(values(set(&both, &[]).fast(x())), values(base.fast(x())));
-    assert_ne!(values(set(&both, &[("a", 0.5)]).fast(x())), values(only("a", 1).fast(x())));
+    assert_ne!(
+        values(set(&both, &[("a", 0.5)]).fast(x())),
+        values(only("a", 1).fast(x()))
+    );
     let left = delete_adapter(both.clone(), "b").expect("attached");
     assert_eq!(values(left.fast(x())), values(only("a", 1).fast(x())));
     let error = delete_adapter(left, "b").expect_err("gone").to_string();
     assert_eq!(error, "no adapter named `b`; attached: a");
-    let taken = Plan::new(&both, "a", Some(&config()), AdapterSource::Fresh { seed: 1 }, ForwardPath::Fast);
-    assert_eq!(taken.expect_err("taken").to_string(), "an adapter named `a` is already attached");
+    let taken = Plan::new(
+        &both,
+        "a",
+        Some(&config()),
+        AdapterSource::Fresh { seed: 1 },
+        ForwardPath::Fast,
+    );
+    assert_eq!(
+        taken.expect_err("taken").to_string(),
+        "an adapter named `a` is already attached"
+    );
 }
 
 #[test]
 fn a_pattern_that_matches_nothing_names_its_neighbour() {
     let base = Mlp::new(8, &Device::flex());
-    let config = LoraConfig { target_modules: Targets::List(vec!["up".into(), "dawn".into()]), ..config() };
-    let error = Plan::new(&base, "default", Some(&config), AdapterSource::Fresh { seed: 1 }, ForwardPath::Fast);
+    let config = LoraConfig {
+        target_modules: Targets::List(vec!["up".into(), "dawn".into()]),
+        ..config()
+    };
+    let error = Plan::new(
+        &base,
+        "default",
+        Some(&config),
+        AdapterSource::Fresh { seed: 1 },
+        ForwardPath::Fast,
+    );
     assert_eq!(
         error.expect_err("no match").to_string(),
         "LoRA target `dawn` matches no layer of this model; the nearest layer is `down`"
@@ -173,17 +236,36 @@ fn a_file_that_disagrees_names_both_values() {
     let device = Device::flex();
     let base = Mlp::new(8, &device);
     let model = attach(base.clone(), "default", &config(), 1);
-    let file = AdapterFile::from_model(&model, "default", Some(config().target_modules)).expect("attached");
+    let file = AdapterFile::from_model(&model, "default", Some(config().target_modules))
+        .expect("attached");
     let plan = |config: &LoraConfig| {
-        Plan::new(&base, "default", Some(config), AdapterSource::File(file.clone()), ForwardPath::Fast)
-            .expect_err("disagrees")
-            .to_string()
+        Plan::new(
+            &base,
+            "default",
+            Some(config),
+            AdapterSource::File(file.clone()),
+            ForwardPath::Fast,
+        )
+        .expect_err("disagrees")
+        .to_string()
     };
     let error = plan(&LoraConfig { r: 4, ..config() });
-    assert!(error.contains("is 4 in the configuration but 3 in the stored adapter"), "{error}");
-    let error = plan(&LoraConfig { lora_alpha: 6.0, ..config() });
-    assert!(error.contains("is 6 in the configuration but 5 in the stored adapter"), "{error}");
-    let error = plan(&LoraConfig { target_modules: Targets::List(vec!["up".into()]), ..config() });
+    assert!(
+        error.contains("is 4 in the configuration but 3 in the stored adapter"),
+        "{error}"
+    );
+    let error = plan(&LoraConfig {
+        lora_alpha: 6.0,
+        ..config()
+    });
+    assert!(
+        error.contains("is 6 in the configuration but 5 in the stored adapter"),
+        "{error}"
+    );
+    let error = plan(&LoraConfig {
+        target_modules: Targets::List(vec!["up".into()]),
+        ..config()
+    });
     assert!(error.contains("target_modules"), "{error}");
 }
 
@@ -191,9 +273,23 @@ fn a_file_that_disagrees_names_both_values() {
 fn dropout_is_a_function_of_seed_and_step_and_refused_on_the_dense_path() {
     let device = Device::flex();
     let base = Mlp::new(8, &device);
-    let config = LoraConfig { lora_dropout: 0.5, ..config() };
-    let refused = Plan::new(&base, "default", Some(&config), AdapterSource::Fresh { seed: 1 }, ForwardPath::Dense);
-    assert!(refused.expect_err("dense").to_string().contains("lora_dropout"));
+    let config = LoraConfig {
+        lora_dropout: 0.5,
+        ..config()
+    };
+    let refused = Plan::new(
+        &base,
+        "default",
+        Some(&config),
+        AdapterSource::Fresh { seed: 1 },
+        ForwardPath::Dense,
+    );
+    assert!(
+        refused
+            .expect_err("dense")
+            .to_string()
+            .contains("lora_dropout")
+    );
     let model = attach(base, "default", &config, 1);
     let run = |seed, micro_step| {
         let scope = DropoutScope::enter(seed, micro_step);
@@ -206,16 +302,29 @@ fn dropout_is_a_function_of_seed_and_step_and_refused_on_the_dense_path() {
     assert_ne!(run(1, 7), run(2, 7));
     let scope = DropoutScope::enter(1, 1);
     let _ = model.dense(input(5, 8, &device));
-    assert!(scope.finish().expect_err("dense path").to_string().contains("lora_core::linear"));
+    assert!(
+        scope
+            .finish()
+            .expect_err("dense path")
+            .to_string()
+            .contains("lora_core::linear")
+    );
 }
 
 fn trained(steps: u64) -> (Mlp, PathOptimizer<burn::optim::AdamW>) {
     let device = Device::flex();
-    let mut model = attach(Mlp::new(8, &device.clone().autodiff()), "default", &config(), 1);
+    let mut model = attach(
+        Mlp::new(8, &device.clone().autodiff()),
+        "default",
+        &config(),
+        1,
+    );
     let mut optimizer = PathOptimizer::new(AdamWConfig::new().build());
     for _ in 0..steps {
         let (_, found) = gradients(&model, true, &device);
-        model = optimizer.step(1e-2, model, found).expect("complete gradients");
+        model = optimizer
+            .step(1e-2, model, found)
+            .expect("complete gradients");
     }
     (model, optimizer)
 }
@@ -225,20 +334,35 @@ fn restored_in_the_only_order_training_goes_on_in_the_same_bits() {
     let device = Device::flex();
     let (straight, straight_optimizer) = trained(9);
     let (model, optimizer) = trained(4);
-    let file = AdapterFile::from_model(&model, "default", Some(config().target_modules)).expect("attached");
+    let file = AdapterFile::from_model(&model, "default", Some(config().target_modules))
+        .expect("attached");
     let record = TrainingRecord::new(file, optimizer.state(), 4u64);
-    let Training { mut model, mut optimizer, progress } = record
-        .restore_adapters(Mlp::new(8, &device.clone().autodiff()), "default", Some(&config()), ForwardPath::Fast)
+    let Training {
+        mut model,
+        mut optimizer,
+        progress,
+    } = record
+        .restore_adapters(
+            Mlp::new(8, &device.clone().autodiff()),
+            "default",
+            Some(&config()),
+            ForwardPath::Fast,
+        )
         .expect("fits")
         .restore_optimizer(AdamWConfig::new().build(), &device)
         .expect("complete")
         .restore_progress();
     for _ in progress..9 {
         let (_, found) = gradients(&model, true, &device);
-        model = optimizer.step(1e-2, model, found).expect("complete gradients");
+        model = optimizer
+            .step(1e-2, model, found)
+            .expect("complete gradients");
     }
     assert_eq!(adapter_state(&model), adapter_state(&straight));
-    assert_eq!(optimizer.state().tensors, straight_optimizer.state().tensors);
+    assert_eq!(
+        optimizer.state().tensors,
+        straight_optimizer.state().tensors
+    );
 }
 
 #[test]
@@ -249,19 +373,41 @@ fn optimizer_state_that_does_not_fit_is_refused() {
     let refuse = |change: &dyn Fn(&mut OptimizerState)| {
         let mut state = optimizer.state();
         change(&mut state);
-        PathOptimizer::restore(AdamWConfig::new().build(), state, &trainable, &device).err().expect("refused").to_string()
+        PathOptimizer::restore(AdamWConfig::new().build(), state, &trainable, &device)
+            .err()
+            .expect("refused")
+            .to_string()
     };
     let moment = "up.weight.lora.default.lora_A.momentum.moment_1";
     assert!(optimizer.state().tensors.contains_key(moment));
     let error = refuse(&|s| drop(s.tensors.remove(moment)));
     assert!(error.contains("incomplete"), "{error}");
-    let error = refuse(&|s| drop(s.tensors.insert("other.moment_1".into(), s.tensors[moment].clone())));
-    assert!(error.contains("`other.moment_1` belongs to no parameter"), "{error}");
-    let error = refuse(&|s| drop(s.tensors.insert(format!("{moment}x"), s.tensors[moment].clone())));
-    assert!(error.contains("is not part of this optimizer's state"), "{error}");
+    let error = refuse(&|s| {
+        drop(
+            s.tensors
+                .insert("other.moment_1".into(), s.tensors[moment].clone()),
+        )
+    });
+    assert!(
+        error.contains("`other.moment_1` belongs to no parameter"),
+        "{error}"
+    );
+    let error = refuse(&|s| {
+        drop(
+            s.tensors
+                .insert(format!("{moment}x"), s.tensors[moment].clone()),
+        )
+    });
+    assert!(
+        error.contains("is not part of this optimizer's state"),
+        "{error}"
+    );
     let error = refuse(&|s| s.tensors.get_mut(moment).expect("there").shape = vec![8, 3]);
     assert!(error.contains("has shape [8, 3]"), "{error}");
-    let error = refuse(&|s| s.tensors.get_mut(moment).expect("there").bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes()));
+    let error = refuse(&|s| {
+        s.tensors.get_mut(moment).expect("there").bytes[..4]
+            .copy_from_slice(&f32::NAN.to_le_bytes())
+    });
     assert!(error.contains("not finite"), "{error}");
     let error = refuse(&|s| s.scalars = OptimizerScalars::default());
     assert!(error.contains("has no stored state"), "{error}");
@@ -271,13 +417,23 @@ fn optimizer_state_that_does_not_fit_is_refused() {
 fn an_unedited_burn_model_trains_through_the_dense_path() {
     use burn::nn::transformer::{TransformerEncoderConfig, TransformerEncoderInput};
     let device = Device::flex();
-    let model = TransformerEncoderConfig::new(16, 32, 2, 1).with_dropout(0.0).init(&device.clone().autodiff());
-    let config = LoraConfig { target_modules: Targets::List(vec!["query".into(), "value".into()]), ..config() };
+    let model = TransformerEncoderConfig::new(16, 32, 2, 1)
+        .with_dropout(0.0)
+        .init(&device.clone().autodiff());
+    let config = LoraConfig {
+        target_modules: Targets::List(vec!["query".into(), "value".into()]),
+        ..config()
+    };
     let source = AdapterSource::Fresh { seed: 5 };
-    let model = Plan::new(&model, "default", Some(&config), source, ForwardPath::Dense).expect("fits").apply(model);
+    let model = Plan::new(&model, "default", Some(&config), source, ForwardPath::Dense)
+        .expect("fits")
+        .apply(model);
     let x = Tensor::<2>::reshape(input(12, 16, &device), [2, 6, 16]).autodiff();
     let loss = |model: &burn::nn::transformer::TransformerEncoder| {
-        model.forward(TransformerEncoderInput::new(x.clone())).square().mean()
+        model
+            .forward(TransformerEncoderInput::new(x.clone()))
+            .square()
+            .mean()
     };
     let (mut model, mut optimizer) = (model, PathOptimizer::new(AdamWConfig::new().build()));
     let mut losses = Vec::new();
@@ -286,7 +442,9 @@ fn an_unedited_burn_model_trains_through_the_dense_path() {
         losses.push(now.clone().into_scalar::<f32>());
         let mut gradients = Gradients::default();
         gradients.take("", &model, &mut now.backward());
-        model = optimizer.step(1e-2, model, gradients).expect("complete gradients");
+        model = optimizer
+            .step(1e-2, model, gradients)
+            .expect("complete gradients");
     }
     assert!(losses[4] < losses[0], "{losses:?}");
 }

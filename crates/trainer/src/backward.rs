@@ -2,10 +2,10 @@
 
 use burn::module::Module;
 use burn::tensor::{Tensor, TensorData};
+use flux_model::layers::{RotaryTable, packed};
 use flux_model::transformer::{
     Conditioning, DoubleStreamBlock, FluxInput, FluxTransformer, SingleStreamBlock, join,
 };
-use flux_model::layers::{RotaryTable, packed};
 use lora_core::recompute::{Chain, Constant, TensorTree};
 use lora_core::{Gradients, trainable_parameters};
 
@@ -25,7 +25,10 @@ type Shared = (Tensor<2>, Constant<(Tensor<2>, Tensor<2>)>);
 
 fn conditioning(shared: &Shared) -> Conditioning {
     let (temb, Constant((cos, sin))) = shared.clone();
-    Conditioning { temb, rotary: RotaryTable { cos, sin } }
+    Conditioning {
+        temb,
+        rotary: RotaryTable { cos, sin },
+    }
 }
 
 /// Weighted mean squared error, and its gradients scaled by `1 / accumulation`.
@@ -37,13 +40,20 @@ pub fn loss_and_gradients(
     accumulation: usize,
     recompute: bool,
 ) -> (f32, Gradients) {
-    if recompute { by_blocks(model, batch, accumulation) } else { at_once(model, batch, accumulation) }
+    if recompute {
+        by_blocks(model, batch, accumulation)
+    } else {
+        at_once(model, batch, accumulation)
+    }
 }
 
 /// Mean over the batch of the weighted squared error of each sample.
 fn loss(velocity: Tensor<3>, target: Tensor<3>, weights: &[f32]) -> Tensor<1> {
     let [batch, tokens, channels] = target.dims();
-    let weights = Tensor::<3>::from_data(TensorData::new(weights.to_vec(), [batch, 1, 1]), &target.device());
+    let weights = Tensor::<3>::from_data(
+        TensorData::new(weights.to_vec(), [batch, 1, 1]),
+        &target.device(),
+    );
     let squares = (velocity - packed(target)).square() * weights;
     squares.reshape([batch * tokens * channels]).mean()
 }
@@ -55,7 +65,11 @@ fn at_once(model: &FluxTransformer, batch: MicroBatch, accumulation: usize) -> (
         pooled: batch.input.pooled.autodiff(),
         ..batch.input
     };
-    let loss = loss(model.forward(input), batch.target.autodiff(), &batch.weights);
+    let loss = loss(
+        model.forward(input),
+        batch.target.autodiff(),
+        &batch.weights,
+    );
     let value = loss.clone().into_scalar();
     let mut found = (loss / accumulation as f64).backward();
     let mut gradients = Gradients::default();
@@ -64,7 +78,11 @@ fn at_once(model: &FluxTransformer, batch: MicroBatch, accumulation: usize) -> (
 }
 
 fn by_blocks(model: &FluxTransformer, batch: MicroBatch, accumulation: usize) -> (f32, Gradients) {
-    let MicroBatch { input, target, weights } = batch;
+    let MicroBatch {
+        input,
+        target,
+        weights,
+    } = batch;
     let txt_tokens = input.txt.dims()[1];
     let input = FluxInput {
         img: input.img.autodiff(),
@@ -76,26 +94,40 @@ fn by_blocks(model: &FluxTransformer, batch: MicroBatch, accumulation: usize) ->
     let stem_temb = model.condition(&input);
     let (stem_img, stem_txt) = model.embed(input.img, input.txt);
 
-    let shared: Shared = (stem_temb.clone().inner(), Constant((rotary.cos.inner(), rotary.sin.inner())));
+    let shared: Shared = (
+        stem_temb.clone().inner(),
+        Constant((rotary.cos.inner(), rotary.sin.inner())),
+    );
     let (double, (img, txt)) = Chain::run(
         &model.transformer_blocks,
         (stem_img.clone().inner(), stem_txt.clone().inner()),
         shared.clone(),
-        |block: &DoubleStreamBlock, (img, txt), shared: &Shared| block.forward(img, txt, &conditioning(shared)),
+        |block: &DoubleStreamBlock, (img, txt), shared: &Shared| {
+            block.forward(img, txt, &conditioning(shared))
+        },
     );
     let (single, hidden) = Chain::run(
         &model.single_transformer_blocks,
         join(txt, img),
         shared.clone(),
-        |block: &SingleStreamBlock, hidden, shared: &Shared| block.forward(hidden, &conditioning(shared)),
+        |block: &SingleStreamBlock, hidden, shared: &Shared| {
+            block.forward(hidden, &conditioning(shared))
+        },
     );
 
     let mut gradients = Gradients::default();
     let (hidden, temb) = (hidden.leaf(), shared.0.leaf());
-    let loss = loss(model.finish(hidden.clone(), txt_tokens, &temb), target.autodiff(), &weights);
+    let loss = loss(
+        model.finish(hidden.clone(), txt_tokens, &temb),
+        target.autodiff(),
+        &weights,
+    );
     let value = loss.clone().into_scalar();
     let mut found = (loss / accumulation as f64).backward();
-    let (hidden_gradient, mut temb_gradient) = (hidden.take_gradient(&mut found), temb.take_gradient(&mut found));
+    let (hidden_gradient, mut temb_gradient) = (
+        hidden.take_gradient(&mut found),
+        temb.take_gradient(&mut found),
+    );
     gradients.take("", model, &mut found);
     drop((hidden, temb, found));
 
@@ -103,8 +135,15 @@ fn by_blocks(model: &FluxTransformer, batch: MicroBatch, accumulation: usize) ->
     let tokens = from_single.input.dims()[1];
     let txt_gradient = from_single.input.clone().narrow(1, 0, txt_tokens);
     let img_gradient = from_single.input.narrow(1, txt_tokens, tokens - txt_tokens);
-    let from_double = double.backward("transformer_blocks", (img_gradient, txt_gradient), &mut gradients);
-    for (from_blocks, _) in [from_single.shared, from_double.shared].into_iter().flatten() {
+    let from_double = double.backward(
+        "transformer_blocks",
+        (img_gradient, txt_gradient),
+        &mut gradients,
+    );
+    for (from_blocks, _) in [from_single.shared, from_double.shared]
+        .into_iter()
+        .flatten()
+    {
         temb_gradient = temb_gradient + from_blocks;
     }
 
@@ -121,7 +160,9 @@ fn by_blocks(model: &FluxTransformer, batch: MicroBatch, accumulation: usize) ->
 
 /// Whether an embedding layer, before the blocks, is trained.
 fn stem_is_trainable<M: Module>(model: &M) -> bool {
-    trainable_parameters(model)
-        .keys()
-        .any(|path| ["x_embedder.", "context_embedder.", "time_text_embed."].iter().any(|stem| path.starts_with(stem)))
+    trainable_parameters(model).keys().any(|path| {
+        ["x_embedder.", "context_embedder.", "time_text_embed."]
+            .iter()
+            .any(|stem| path.starts_with(stem))
+    })
 }

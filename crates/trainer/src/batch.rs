@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use anyhow::Context;
 use burn::tensor::{Device, Tensor, TensorData};
 use flux_model::config::AutoencoderConfig;
-use flux_model::scheduler::SchedulerConfig;
 use flux_model::latent::{image_positions, pack, text_positions};
+use flux_model::scheduler::SchedulerConfig;
 use flux_model::transformer::FluxInput;
 use lora_core::random::Stream;
 
@@ -33,18 +33,28 @@ impl Order {
         let mut buckets: BTreeMap<_, Vec<usize>> = BTreeMap::new();
         for sample in 0..cache.len() {
             let bucket = cache.bucket(sample);
-            buckets.entry((bucket.height_px, bucket.width_px)).or_default().push(sample);
+            buckets
+                .entry((bucket.height_px, bucket.width_px))
+                .or_default()
+                .push(sample);
         }
         Self::of_buckets(buckets.into_values().collect(), batch_size, seed)
     }
 
     fn of_buckets(buckets: Vec<Vec<usize>>, batch_size: usize, seed: u64) -> Self {
-        Self { buckets, batch_size, seed }
+        Self {
+            buckets,
+            batch_size,
+            seed,
+        }
     }
 
     /// Micro-batches that make one pass over the data.
     pub fn batches_per_epoch(&self) -> u64 {
-        self.buckets.iter().map(|samples| samples.len().div_ceil(self.batch_size) as u64).sum()
+        self.buckets
+            .iter()
+            .map(|samples| samples.len().div_ceil(self.batch_size) as u64)
+            .sum()
     }
 
     /// Epoch of a micro step, from 0.
@@ -58,7 +68,8 @@ impl Order {
         let (epoch, position) = (micro_step / per_epoch, micro_step % per_epoch);
         let mut batches = Vec::with_capacity(per_epoch as usize);
         for (index, samples) in self.buckets.iter().enumerate() {
-            let order = Stream::new(self.seed, "sample_order", epoch, index as u64).permutation(samples.len());
+            let order = Stream::new(self.seed, "sample_order", epoch, index as u64)
+                .permutation(samples.len());
             let shuffled: Vec<usize> = order.into_iter().map(|i| samples[i]).collect();
             batches.extend(shuffled.chunks(self.batch_size).map(<[usize]>::to_vec));
         }
@@ -98,11 +109,19 @@ impl Data<'_> {
     ///
     /// # Errors
     /// A cache entry that has vanished.
-    pub fn draw(&self, config: &RunConfig, micro_step: u64, device: &Device) -> anyhow::Result<Drawn> {
+    pub fn draw(
+        &self,
+        config: &RunConfig,
+        micro_step: u64,
+        device: &Device,
+    ) -> anyhow::Result<Drawn> {
         let seed = config.train.seed;
         let samples = self.order.samples(micro_step);
         let stream = |name: &str, i: usize| Stream::new(seed, name, micro_step, i as u64);
-        let (shift, scale) = (self.autoencoder.shift_factor.unwrap_or(0.0) as f32, self.autoencoder.scaling_factor as f32);
+        let (shift, scale) = (
+            self.autoencoder.shift_factor.unwrap_or(0.0) as f32,
+            self.autoencoder.scaling_factor as f32,
+        );
 
         let (mut noisy, mut target, mut sigmas) = (Vec::new(), Vec::new(), Vec::new());
         let (mut sequence, mut pooled) = (Vec::new(), Vec::new());
@@ -114,8 +133,16 @@ impl Data<'_> {
             let posterior = stream("posterior", i).normals(mean.len());
             let noise = stream("noise", i).normals(mean.len());
             let image_tokens = latents.mean.shape[2..].iter().product::<usize>() / 4;
-            let sigma = draw_sigma(&config.train, &self.scheduler, &self.table, image_tokens, &mut stream("sigma", i));
-            for (((mean, std), posterior), noise) in mean.iter().zip(&std).zip(&posterior).zip(&noise) {
+            let sigma = draw_sigma(
+                &config.train,
+                &self.scheduler,
+                &self.table,
+                image_tokens,
+                &mut stream("sigma", i),
+            );
+            for (((mean, std), posterior), noise) in
+                mean.iter().zip(&std).zip(&posterior).zip(&noise)
+            {
                 let latent = (mean + std * posterior - shift) * scale;
                 noisy.push((1.0 - sigma) * latent + sigma * noise);
                 target.push(noise - latent);
@@ -131,24 +158,49 @@ impl Data<'_> {
         }
 
         let batch = samples.len();
-        let [_, channels, height, width] =
-            <[usize; 4]>::try_from(latent_shape).ok().context("cached latents are not [1, channels, height, width]")?;
-        let [_, tokens, _] = <[usize; 3]>::try_from(text_shape).ok().context("cached text is not [1, tokens, width]")?;
-        let latents = |values| Tensor::<4>::from_data(TensorData::new(values, [batch, channels, height, width]), device);
+        let [_, channels, height, width] = <[usize; 4]>::try_from(latent_shape)
+            .ok()
+            .context("cached latents are not [1, channels, height, width]")?;
+        let [_, tokens, _] = <[usize; 3]>::try_from(text_shape)
+            .ok()
+            .context("cached text is not [1, tokens, width]")?;
+        let latents = |values| {
+            Tensor::<4>::from_data(
+                TensorData::new(values, [batch, channels, height, width]),
+                device,
+            )
+        };
         let width_of = |values: &Vec<f32>, rows: usize| values.len() / rows;
-        let (sequence_width, pooled_width) = (width_of(&sequence, batch * tokens), width_of(&pooled, batch));
+        let (sequence_width, pooled_width) = (
+            width_of(&sequence, batch * tokens),
+            width_of(&pooled, batch),
+        );
         let mut positions = text_positions(tokens);
         positions.extend(image_positions(height, width));
         let input = FluxInput {
             img: pack(latents(noisy)),
-            txt: Tensor::from_data(TensorData::new(sequence, [batch, tokens, sequence_width]), device),
+            txt: Tensor::from_data(
+                TensorData::new(sequence, [batch, tokens, sequence_width]),
+                device,
+            ),
             pooled: Tensor::from_data(TensorData::new(pooled, [batch, pooled_width]), device),
             sigma: sigmas.clone(),
             guidance: vec![config.train.guidance as f32; batch],
             positions,
         };
-        let weights = sigmas.iter().map(|&sigma| loss_weight(config.train.loss_weighting, sigma)).collect();
-        Ok(Drawn { batch: MicroBatch { input, target: pack(latents(target)), weights }, samples, sigmas })
+        let weights = sigmas
+            .iter()
+            .map(|&sigma| loss_weight(config.train.loss_weighting, sigma))
+            .collect();
+        Ok(Drawn {
+            batch: MicroBatch {
+                input,
+                target: pack(latents(target)),
+                weights,
+            },
+            samples,
+            sigmas,
+        })
     }
 }
 
@@ -160,7 +212,11 @@ mod tests {
     fn an_epoch_sees_every_sample_once_and_the_next_one_in_another_order() {
         let order = Order::of_buckets(vec![vec![0, 2, 4, 6, 8], vec![1, 3, 5]], 2, 7);
         assert_eq!(order.batches_per_epoch(), 5);
-        let epoch = |e: u64| (0..5).flat_map(|i| order.samples(5 * e + i)).collect::<Vec<_>>();
+        let epoch = |e: u64| {
+            (0..5)
+                .flat_map(|i| order.samples(5 * e + i))
+                .collect::<Vec<_>>()
+        };
         for e in 0..3 {
             let mut seen = epoch(e);
             seen.sort_unstable();

@@ -15,7 +15,8 @@ use flux_model::latent::{image_positions, text_positions};
 use flux_model::transformer::{FluxInput, FluxTransformer};
 use lora_core::random::Stream;
 use lora_core::{
-    AdapterSource, DEFAULT_ADAPTER, ForwardPath, InitLoraWeights, LoraConfig, PathOptimizer, Plan, Targets, count_parameters,
+    AdapterSource, DEFAULT_ADAPTER, ForwardPath, InitLoraWeights, LoraConfig, PathOptimizer, Plan,
+    Targets, count_parameters,
 };
 
 use crate::backward::{MicroBatch, loss_and_gradients};
@@ -42,7 +43,15 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     }
     for variant in ["plain", "recompute"] {
         let status = Command::new(std::env::current_exe()?)
-            .args(["bench", "--device", name, "--variant", variant, "--steps", &args.steps.to_string()])
+            .args([
+                "bench",
+                "--device",
+                name,
+                "--variant",
+                variant,
+                "--steps",
+                &args.steps.to_string(),
+            ])
             .status()
             .context("start the benchmark process")?;
         if !status.success() {
@@ -70,7 +79,9 @@ fn step(device: &NamedDevice, recompute: bool, steps: usize) -> anyhow::Result<(
     let raw = &device.device;
     let model = FluxTransformer::new(&config(), &raw.clone().autodiff());
     let model = crate::random_weights::fill_module(model, 1234, &raw.clone().autodiff());
-    let Targets::List(mut targets) = LoraSection::default().target_modules else { bail!("the default targets are a list") };
+    let Targets::List(mut targets) = LoraSection::default().target_modules else {
+        bail!("the default targets are a list")
+    };
     targets.push("proj_mlp".into());
     let lora = LoraConfig {
         r: 16,
@@ -80,9 +91,21 @@ fn step(device: &NamedDevice, recompute: bool, steps: usize) -> anyhow::Result<(
         ..LoraConfig::default()
     };
     let source = AdapterSource::Fresh { seed: 1234 };
-    let mut model = Plan::new(&model, DEFAULT_ADAPTER, Some(&lora), source, ForwardPath::Fast)?.apply(model);
+    let mut model = Plan::new(
+        &model,
+        DEFAULT_ADAPTER,
+        Some(&lora),
+        source,
+        ForwardPath::Fast,
+    )?
+    .apply(model);
     let count = count_parameters(&model);
-    let mut optimizer = PathOptimizer::new(AdamWConfig::new().with_epsilon(1e-8).with_weight_decay(1e-2).build());
+    let mut optimizer = PathOptimizer::new(
+        AdamWConfig::new()
+            .with_epsilon(1e-8)
+            .with_weight_decay(1e-2)
+            .build(),
+    );
 
     let (mut gradient_time, mut optimizer_time, mut losses) = (Vec::new(), Vec::new(), Vec::new());
     for i in 0..=steps {
@@ -98,7 +121,11 @@ fn step(device: &NamedDevice, recompute: bool, steps: usize) -> anyhow::Result<(
             losses.push(loss);
         }
     }
-    let total: Vec<Duration> = gradient_time.iter().zip(&optimizer_time).map(|(a, b)| *a + *b).collect();
+    let total: Vec<Duration> = gradient_time
+        .iter()
+        .zip(&optimizer_time)
+        .map(|(a, b)| *a + *b)
+        .collect();
     let seconds = median(&total);
     println!(
         "{} {}: base {:.1} M, LoRA {:.2} M; step {seconds:.3} s (forward+backward {:.3}, optimizer {:.3}; min {:.3}); {:.1} GFLOP/s; peak RSS {} MiB; loss {:.4} -> {:.4}",
@@ -124,7 +151,10 @@ fn batch(device: &Device) -> MicroBatch {
         let values = Stream::new(1234, name, 0, 0).normals(shape.iter().product());
         Tensor::<3>::from_data(TensorData::new(values, shape), device)
     };
-    let (latents, noise) = (normal("latents", [1, tokens, 64]), normal("noise", [1, tokens, 64]));
+    let (latents, noise) = (
+        normal("latents", [1, tokens, 64]),
+        normal("noise", [1, tokens, 64]),
+    );
     let mut positions = text_positions(TEXT_TOKENS);
     positions.extend(image_positions(2 * IMAGE_SIDE, 2 * IMAGE_SIDE));
     let input = FluxInput {
@@ -135,13 +165,20 @@ fn batch(device: &Device) -> MicroBatch {
         guidance: vec![3.5],
         positions,
     };
-    MicroBatch { input, target: noise - latents, weights: vec![1.0] }
+    MicroBatch {
+        input,
+        target: noise - latents,
+        weights: vec![1.0],
+    }
 }
 
 /// Forward, gradients of inputs, and of the adapter: linear layers cost 2, attention 3 forward passes.
 fn flops() -> f64 {
     let config = config();
-    let (d, s) = (config.hidden_size() as f64, (IMAGE_SIDE * IMAGE_SIDE + TEXT_TOKENS) as f64);
+    let (d, s) = (
+        config.hidden_size() as f64,
+        (IMAGE_SIDE * IMAGE_SIDE + TEXT_TOKENS) as f64,
+    );
     let blocks = (config.num_layers + config.num_single_layers) as f64;
     let linears = blocks * 24.0 * s * d * d;
     let attention = blocks * 4.0 * s * s * d;
@@ -151,7 +188,9 @@ fn flops() -> f64 {
 fn median(times: &[Duration]) -> f64 {
     let mut times = times.to_vec();
     times.sort();
-    times.get(times.len() / 2).map_or(0.0, Duration::as_secs_f64)
+    times
+        .get(times.len() / 2)
+        .map_or(0.0, Duration::as_secs_f64)
 }
 
 /// Largest resident memory of this process, where the system tells it.

@@ -82,7 +82,8 @@ impl Cache {
         device: &Device,
         progress: impl Fn(&str, u64) -> ProgressBar,
     ) -> anyhow::Result<Self> {
-        fs::create_dir_all(folder).with_context(|| format!("create cache folder {}", folder.display()))?;
+        fs::create_dir_all(folder)
+            .with_context(|| format!("create cache folder {}", folder.display()))?;
         let mut digests = FileDigests::load(folder);
         let encoders = digests.of_all(&pipeline.encoder_paths())?;
         digests.save()?;
@@ -97,16 +98,34 @@ impl Cache {
             let bucket = nearest_bucket(&all_buckets, image.width(), image.height());
             let key = |flip: bool| {
                 let size = format!("{}x{}", bucket.width_px, bucket.height_px);
-                entry_key("latents", &[&bytes, size.as_bytes(), &[u8::from(flip)], encoders.as_bytes(), backend.as_bytes()])
+                entry_key(
+                    "latents",
+                    &[
+                        &bytes,
+                        size.as_bytes(),
+                        &[u8::from(flip)],
+                        encoders.as_bytes(),
+                        backend.as_bytes(),
+                    ],
+                )
             };
             let entry = CachedSample {
                 bucket,
                 latents: key(false),
                 flipped: config.random_flip.then(|| key(true)),
-                text: text_key(&sample.caption, config.max_sequence_length, &encoders, backend),
+                text: text_key(
+                    &sample.caption,
+                    config.max_sequence_length,
+                    &encoders,
+                    backend,
+                ),
             };
-            for (key, flip) in
-                [(Some(&entry.latents), false), (entry.flipped.as_ref(), true)].into_iter().filter_map(|(k, f)| Some((k?, f)))
+            for (key, flip) in [
+                (Some(&entry.latents), false),
+                (entry.flipped.as_ref(), true),
+            ]
+            .into_iter()
+            .filter_map(|(k, f)| Some((k?, f)))
             {
                 if read_entry(folder, key, LATENTS).is_none() {
                     wanted_images.push((key.clone(), sample, bucket, flip));
@@ -115,10 +134,13 @@ impl Cache {
             cached.push(entry);
         }
         if !wanted_images.is_empty() {
-            let autoencoder = pipeline.autoencoder(device).context("load the autoencoder")?;
+            let autoencoder = pipeline
+                .autoencoder(device)
+                .context("load the autoencoder")?;
             let bar = progress("encode images", wanted_images.len() as u64);
             for (key, sample, bucket, flip) in wanted_images {
-                let image = decode_image(&sample.image, &read_image(&sample.image, &limits)?, &limits)?;
+                let image =
+                    decode_image(&sample.image, &read_image(&sample.image, &limits)?, &limits)?;
                 let mut image = resize_and_crop(&image, bucket);
                 if flip {
                     imageops::flip_horizontal_in_place(&mut image);
@@ -134,11 +156,16 @@ impl Cache {
         let empty = String::new();
         let captions = samples.iter().map(|sample| &sample.caption).chain(prompts);
         for text in captions.chain((config.caption_dropout > 0.0).then_some(&empty)) {
-            texts.insert(text_key(text, config.max_sequence_length, &encoders, backend), text);
+            texts.insert(
+                text_key(text, config.max_sequence_length, &encoders, backend),
+                text,
+            );
         }
         texts.retain(|key, _| read_entry(folder, key, TEXT).is_none());
         if !texts.is_empty() {
-            let encoders = pipeline.text_encoders(device).context("load the text encoders")?;
+            let encoders = pipeline
+                .text_encoders(device)
+                .context("load the text encoders")?;
             let bar = progress("encode captions", texts.len() as u64);
             for (key, text) in texts {
                 let text = encode_text(&encoders, text, config.max_sequence_length, device)?;
@@ -149,8 +176,16 @@ impl Cache {
         }
         let key_of = |text: &str| text_key(text, config.max_sequence_length, &encoders, backend);
         let unconditional = (config.caption_dropout > 0.0).then(|| key_of(""));
-        let prompts = prompts.iter().map(|prompt| (prompt.clone(), key_of(prompt))).collect();
-        Ok(Self { folder: folder.into(), samples: cached, unconditional, prompts })
+        let prompts = prompts
+            .iter()
+            .map(|prompt| (prompt.clone(), key_of(prompt)))
+            .collect();
+        Ok(Self {
+            folder: folder.into(),
+            samples: cached,
+            unconditional,
+            prompts,
+        })
     }
 
     /// Number of samples.
@@ -174,7 +209,11 @@ impl Cache {
     /// An entry that has vanished or was damaged since the run started.
     pub fn latents(&self, sample: usize, flipped: bool) -> anyhow::Result<CachedLatents> {
         let entry = &self.samples[sample];
-        let key = if flipped { entry.flipped.as_ref().unwrap_or(&entry.latents) } else { &entry.latents };
+        let key = if flipped {
+            entry.flipped.as_ref().unwrap_or(&entry.latents)
+        } else {
+            &entry.latents
+        };
         let [mean, std] = self.entry(key, LATENTS)?;
         Ok(CachedLatents { mean, std })
     }
@@ -185,7 +224,11 @@ impl Cache {
     /// As [`latents`](Self::latents).
     pub fn text(&self, sample: usize, unconditional: bool) -> anyhow::Result<CachedText> {
         let own = &self.samples[sample].text;
-        let key = if unconditional { self.unconditional.as_ref().unwrap_or(own) } else { own };
+        let key = if unconditional {
+            self.unconditional.as_ref().unwrap_or(own)
+        } else {
+            own
+        };
         let [sequence, pooled] = self.entry(key, TEXT)?;
         Ok(CachedText { sequence, pooled })
     }
@@ -195,12 +238,19 @@ impl Cache {
     /// # Errors
     /// As [`latents`](Self::latents), or another prompt.
     pub fn prompt(&self, prompt: &str) -> anyhow::Result<CachedText> {
-        let key = self.prompts.get(prompt).with_context(|| format!("prompt `{prompt}` is not in the cache"))?;
+        let key = self
+            .prompts
+            .get(prompt)
+            .with_context(|| format!("prompt `{prompt}` is not in the cache"))?;
         let [sequence, pooled] = self.entry(key, TEXT)?;
         Ok(CachedText { sequence, pooled })
     }
 
-    fn entry<const N: usize>(&self, key: &str, names: [&str; N]) -> anyhow::Result<[HostTensor; N]> {
+    fn entry<const N: usize>(
+        &self,
+        key: &str,
+        names: [&str; N],
+    ) -> anyhow::Result<[HostTensor; N]> {
         let path = entry_path(&self.folder, key);
         read_entry(&self.folder, key, names).with_context(|| {
             format!("cache entry {} was removed or damaged while the run was going: start it again with --resume", path.display())
@@ -216,19 +266,38 @@ pub fn encode_text(
     device: &Device,
 ) -> anyhow::Result<CachedText> {
     let embedding = encoders.encode(text, max_sequence_length, device)?;
-    Ok(CachedText { sequence: host_tensor(embedding.sequence), pooled: host_tensor(embedding.pooled) })
+    Ok(CachedText {
+        sequence: host_tensor(embedding.sequence),
+        pooled: host_tensor(embedding.pooled),
+    })
 }
 
-fn encode_image(autoencoder: &Autoencoder, pixels: &[f32], bucket: Bucket, device: &Device) -> CachedLatents {
+fn encode_image(
+    autoencoder: &Autoencoder,
+    pixels: &[f32],
+    bucket: Bucket,
+    device: &Device,
+) -> CachedLatents {
     let shape = [1, 3, bucket.height_px as usize, bucket.width_px as usize];
     let image = Tensor::<4>::from_data(TensorData::new(pixels.to_vec(), shape), device);
     let distribution = autoencoder.encode(image);
-    CachedLatents { std: host_tensor(distribution.std()), mean: host_tensor(distribution.mean) }
+    CachedLatents {
+        std: host_tensor(distribution.std()),
+        mean: host_tensor(distribution.mean),
+    }
 }
 
 fn text_key(text: &str, max_sequence_length: usize, encoders: &str, backend: &str) -> String {
     let length = max_sequence_length.to_string();
-    entry_key("text", &[text.as_bytes(), length.as_bytes(), encoders.as_bytes(), backend.as_bytes()])
+    entry_key(
+        "text",
+        &[
+            text.as_bytes(),
+            length.as_bytes(),
+            encoders.as_bytes(),
+            backend.as_bytes(),
+        ],
+    )
 }
 
 /// `<kind>-<digest of all parts>`; the lengths keep the parts apart.
@@ -257,23 +326,41 @@ fn content_digest<'a>(tensors: impl Iterator<Item = &'a HostTensor>) -> String {
 }
 
 /// An entry that is there and whole.
-fn read_entry<const N: usize>(folder: &Path, key: &str, names: [&str; N]) -> Option<[HostTensor; N]> {
+fn read_entry<const N: usize>(
+    folder: &Path,
+    key: &str,
+    names: [&str; N],
+) -> Option<[HostTensor; N]> {
     let file = TensorFile::open(&entry_path(folder, key)).ok()?;
-    let tensors: Vec<HostTensor> = names.iter().map(|name| file.read(name).ok()).collect::<Option<_>>()?;
+    let tensors: Vec<HostTensor> = names
+        .iter()
+        .map(|name| file.read(name).ok())
+        .collect::<Option<_>>()?;
     let stored = file.metadata().get(CONTENT_DIGEST)?;
     (*stored == content_digest(tensors.iter())).then_some(())?;
     tensors.try_into().ok()
 }
 
 /// Written beside and renamed, so that a stopped write leaves nothing that looks like an entry.
-fn write_entry<const N: usize>(folder: &Path, key: &str, names: [&str; N], tensors: [HostTensor; N]) -> anyhow::Result<()> {
+fn write_entry<const N: usize>(
+    folder: &Path,
+    key: &str,
+    names: [&str; N],
+    tensors: [HostTensor; N],
+) -> anyhow::Result<()> {
     for (name, tensor) in names.iter().zip(&tensors) {
         if let Some(index) = tensor.first_non_finite() {
-            bail!("the encoder gave a value that is not finite ({name}, element {index}) for cache entry {key}");
+            bail!(
+                "the encoder gave a value that is not finite ({name}, element {index}) for cache entry {key}"
+            );
         }
     }
     let metadata = BTreeMap::from([(CONTENT_DIGEST.to_string(), content_digest(tensors.iter()))]);
-    let tensors = names.iter().map(|name| name.to_string()).zip(tensors).collect();
+    let tensors = names
+        .iter()
+        .map(|name| name.to_string())
+        .zip(tensors)
+        .collect();
     let path = entry_path(folder, key);
     let write = || -> std::io::Result<()> {
         let mut file = tempfile::NamedTempFile::new_in(folder)?;
@@ -295,7 +382,10 @@ impl FileDigests {
     /// The digests remembered in `folder`; none if there are none or they cannot be read.
     pub fn load(folder: &Path) -> Self {
         let path = folder.join("digests.json");
-        let known = fs::read(&path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
+        let known = fs::read(&path)
+            .ok()
+            .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+            .unwrap_or_default();
         Self { path, known }
     }
 
@@ -310,9 +400,15 @@ impl FileDigests {
             list_files(path, &mut files).with_context(|| format!("read {}", path.display()))?;
             files.sort();
             for file in files {
-                let name = file.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+                let name = file
+                    .file_name()
+                    .map(|name| name.to_string_lossy().into_owned())
+                    .unwrap_or_default();
                 all.update(name.as_bytes());
-                all.update(self.of(&file).with_context(|| format!("read {}", file.display()))?);
+                all.update(
+                    self.of(&file)
+                        .with_context(|| format!("read {}", file.display()))?,
+                );
             }
         }
         Ok(hex(&all.finalize()))
@@ -320,8 +416,16 @@ impl FileDigests {
 
     fn of(&mut self, file: &Path) -> std::io::Result<String> {
         let metadata = fs::metadata(file)?;
-        let changed = metadata.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
-        let identity = format!("{} {} {}", fs::canonicalize(file)?.display(), metadata.len(), changed.as_nanos());
+        let changed = metadata
+            .modified()?
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        let identity = format!(
+            "{} {} {}",
+            fs::canonicalize(file)?.display(),
+            metadata.len(),
+            changed.as_nanos()
+        );
         if let Some(known) = self.known.get(&identity) {
             return Ok(known.clone());
         }

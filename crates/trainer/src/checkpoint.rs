@@ -9,7 +9,8 @@ use anyhow::{Context, bail};
 use burn::optim::AdamW;
 use flux_model::transformer::FluxTransformer;
 use lora_core::{
-    AdapterFile, DEFAULT_ADAPTER, ForwardPath, LoraConfig, OptimizerScalars, OptimizerState, Training, TrainingRecord,
+    AdapterFile, DEFAULT_ADAPTER, ForwardPath, LoraConfig, OptimizerScalars, OptimizerState,
+    Training, TrainingRecord,
 };
 use serde::{Deserialize, Serialize};
 
@@ -80,10 +81,20 @@ impl Snapshot {
     pub fn take(training: &FluxTraining, state: State, lora: &LoraConfig) -> anyhow::Result<Self> {
         let adapters = adapter_file(&training.model, lora)?;
         let optimizer = training.optimizer.state();
-        if let Some((name, _)) = optimizer.tensors.iter().find(|(_, t)| t.first_non_finite().is_some()) {
-            bail!("optimizer state `{name}` is not finite after step {}; nothing was saved", training.progress.step);
+        if let Some((name, _)) = optimizer
+            .tensors
+            .iter()
+            .find(|(_, t)| t.first_non_finite().is_some())
+        {
+            bail!(
+                "optimizer state `{name}` is not finite after step {}; nothing was saved",
+                training.progress.step
+            );
         }
-        let state = State { optimizer: optimizer.scalars.clone(), ..state };
+        let state = State {
+            optimizer: optimizer.scalars.clone(),
+            ..state
+        };
         Ok(Self {
             lora: adapters.to_bytes(TRANSFORMER_PREFIX),
             optimizer: optimizer.to_bytes(),
@@ -93,7 +104,11 @@ impl Snapshot {
 
     /// Name and content of every file.
     pub fn files(&self) -> [(&str, &[u8]); 3] {
-        [(LORA, &self.lora), (OPTIMIZER, &self.optimizer), (STATE, &self.state)]
+        [
+            (LORA, &self.lora),
+            (OPTIMIZER, &self.optimizer),
+            (STATE, &self.state),
+        ]
     }
 }
 
@@ -108,8 +123,16 @@ pub fn adapter_file(model: &FluxTransformer, lora: &LoraConfig) -> anyhow::Resul
 }
 
 /// Manifest entries that follow from the state.
-pub fn manifest_fields(state: &State, config_digest: String, dataset_digest: String) -> anyhow::Result<ManifestFields> {
-    Ok(ManifestFields { config_digest, dataset_digest, fingerprint: serde_json::to_value(&state.fingerprint)? })
+pub fn manifest_fields(
+    state: &State,
+    config_digest: String,
+    dataset_digest: String,
+) -> anyhow::Result<ManifestFields> {
+    Ok(ManifestFields {
+        config_digest,
+        dataset_digest,
+        fingerprint: serde_json::to_value(&state.fingerprint)?,
+    })
 }
 
 /// A run in memory.
@@ -129,23 +152,41 @@ impl Opened {
     ///
     /// # Errors
     /// A checkpoint of another format, or one that contradicts itself.
-    pub fn parse(mut verified: Verified) -> anyhow::Result<Self> {
-        let dir = verified.dir.clone();
-        let mut take = |name: &str| {
-            verified.files.remove(name).with_context(|| format!("checkpoint {} has no {name}", dir.display()))
+    pub fn parse(verified: &Verified) -> anyhow::Result<Self> {
+        let dir = &verified.dir;
+        let bytes = |name: &str| {
+            verified
+                .files
+                .get(name)
+                .with_context(|| format!("checkpoint {} has no {name}", dir.display()))
         };
-        let (lora, optimizer, state) = (take(LORA)?, take(OPTIMIZER)?, take(STATE)?);
+        let (lora, optimizer, state) = (
+            bytes(LORA)?.clone(),
+            bytes(OPTIMIZER)?.clone(),
+            bytes(STATE)?,
+        );
         let state_path = dir.join(STATE);
-        let state: State =
-            serde_json::from_slice(&state).with_context(|| format!("`{}` is not valid", state_path.display()))?;
+        let state: State = serde_json::from_slice(state)
+            .with_context(|| format!("`{}` is not valid", state_path.display()))?;
         if state.progress.step != verified.manifest.step {
-            bail!("`{}` says step {}, the folder step {}", state_path.display(), state.progress.step, verified.manifest.step);
+            bail!(
+                "`{}` says step {}, the folder step {}",
+                state_path.display(),
+                state.progress.step,
+                verified.manifest.step
+            );
         }
-        let config = RunConfig::from_toml(&state.config, &state_path, &[]).context("the checkpoint's configuration")?;
+        let config = RunConfig::from_toml(&state.config, &state_path, &[])
+            .context("the checkpoint's configuration")?;
         let adapters = AdapterFile::from_bytes(&dir.join(LORA), lora, TRANSFORMER_PREFIX)?;
-        let optimizer = OptimizerState::from_bytes(&dir.join(OPTIMIZER), optimizer, state.optimizer.clone())?;
+        let optimizer =
+            OptimizerState::from_bytes(&dir.join(OPTIMIZER), optimizer, state.optimizer.clone())?;
         let record = TrainingRecord::new(adapters, optimizer, state.progress);
-        Ok(Self { state, config, record })
+        Ok(Self {
+            state,
+            config,
+            record,
+        })
     }
 
     /// The record, to be restored onto a model.
@@ -173,5 +214,7 @@ pub fn restore(
 
 /// The run folder or checkpoint that `--resume PATH` names.
 pub fn is_checkpoint_folder(path: &Path) -> bool {
-    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("ckpt-"))
+    path.file_name()
+        .and_then(|name| name.to_str())
+        .is_some_and(|name| name.starts_with("ckpt-"))
 }

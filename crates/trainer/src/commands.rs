@@ -55,16 +55,25 @@ fn train(args: TrainArgs) -> anyhow::Result<()> {
     let mut overrides = args.set.clone();
     overrides.extend(args.steps.map(|steps| format!("train.steps={steps}")));
     let config = RunConfig::load(&args.config, &overrides)?;
-    let name = args.config.file_stem().map(|stem| stem.to_os_string()).unwrap_or_default();
+    let name = args
+        .config
+        .file_stem()
+        .map(|stem| stem.to_os_string())
+        .unwrap_or_default();
     let mut output = args.output.unwrap_or_else(|| Path::new("runs").join(name));
     let resume = match args.resume {
         None => Resume::No,
         Some(None) => Resume::Newest,
         Some(Some(path)) => {
             if !path.is_dir() {
-                return Err(UsageError(format!("--resume {}: no such run folder or checkpoint", path.display())).into());
+                return Err(UsageError(format!(
+                    "--resume {}: no such run folder or checkpoint",
+                    path.display()
+                ))
+                .into());
             }
-            let path = std::fs::canonicalize(&path).with_context(|| format!("open {}", path.display()))?;
+            let path =
+                std::fs::canonicalize(&path).with_context(|| format!("open {}", path.display()))?;
             if is_checkpoint_folder(&path) {
                 output = path.parent().map(PathBuf::from).unwrap_or_default();
                 Resume::Checkpoint(path)
@@ -92,7 +101,10 @@ fn train(args: TrainArgs) -> anyhow::Result<()> {
             println!("metrics: {}", output.join("metrics.jsonl").display());
         }
         Outcome::Stopped { step } => {
-            println!("stopped after step {step}, saved in {}; go on with --resume", output.display());
+            println!(
+                "stopped after step {step}, saved in {}; go on with --resume",
+                output.display()
+            );
         }
     }
     Ok(())
@@ -103,7 +115,8 @@ fn train(args: TrainArgs) -> anyhow::Result<()> {
 fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.clone()).context("handle signals")?;
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.clone())
+            .context("handle signals")?;
         signal_hook::flag::register(signal, stop.clone()).context("handle signals")?;
     }
     Ok(stop)
@@ -112,27 +125,50 @@ fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
 fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     let device = device::open(args.device.as_deref().unwrap_or(device::default_name()))?.device;
     let pipeline = PipelineFolder::open(&args.model)?;
-    let (scheduler, downscale) = (pipeline.scheduler()?, pipeline.autoencoder_config()?.downscale());
-    if args.steps == 0 || args.height < 2 * downscale || args.width < 2 * downscale || args.max_sequence_length == 0 {
-        return Err(UsageError(format!("--steps must be at least 1, --height and --width at least {}", 2 * downscale)).into());
+    let (scheduler, downscale) = (
+        pipeline.scheduler()?,
+        pipeline.autoencoder_config()?.downscale(),
+    );
+    if args.steps == 0
+        || args.height < 2 * downscale
+        || args.width < 2 * downscale
+        || args.max_sequence_length == 0
+    {
+        return Err(UsageError(format!(
+            "--steps must be at least 1, --height and --width at least {}",
+            2 * downscale
+        ))
+        .into());
     }
     let text = pipeline
         .text_encoders(&device)
         .context("load the text encoders")?
         .encode(&args.prompt, args.max_sequence_length, &device)?;
 
-    let mut transformer = pipeline.transformer(&device).context("load the transformer")?;
+    let mut transformer = pipeline
+        .transformer(&device)
+        .context("load the transformer")?;
     let mut weights = Vec::new();
     for (index, lora) in args.lora.iter().enumerate() {
         let (file, weight) = parse_lora(lora)?;
         let name = format!("lora{index}");
-        let adapter = AdapterFile::load(&file, TRANSFORMER_PREFIX).with_context(|| format!("load {}", file.display()))?;
-        let plan = Plan::new(&transformer, &name, None, AdapterSource::File(adapter), ForwardPath::Fast)?;
+        let adapter = AdapterFile::load(&file, TRANSFORMER_PREFIX)
+            .with_context(|| format!("load {}", file.display()))?;
+        let plan = Plan::new(
+            &transformer,
+            &name,
+            None,
+            AdapterSource::File(adapter),
+            ForwardPath::Fast,
+        )?;
         transformer = plan.apply(transformer);
         weights.push((name, weight));
     }
     if !weights.is_empty() {
-        let weights: Vec<(&str, f64)> = weights.iter().map(|(name, weight)| (name.as_str(), *weight)).collect();
+        let weights: Vec<(&str, f64)> = weights
+            .iter()
+            .map(|(name, weight)| (name.as_str(), *weight))
+            .collect();
         transformer = set_adapters(transformer, &weights)?;
     }
     let transformer = transformer.no_grad();
@@ -145,13 +181,32 @@ fn sample(args: &SampleArgs) -> anyhow::Result<()> {
         seed: args.seed,
     };
     let bar = progress::bar("denoise", args.steps as u64);
-    let (latents, settings) =
-        generate_latents(&transformer, &scheduler, downscale, &text, settings, |_, _, _| bar.inc(1));
+    let (latents, settings) = generate_latents(
+        &transformer,
+        &scheduler,
+        downscale,
+        &text,
+        settings,
+        |_, _, _| bar.inc(1),
+    );
     bar.finish_and_clear();
     drop(transformer);
-    let image = decode(&pipeline.autoencoder(&device).context("load the autoencoder")?, latents, settings);
-    image.save_with_format(&args.out, image::ImageFormat::Png).with_context(|| format!("write {}", args.out.display()))?;
-    println!("image: {} ({} x {})", args.out.display(), image.width(), image.height());
+    let image = decode(
+        &pipeline
+            .autoencoder(&device)
+            .context("load the autoencoder")?,
+        latents,
+        settings,
+    );
+    image
+        .save_with_format(&args.out, image::ImageFormat::Png)
+        .with_context(|| format!("write {}", args.out.display()))?;
+    println!(
+        "image: {} ({} x {})",
+        args.out.display(),
+        image.width(),
+        image.height()
+    );
     Ok(())
 }
 
@@ -161,7 +216,9 @@ fn parse_lora(text: &str) -> anyhow::Result<(PathBuf, f64)> {
         None => Ok((text.into(), 1.0)),
         Some((file, weight)) => match weight.parse::<f64>() {
             Ok(weight) if weight.is_finite() => Ok((file.into(), weight)),
-            _ => bail!(UsageError(format!("--lora {text}: `{weight}` is not a weight"))),
+            _ => bail!(UsageError(format!(
+                "--lora {text}: `{weight}` is not a weight"
+            ))),
         },
     }
 }
@@ -169,7 +226,10 @@ fn parse_lora(text: &str) -> anyhow::Result<(PathBuf, f64)> {
 fn devices() {
     for backend in BACKENDS {
         if !backend.compiled {
-            println!("{:<8} not in this binary ({}); build with --features {}", backend.name, backend.about, backend.name);
+            println!(
+                "{:<8} not in this binary ({}); build with --features {}",
+                backend.name, backend.about, backend.name
+            );
             continue;
         }
         let found = device::list(backend.name);
@@ -190,7 +250,13 @@ fn devices() {
             } else {
                 ""
             };
-            println!("{:<8} {} ({}; storage types {}{fault})", device.name, device.hardware, backend.about, dtypes.join(" "));
+            println!(
+                "{:<8} {} ({}; storage types {}{fault})",
+                device.name,
+                device.hardware,
+                backend.about,
+                dtypes.join(" ")
+            );
         }
     }
 }

@@ -630,45 +630,36 @@ impl RunConfig {
 
     /// What changes from this configuration, the recorded one, to `new`, in the order of the keys.
     ///
-    /// The number of steps, the learning rate and its schedule, `checkpoint` and `sample` may change on resume: they are
-    /// decisions about steps not yet taken. Any other change is not `allowed`.
+    /// What steps already taken do not depend on is `allowed`: how many there will be, the learning rate and its schedule,
+    /// `checkpoint`, `sample`, where files are and `train.recompute`. Any other change would make the resumed run differ
+    /// silently from one that was never stopped.
     pub fn diff(&self, new: &Self) -> Result<Vec<Change>, ConfigError> {
         let (old, new) = (self.flatten()?, new.flatten()?);
         let keys: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
-        let show =
-            |value: Option<&Value>| value.map_or_else(|| "unset".to_owned(), Value::to_string);
+        let shown = |value: Option<&String>| value.cloned().unwrap_or_else(|| "unset".into());
         Ok(keys
             .into_iter()
             .filter(|key| old.get(*key) != new.get(*key))
             .map(|key| Change {
                 key: key.clone(),
-                old: show(old.get(key)),
-                new: show(new.get(key)),
+                old: shown(old.get(key)),
+                new: shown(new.get(key)),
                 allowed: may_change_on_resume(key),
             })
             .collect())
     }
 
-    /// Every value under its dotted key.
-    fn flatten(&self) -> Result<BTreeMap<String, Value>, ConfigError> {
-        fn visit(prefix: &str, table: Table, flat: &mut BTreeMap<String, Value>) {
-            for (key, value) in table {
-                let key = if prefix.is_empty() {
-                    key
-                } else {
-                    format!("{prefix}.{key}")
-                };
-                match value {
-                    Value::Table(table) => visit(&key, table, flat),
-                    value => _ = flat.insert(key, value),
-                }
-            }
-        }
-        let table = Table::try_from(self).map_err(|error| ConfigError::Write {
+    /// Every `section.key` with its value as TOML writes it; as text, so that the order of patterns counts.
+    fn flatten(&self) -> Result<BTreeMap<String, String>, ConfigError> {
+        let sections = Table::try_from(self).map_err(|error| ConfigError::Write {
             problem: one_line(&error.to_string()),
         })?;
         let mut flat = BTreeMap::new();
-        visit("", table, &mut flat);
+        for (section, keys) in sections {
+            for (key, value) in keys.as_table().into_iter().flatten() {
+                flat.insert(format!("{section}.{key}"), value.to_string());
+            }
+        }
         Ok(flat)
     }
 
@@ -1934,6 +1925,28 @@ sample.width = 100000 -> must be a multiple of 16 between 16 and 8192, found 100
     // Changes
 
     #[test]
+    fn the_order_of_patterns_is_kept_and_counts() {
+        let config = |pattern| read(&format!("lora.rank_pattern = {pattern}")).expect("good");
+        let (ba, ab) = (config("{ b = 1, a = 2 }"), config("{ a = 2, b = 1 }"));
+        let first = ba
+            .lora
+            .rank_pattern
+            .iter()
+            .next()
+            .map(|(pattern, _)| pattern);
+        assert_eq!(first, Some("b"));
+        assert_ne!(
+            ba.digest().expect("TOML holds it"),
+            ab.digest().expect("TOML holds it")
+        );
+        let changes = ba.diff(&ab).expect("TOML holds it");
+        assert_eq!(
+            (changes.len(), changes[0].old.as_str()),
+            (1, "{ b = 1, a = 2 }")
+        );
+    }
+
+    #[test]
     fn equal_configurations_have_no_changes() {
         assert_eq!(everything().diff(&everything()).expect("TOML holds it"), []);
     }
@@ -1970,7 +1983,7 @@ sample.width = 100000 -> must be a multiple of 16 between 16 and 8192, found 100
             [
                 "checkpoint.every 100 -> 10 true",
                 "lora.lora_alpha 16.0 -> 32.0 false",
-                "lora.rank_pattern.x 4 -> unset false",
+                "lora.rank_pattern { x = 4 } -> unset false",
                 "lr_scheduler.name \"constant\" -> \"cosine\" true",
                 "optimizer.eps 0.00000001 -> 0.000001 false",
                 "optimizer.learning_rate 0.0001 -> 0.00005 true",

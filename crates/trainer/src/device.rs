@@ -8,10 +8,26 @@ use flux_model::layers::packed;
 
 /// What the program can be built for, and the cargo feature that builds it.
 pub const BACKENDS: [Backend; 4] = [
-    Backend { name: "flex", about: "CPU; the default", compiled: cfg!(feature = "flex") },
-    Backend { name: "ndarray", about: "CPU, on the ndarray crate", compiled: cfg!(feature = "ndarray") },
-    Backend { name: "wgpu", about: "GPU through Vulkan, Metal or DirectX 12", compiled: cfg!(feature = "wgpu") },
-    Backend { name: "cuda", about: "NVIDIA GPU", compiled: cfg!(feature = "cuda") },
+    Backend {
+        name: "flex",
+        about: "CPU; the default",
+        compiled: cfg!(feature = "flex"),
+    },
+    Backend {
+        name: "ndarray",
+        about: "CPU, on the ndarray crate",
+        compiled: cfg!(feature = "ndarray"),
+    },
+    Backend {
+        name: "wgpu",
+        about: "GPU through Vulkan, Metal or DirectX 12",
+        compiled: cfg!(feature = "wgpu"),
+    },
+    Backend {
+        name: "cuda",
+        about: "NVIDIA GPU",
+        compiled: cfg!(feature = "cuda"),
+    },
 ];
 
 /// One backend.
@@ -35,7 +51,9 @@ pub enum DeviceError {
         name: String,
     },
     /// The binary was built without it.
-    #[error("device `{name}` is not in this binary; build it with `--features {name}` (or run `cargo xtask train --device {name}`)")]
+    #[error(
+        "device `{name}` is not in this binary; build it with `--features {name}` (or run `cargo xtask train --device {name}`)"
+    )]
     NotCompiled {
         /// The backend.
         name: &'static str,
@@ -65,7 +83,10 @@ pub struct NamedDevice {
 
 /// The backend used where none is asked for: the first this binary contains.
 pub fn default_name() -> &'static str {
-    BACKENDS.iter().find(|backend| backend.compiled).map_or("flex", |backend| backend.name)
+    BACKENDS
+        .iter()
+        .find(|backend| backend.compiled)
+        .map_or("flex", |backend| backend.name)
 }
 
 /// Opens `name`, such as `flex`, `wgpu` or `cuda:1`.
@@ -78,19 +99,30 @@ pub fn open(name: &str) -> Result<NamedDevice, DeviceError> {
         None => (name, 0),
         Some((backend, index)) => (backend, index.parse().map_err(|_| unknown())?),
     };
-    let known = BACKENDS.iter().find(|known| known.name == backend).ok_or_else(unknown)?;
+    let known = BACKENDS
+        .iter()
+        .find(|known| known.name == backend)
+        .ok_or_else(unknown)?;
     if !known.compiled {
         return Err(DeviceError::NotCompiled { name: known.name });
     }
     let found = list(known.name);
     let count = found.len();
-    found.into_iter().nth(index).ok_or(DeviceError::Absent { name: known.name, index, found: count })
+    found.into_iter().nth(index).ok_or(DeviceError::Absent {
+        name: known.name,
+        index,
+        found: count,
+    })
 }
 
 /// Every device of a compiled backend.
 pub fn list(backend: &str) -> Vec<NamedDevice> {
     let named = |index: usize, hardware: String, device: Device| NamedDevice {
-        name: if index == 0 { backend.to_string() } else { format!("{backend}:{index}") },
+        name: if index == 0 {
+            backend.to_string()
+        } else {
+            format!("{backend}:{index}")
+        },
         hardware,
         device,
     };
@@ -98,12 +130,23 @@ pub fn list(backend: &str) -> Vec<NamedDevice> {
         #[cfg(feature = "flex")]
         "flex" => vec![named(0, cpu_name(), Device::flex())],
         #[cfg(feature = "ndarray")]
-        #[expect(deprecated, reason = "Burn means to drop this backend; while it is there, it is a second opinion")]
-        "ndarray" => vec![named(0, cpu_name(), Device::new(burn_ndarray::NdArrayDevice::Cpu))],
+        #[expect(
+            deprecated,
+            reason = "Burn means to drop this backend; while it is there, it is a second opinion"
+        )]
+        "ndarray" => vec![named(
+            0,
+            cpu_name(),
+            Device::new(burn_ndarray::NdArrayDevice::Cpu),
+        )],
         #[cfg(feature = "wgpu")]
         "wgpu" => {
             let devices = Device::enumerate(DeviceType::Wgpu).into_vec();
-            devices.into_iter().enumerate().map(|(i, device)| named(i, hardware(&device), device)).collect()
+            devices
+                .into_iter()
+                .enumerate()
+                .map(|(i, device)| named(i, hardware(&device), device))
+                .collect()
         }
         #[cfg(feature = "cuda")]
         "cuda" => {
@@ -121,14 +164,21 @@ pub fn list(backend: &str) -> Vec<NamedDevice> {
 
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 fn hardware(device: &Device) -> String {
-    device.identity().map_or_else(|| "unknown".into(), |identity| identity.name.to_string())
+    device
+        .identity()
+        .map_or_else(|| "unknown".into(), |identity| identity.name.to_string())
 }
 
 /// The processor's name, where the system tells it.
 pub fn cpu_name() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-    name.map_or_else(|| std::env::consts::ARCH.to_string(), |(_, name)| name.trim().to_string())
+    let name = info
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or_else(
+        || std::env::consts::ARCH.to_string(),
+        |(_, name)| name.trim().to_string(),
+    )
 }
 
 /// Whether this device sums permuted tensors of rank 4 to wrong numbers, as cubecl backends of Burn 0.22.1 do.
@@ -136,8 +186,12 @@ pub fn cpu_name() -> String {
 /// The networks here avoid the case ([`packed`]), so training is right either way; models of one's own may not be.
 pub fn reduction_fault(device: &Device) -> bool {
     let shape = [2, 4, 16, 32];
-    let values: Vec<f32> = (0..shape.iter().product::<usize>()).map(|i| (i % 97) as f32).collect();
-    let permuted = Tensor::<1>::from_floats(values.as_slice(), device).reshape(shape).swap_dims(2, 3);
+    let values: Vec<f32> = (0..shape.iter().product::<usize>())
+        .map(|i| (i % 97) as f32)
+        .collect();
+    let permuted = Tensor::<1>::from_floats(values.as_slice(), device)
+        .reshape(shape)
+        .swap_dims(2, 3);
     let difference = permuted.clone().sum_dim(0) - packed(permuted).sum_dim(0);
     let largest: f32 = difference.abs().reshape([4 * 16 * 32]).max().into_scalar();
     largest > 1e-3
@@ -150,7 +204,10 @@ mod tests {
     #[test]
     fn an_unknown_device_names_the_known_ones() {
         let error = open("tpu").expect_err("unknown").to_string();
-        assert_eq!(error, "unknown device `tpu`; known: flex, ndarray, wgpu, cuda");
+        assert_eq!(
+            error,
+            "unknown device `tpu`; known: flex, ndarray, wgpu, cuda"
+        );
         assert!(open("flex:x").is_err());
     }
 

@@ -75,6 +75,11 @@ fn cpu_features() -> String {
     ]);
     #[cfg(not(target_arch = "x86_64"))]
     let features: BTreeMap<&str, bool> = BTreeMap::new();
-    let present: Vec<&str> = features.into_iter().filter_map(|(name, present)| present.then_some(name)).collect();
-    format!("{} {}", std::env::consts::ARCH, present.join(" ")).trim_end().to_string()
+    let present: Vec<&str> = features
+        .into_iter()
+        .filter_map(|(name, present)| present.then_some(name))
+        .collect();
+    format!("{} {}", std::env::consts::ARCH, present.join(" "))
+        .trim_end()
+        .to_string()
 }

@@ -35,21 +35,33 @@ pub fn generate_latents(
     on_step: impl FnMut(usize, &Tensor<3>, &Tensor<3>),
 ) -> (Tensor<3>, DenoiseSettings) {
     let device = text.pooled.device();
-    let (latent_height, latent_width) = latent_size(settings.height_px, settings.width_px, downscale);
+    let (latent_height, latent_width) =
+        latent_size(settings.height_px, settings.width_px, downscale);
     let channels = transformer.config().out_channels() / 4;
-    let noise = Stream::new(settings.seed, "latents", 0, 0).normals(channels * latent_height * latent_width);
-    let noise = Tensor::<4>::from_data(TensorData::new(noise, [1, channels, latent_height, latent_width]), &device);
+    let noise = Stream::new(settings.seed, "latents", 0, 0)
+        .normals(channels * latent_height * latent_width);
+    let noise = Tensor::<4>::from_data(
+        TensorData::new(noise, [1, channels, latent_height, latent_width]),
+        &device,
+    );
     let settings = DenoiseSettings {
         latent_height,
         latent_width,
         num_inference_steps: settings.num_inference_steps,
         guidance_scale: settings.guidance_scale,
     };
-    (denoise(transformer, scheduler, text, pack(noise), settings, on_step), settings)
+    (
+        denoise(transformer, scheduler, text, pack(noise), settings, on_step),
+        settings,
+    )
 }
 
 /// Decodes packed latents to pixels.
-pub fn decode(autoencoder: &Autoencoder, latents: Tensor<3>, settings: DenoiseSettings) -> RgbImage {
+pub fn decode(
+    autoencoder: &Autoencoder,
+    latents: Tensor<3>,
+    settings: DenoiseSettings,
+) -> RgbImage {
     let latents = unpack(latents, settings.latent_height, settings.latent_width);
     let image = autoencoder.decode(autoencoder.from_model_space(latents));
     let [_, _, height, width] = image.dims();
@@ -58,12 +70,16 @@ pub fn decode(autoencoder: &Autoencoder, latents: Tensor<3>, settings: DenoiseSe
         let value = values[(channel * height + y as usize) * width + x as usize];
         (255.0 * (value / 2.0 + 0.5).clamp(0.0, 1.0)).round() as u8
     };
-    RgbImage::from_fn(width as u32, height as u32, |x, y| image::Rgb([byte(0, x, y), byte(1, x, y), byte(2, x, y)]))
+    RgbImage::from_fn(width as u32, height as u32, |x, y| {
+        image::Rgb([byte(0, x, y), byte(1, x, y), byte(2, x, y)])
+    })
 }
 
 /// Moves cached embeddings to `device`.
 pub fn text_embedding(text: &crate::cache::CachedText, device: &Device) -> TextEmbedding {
-    let data = |tensor: &lora_core::host::HostTensor| TensorData::new(tensor.to_f32(), tensor.shape.clone());
+    let data = |tensor: &lora_core::host::HostTensor| {
+        TensorData::new(tensor.to_f32(), tensor.shape.clone())
+    };
     TextEmbedding {
         sequence: Tensor::from_data(data(&text.sequence), device),
         pooled: Tensor::from_data(data(&text.pooled), device),

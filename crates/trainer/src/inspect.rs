@@ -12,7 +12,7 @@ use lora_core::tensor_file::TensorFile;
 
 use crate::checkpoint::{Opened, State, TRANSFORMER_PREFIX, is_checkpoint_folder};
 use crate::run_dir::RunDir;
-use crate::transaction::{Verified, verify};
+use crate::transaction::{Rejected, Verified, verify};
 
 /// Describes what is at `path`.
 ///
@@ -28,7 +28,10 @@ pub fn describe(path: &Path) -> anyhow::Result<String> {
         } else if path.join("run.lock").is_file() {
             run(&mut text, path)?;
         } else {
-            bail!("{} is no pipeline, run or checkpoint folder", path.display());
+            bail!(
+                "{} is no pipeline, run or checkpoint folder",
+                path.display()
+            );
         }
     } else {
         tensors(&mut text, path)?;
@@ -49,16 +52,34 @@ fn model(text: &mut String, path: &Path) -> anyhow::Result<()> {
         flux.num_attention_heads,
         flux.attention_head_dim,
         flux.in_channels,
-        if flux.guidance_embeds { "embedded" } else { "not used" }
+        if flux.guidance_embeds {
+            "embedded"
+        } else {
+            "not used"
+        }
     )?;
     let vae = folder.autoencoder_config()?;
-    writeln!(text, "autoencoder:  1:{} with {} channels", vae.downscale(), vae.latent_channels)?;
+    writeln!(
+        text,
+        "autoencoder:  1:{} with {} channels",
+        vae.downscale(),
+        vae.latent_channels
+    )?;
     let scheduler = folder.scheduler()?;
-    let shift = if scheduler.use_dynamic_shifting { "by image size".to_string() } else { scheduler.shift.to_string() };
+    let shift = if scheduler.use_dynamic_shifting {
+        "by image size".to_string()
+    } else {
+        scheduler.shift.to_string()
+    };
     writeln!(text, "scheduler:    shift {shift}")?;
     for component in ["transformer", "vae", "text_encoder", "text_encoder_2"] {
         match Checkpoint::open(&path.join(component)) {
-            Ok(checkpoint) => writeln!(text, "{component}: {} tensors in {}", checkpoint.names().count(), checkpoint.path().display())?,
+            Ok(checkpoint) => writeln!(
+                text,
+                "{component}: {} tensors in {}",
+                checkpoint.names().count(),
+                checkpoint.path().display()
+            )?,
             Err(error) => writeln!(text, "{component}: {error}")?,
         }
     }
@@ -71,9 +92,20 @@ fn run(text: &mut String, path: &Path) -> anyhow::Result<()> {
     for found in run.checkpoints()? {
         let state = match verify(&found.dir) {
             Ok(_) => "verified".to_string(),
-            Err(error) => format!("NOT VALID: {error}"),
+            Err(reason) => format!(
+                "NOT VALID: {}",
+                Rejected {
+                    path: found.dir.clone(),
+                    reason
+                }
+            ),
         };
-        writeln!(text, "  step {:>8}  {}  {state}", found.step, found.dir.display())?;
+        writeln!(
+            text,
+            "  step {:>8}  {}  {state}",
+            found.step,
+            found.dir.display()
+        )?;
     }
     if run.has_checkpoints()? {
         checkpoint(text, run.newest_valid()?.0)?;
@@ -84,19 +116,48 @@ fn run(text: &mut String, path: &Path) -> anyhow::Result<()> {
 fn checkpoint(text: &mut String, verified: Verified) -> anyhow::Result<()> {
     writeln!(text, "checkpoint {} (verified)", verified.dir.display())?;
     for file in &verified.manifest.files {
-        writeln!(text, "  {:<24} {:>12} bytes  sha256 {}", file.name, file.length, &file.sha256[..16])?;
+        writeln!(
+            text,
+            "  {:<24} {:>12} bytes  sha256 {}",
+            file.name,
+            file.length,
+            &file.sha256[..16]
+        )?;
     }
-    let Opened { state, config, .. } = Opened::parse(verified)?;
-    let State { progress, epoch, samples, fingerprint, events, .. } = state;
-    writeln!(text, "step:         {} of {}", progress.step, config.train.steps)?;
+    let Opened { state, config, .. } = Opened::parse(&verified)?;
+    let State {
+        progress,
+        epoch,
+        samples,
+        fingerprint,
+        events,
+        ..
+    } = state;
+    writeln!(
+        text,
+        "step:         {} of {}",
+        progress.step, config.train.steps
+    )?;
     writeln!(text, "epoch:        {epoch}")?;
     writeln!(text, "samples:      {}", samples.len())?;
-    writeln!(text, "lora:         r {}, alpha {}", config.lora.r, config.lora.lora_alpha)?;
-    writeln!(text, "made with:    flux-lora {} on {} ({})", fingerprint.version, fingerprint.device, fingerprint.hardware)?;
+    writeln!(
+        text,
+        "lora:         r {}, alpha {}",
+        config.lora.r, config.lora.lora_alpha
+    )?;
+    writeln!(
+        text,
+        "made with:    flux-lora {} on {} ({})",
+        fingerprint.version, fingerprint.device, fingerprint.hardware
+    )?;
     writeln!(text, "cpu features: {}", fingerprint.cpu_features)?;
     writeln!(text, "binary:       sha256 {}", fingerprint.binary)?;
     for event in events {
-        writeln!(text, "event:        after step {}: {}", event.step, event.what)?;
+        writeln!(
+            text,
+            "event:        after step {}: {}",
+            event.step, event.what
+        )?;
     }
     Ok(())
 }
@@ -105,20 +166,33 @@ fn tensors(text: &mut String, path: &Path) -> anyhow::Result<()> {
     let file = TensorFile::open(path)?;
     let adapter = match AdapterFile::load(path, TRANSFORMER_PREFIX) {
         Ok(adapter) => adapter,
-        Err(error) => bail!("{} is not a LoRA of the diffusers format: {error}", path.display()),
+        Err(error) => bail!(
+            "{} is not a LoRA of the diffusers format: {error}",
+            path.display()
+        ),
     };
     let config = adapter.config();
     writeln!(text, "LoRA {} (diffusers format)", path.display())?;
     let mut shapes: BTreeMap<(usize, String), usize> = BTreeMap::new();
     for module in adapter.modules().values() {
-        *shapes.entry((module.spec.rank, format!("{}", module.spec.alpha))).or_default() += 1;
+        *shapes
+            .entry((module.spec.rank, format!("{}", module.spec.alpha)))
+            .or_default() += 1;
     }
     for ((rank, alpha), count) in shapes {
         writeln!(text, "rank {rank}, alpha {alpha}: {count} layers")?;
     }
-    let parameters: usize = file.names().filter_map(|name| file.info(name)).map(|info| info.shape.iter().product::<usize>()).sum();
+    let parameters: usize = file
+        .names()
+        .filter_map(|name| file.info(name))
+        .map(|info| info.shape.iter().product::<usize>())
+        .sum();
     writeln!(text, "parameters: {parameters}")?;
-    writeln!(text, "rsLoRA: {}, DoRA: {}, bias: {}", config.use_rslora, config.use_dora, config.lora_bias)?;
+    writeln!(
+        text,
+        "rsLoRA: {}, DoRA: {}, bias: {}",
+        config.use_rslora, config.use_dora, config.lora_bias
+    )?;
     for layer in adapter.modules().keys() {
         writeln!(text, "  {layer}")?;
     }

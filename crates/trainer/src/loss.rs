@@ -15,7 +15,9 @@ pub fn loss_weight(weighting: LossWeighting, sigma: f32) -> f32 {
     match weighting {
         LossWeighting::None => 1.0,
         LossWeighting::SigmaSqrt => 1.0 / (sigma * sigma),
-        LossWeighting::Cosmap => 2.0 / (std::f32::consts::PI * (1.0 - 2.0 * sigma + 2.0 * sigma * sigma)),
+        LossWeighting::Cosmap => {
+            2.0 / (std::f32::consts::PI * (1.0 - 2.0 * sigma + 2.0 * sigma * sigma))
+        }
     }
 }
 
@@ -34,7 +36,13 @@ pub fn density(train: &TrainSection, raw: f64) -> f64 {
 ///
 /// All schemes but `sigmoid` go through the scheduler's table of 1000 levels, as in diffusers: density `u` picks index
 /// `floor(1000 u)`, so a large `u` is a low noise level.
-pub fn draw_sigma(train: &TrainSection, scheduler: &SchedulerConfig, table: &[f32], image_tokens: usize, stream: &mut Stream) -> f32 {
+pub fn draw_sigma(
+    train: &TrainSection,
+    scheduler: &SchedulerConfig,
+    table: &[f32],
+    image_tokens: usize,
+    stream: &mut Stream,
+) -> f32 {
     let raw = match train.timestep_sampling {
         TimestepSampling::None | TimestepSampling::Mode => stream.uniform(),
         TimestepSampling::LogitNormal | TimestepSampling::Sigmoid => stream.normal(),
@@ -75,17 +83,36 @@ mod tests {
     fn every_scheme_stays_inside_the_table_and_shift_moves_to_more_noise() {
         let scheduler = SchedulerConfig::default();
         let table = scheduler.training_sigmas();
-        for timestep_sampling in
-            [TimestepSampling::None, TimestepSampling::LogitNormal, TimestepSampling::Mode, TimestepSampling::Sigmoid]
-        {
+        for timestep_sampling in [
+            TimestepSampling::None,
+            TimestepSampling::LogitNormal,
+            TimestepSampling::Mode,
+            TimestepSampling::Sigmoid,
+        ] {
             let mean = |shift| {
-                let train = TrainSection { timestep_sampling, shift, ..TrainSection::default() };
+                let train = TrainSection {
+                    timestep_sampling,
+                    shift,
+                    ..TrainSection::default()
+                };
                 let levels = (0..2000).map(|i| {
-                    draw_sigma(&train, &scheduler, &table, 1024, &mut Stream::new(1, "sigma", i, 0))
+                    draw_sigma(
+                        &train,
+                        &scheduler,
+                        &table,
+                        1024,
+                        &mut Stream::new(1, "sigma", i, 0),
+                    )
                 });
-                levels.inspect(|s| assert!((0.0..=1.0).contains(s), "{timestep_sampling:?}: {s}")).sum::<f32>() / 2000.0
+                levels
+                    .inspect(|s| assert!((0.0..=1.0).contains(s), "{timestep_sampling:?}: {s}"))
+                    .sum::<f32>()
+                    / 2000.0
             };
-            let (plain, shifted) = (mean(TimestepShift::Constant(1.0)), mean(TimestepShift::Constant(3.0)));
+            let (plain, shifted) = (
+                mean(TimestepShift::Constant(1.0)),
+                mean(TimestepShift::Constant(3.0)),
+            );
             assert!((plain - 0.5).abs() < 0.03, "{timestep_sampling:?}: {plain}");
             assert!(shifted > 0.6, "{timestep_sampling:?}: {shifted}");
             assert!((mean(TimestepShift::Flux) - plain) > 0.05);

@@ -7,7 +7,13 @@ use crate::config::LrSchedulerName;
 /// Factor on the learning rate for optimizer step `step`, counted from 0.
 ///
 /// `constant` has no warm-up, as in diffusers.
-pub fn factor(schedule: LrSchedulerName, step: u64, warmup_steps: u64, total_steps: u64, num_cycles: f64) -> f64 {
+pub fn factor(
+    schedule: LrSchedulerName,
+    step: u64,
+    warmup_steps: u64,
+    total_steps: u64,
+    num_cycles: f64,
+) -> f64 {
     let ratio = |a: u64, b: u64| a as f64 / b.max(1) as f64;
     if schedule == LrSchedulerName::Constant {
         return 1.0;

@@ -35,19 +35,38 @@ impl<'a> Previews<'a> {
     ) -> anyhow::Result<Self> {
         let folder = run.join("samples");
         if config.sample.is_some() {
-            std::fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+            std::fs::create_dir_all(&folder)
+                .with_context(|| format!("create {}", folder.display()))?;
         }
-        let prompts = prompts.iter().map(|prompt| cache.prompt(prompt)).collect::<Result<_, _>>()?;
-        Ok(Self { section: config.sample.as_ref(), prompts, pipeline, folder })
+        let prompts = prompts
+            .iter()
+            .map(|prompt| cache.prompt(prompt))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            section: config.sample.as_ref(),
+            prompts,
+            pipeline,
+            folder,
+        })
     }
 
     /// Renders every prompt if this step is one to do so.
     ///
     /// # Errors
     /// An autoencoder that cannot be loaded, a full disk.
-    pub fn render_if_due(&self, training: &FluxTraining, report: &TrainReport, device: &NamedDevice) -> anyhow::Result<()> {
+    pub fn render_if_due(
+        &self,
+        training: &FluxTraining,
+        report: &TrainReport,
+        device: &NamedDevice,
+    ) -> anyhow::Result<()> {
         let step = training.progress.step;
-        let Some(section) = self.section.filter(|section| step.is_multiple_of(section.every)) else { return Ok(()) };
+        let Some(section) = self
+            .section
+            .filter(|section| step.is_multiple_of(section.every))
+        else {
+            return Ok(());
+        };
         let model = training.model.valid();
         let scheduler = self.pipeline.scheduler()?;
         let downscale = self.pipeline.autoencoder_config()?.downscale();
@@ -68,10 +87,15 @@ impl<'a> Previews<'a> {
             })
             .collect();
         drop(model);
-        let autoencoder = self.pipeline.autoencoder(&device.device).context("load the autoencoder")?;
+        let autoencoder = self
+            .pipeline
+            .autoencoder(&device.device)
+            .context("load the autoencoder")?;
         for (index, (latents, settings)) in latents.into_iter().enumerate() {
             let path = self.folder.join(format!("step-{step:07}-{index}.png"));
-            decode(&autoencoder, latents, settings).save(&path).with_context(|| format!("write {}", path.display()))?;
+            decode(&autoencoder, latents, settings)
+                .save(&path)
+                .with_context(|| format!("write {}", path.display()))?;
             report.suspend(|| tracing::debug!(path = %path.display(), "sample"));
         }
         Ok(())

@@ -13,7 +13,9 @@ pub fn bar(what: &str, length: u64) -> ProgressBar {
     }
     let style = ProgressStyle::with_template("{prefix:>16} {bar:30} {pos}/{len} {eta} {msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::new(length).with_style(style).with_prefix(what.to_string())
+    ProgressBar::new(length)
+        .with_style(style)
+        .with_prefix(what.to_string())
 }
 
 /// Progress of a training run.
@@ -30,7 +32,12 @@ impl TrainReport {
     pub fn new(done: u64, steps: u64) -> Self {
         let bar = bar("train", steps).with_position(done);
         bar.reset_eta();
-        Self { bar, steps, lines: !std::io::stderr().is_terminal(), mean_loss: None }
+        Self {
+            bar,
+            steps,
+            lines: !std::io::stderr().is_terminal(),
+            mean_loss: None,
+        }
     }
 
     /// One more step.
@@ -39,7 +46,9 @@ impl TrainReport {
         self.mean_loss = Some(mean_loss);
         let seconds = took.as_secs_f64();
         self.bar.set_position(step);
-        self.bar.set_message(format!("loss {loss:.4} (mean {mean_loss:.4}) lr {lr:.2e} {seconds:.2} s/step"));
+        self.bar.set_message(format!(
+            "loss {loss:.4} (mean {mean_loss:.4}) lr {lr:.2e} {seconds:.2} s/step"
+        ));
         let every = (self.steps / 20).max(1);
         if self.lines && (step.is_multiple_of(every) || step == self.steps) {
             let left = Duration::from_secs_f64(seconds * (self.steps - step) as f64);

@@ -30,10 +30,20 @@ pub fn fill(folder: &Path, out: &Path, seed: u64) -> anyhow::Result<()> {
     let device = crate::device::open(crate::device::default_name())?.device; // nothing is allocated on it
     let flux: FluxConfig = config(folder, "transformer", FluxConfig::problem)?;
     let tensors = checkpoint_tensors(&FluxTransformer::new(&flux, &device), Layout::Diffusers);
-    write(out, "transformer/diffusion_pytorch_model.safetensors", tensors, seed)?;
+    write(
+        out,
+        "transformer/diffusion_pytorch_model.safetensors",
+        tensors,
+        seed,
+    )?;
     let vae: AutoencoderConfig = config(folder, "vae", AutoencoderConfig::problem)?;
     let tensors = checkpoint_tensors(&Autoencoder::new(&vae, &device), Layout::Diffusers);
-    write(out, "vae/diffusion_pytorch_model.safetensors", tensors, seed)?;
+    write(
+        out,
+        "vae/diffusion_pytorch_model.safetensors",
+        tensors,
+        seed,
+    )?;
     let clip: ClipConfig = config(folder, "text_encoder", ClipConfig::problem)?;
     let tensors = checkpoint_tensors(&ClipText::new(&clip, &device), Layout::Clip);
     write(out, "text_encoder/model.safetensors", tensors, seed)?;
@@ -42,7 +52,11 @@ pub fn fill(folder: &Path, out: &Path, seed: u64) -> anyhow::Result<()> {
     write(out, "text_encoder_2/model.safetensors", tensors, seed)
 }
 
-fn config<T: serde::de::DeserializeOwned>(folder: &Path, component: &str, problem: impl Fn(&T) -> Option<String>) -> anyhow::Result<T> {
+fn config<T: serde::de::DeserializeOwned>(
+    folder: &Path,
+    component: &str,
+    problem: impl Fn(&T) -> Option<String>,
+) -> anyhow::Result<T> {
     let path = folder.join(component).join("config.json");
     let config = read_json(&path)?;
     match problem(&config) {
@@ -51,14 +65,20 @@ fn config<T: serde::de::DeserializeOwned>(folder: &Path, component: &str, proble
     }
 }
 
-fn write(out: &Path, file: &str, shapes: BTreeMap<String, Vec<usize>>, seed: u64) -> anyhow::Result<()> {
+fn write(
+    out: &Path,
+    file: &str,
+    shapes: BTreeMap<String, Vec<usize>>,
+    seed: u64,
+) -> anyhow::Result<()> {
     let tensors = shapes.into_iter().map(|(name, shape)| {
         let tensor = random_tensor(&name, shape, seed);
         (name, tensor)
     });
     let path = out.join(file);
     let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-    fs::write(&path, serialize(&tensors.collect(), &metadata)).with_context(|| format!("write {}", path.display()))
+    fs::write(&path, serialize(&tensors.collect(), &metadata))
+        .with_context(|| format!("write {}", path.display()))
 }
 
 /// One tensor of the random model.
@@ -68,8 +88,16 @@ pub fn random_tensor(name: &str, shape: Vec<usize>, seed: u64) -> HostTensor {
         [_, inputs @ ..] if !inputs.is_empty() => {
             let fan_in = inputs.iter().product::<usize>();
             let embedding = name.contains("embedding") || name.starts_with("shared");
-            let std = if embedding { 1.0 } else { 0.7 / (fan_in as f32).sqrt() };
-            Stream::new(seed, "random_weights", 0, name_hash(name)).normals(count).into_iter().map(|v| v * std).collect()
+            let std = if embedding {
+                1.0
+            } else {
+                0.7 / (fan_in as f32).sqrt()
+            };
+            Stream::new(seed, "random_weights", 0, name_hash(name))
+                .normals(count)
+                .into_iter()
+                .map(|v| v * std)
+                .collect()
         }
         _ if name.ends_with("weight") || name.ends_with("scale") => vec![1.0; count],
         _ => vec![0.0; count],
@@ -80,7 +108,10 @@ pub fn random_tensor(name: &str, shape: Vec<usize>, seed: u64) -> HostTensor {
 fn copy_folder(from: &Path, to: &Path) -> anyhow::Result<()> {
     fs::create_dir_all(to).with_context(|| format!("create {}", to.display()))?;
     for entry in fs::read_dir(from).with_context(|| format!("read {}", from.display()))? {
-        let (source, target) = { let entry = entry?; (entry.path(), to.join(entry.file_name())) };
+        let (source, target) = {
+            let entry = entry?;
+            (entry.path(), to.join(entry.file_name()))
+        };
         if source.is_dir() {
             copy_folder(&source, &target)?;
         } else {
@@ -113,5 +144,9 @@ pub fn fill_module<M: Module>(module: M, seed: u64, device: &Device) -> M {
             Param::initialized(param.id, Tensor::from_data(data, self.device))
         }
     }
-    module.map(&mut Fill { path: Vec::new(), seed, device })
+    module.map(&mut Fill {
+        path: Vec::new(),
+        seed,
+        device,
+    })
 }

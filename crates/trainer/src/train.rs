@@ -10,8 +10,8 @@ use burn::optim::{AdamW, AdamWConfig};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::transformer::FluxTransformer;
 use lora_core::{
-    AdapterFile, AdapterSource, DEFAULT_ADAPTER, DropoutScope, ForwardPath, Gradients, LoraConfig, PathOptimizer, Plan,
-    Training, count_parameters,
+    AdapterFile, AdapterSource, DEFAULT_ADAPTER, DropoutScope, ForwardPath, Gradients, LoraConfig,
+    PathOptimizer, Plan, Training, count_parameters,
 };
 use serde::Serialize;
 use tracing::{info, warn};
@@ -19,7 +19,9 @@ use tracing::{info, warn};
 use crate::backward::loss_and_gradients;
 use crate::batch::{Data, Order};
 use crate::cache::{Cache, FileDigests};
-use crate::checkpoint::{FluxTraining, Opened, Progress, Snapshot, State, Event, manifest_fields, restore};
+use crate::checkpoint::{
+    Event, FluxTraining, Opened, Progress, Snapshot, State, manifest_fields, restore,
+};
 use crate::config::RunConfig;
 use crate::dataset::{self, ImageLimits, SampleDigest};
 use crate::device::{self, NamedDevice};
@@ -29,7 +31,7 @@ use crate::preview::Previews;
 use crate::progress;
 use crate::run_dir::{MetricsLog, Retention, RunDir, RunLock};
 use crate::transaction::{Verified, verify};
-use crate::vfs::RealFs;
+use crate::vfs::{RealFs, replace_file};
 
 /// How a run is started, besides its configuration.
 #[derive(Debug, Clone)]
@@ -116,13 +118,19 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
     let lock = run.lock()?;
     lock.remove_stale(&RealFs)?;
     let device = device::open(&options.device)?;
-    let opened = find_checkpoint(&run, &lock, options)?;
+    let verified = find_checkpoint(&run, options)?;
+    let resumed = verified.as_ref().map(|verified| verified.manifest.step);
+    let opened = verified.as_ref().map(Opened::parse).transpose()?;
 
     let samples = dataset::scan(&config.dataset)?;
     let digests = dataset::sample_digests(&samples, &ImageLimits::default())?;
     let pipeline = pipeline(config)?;
     let cache_folder = run.path().join("cache");
-    let prompts = config.sample.as_ref().map(|sample| sample.prompts.clone()).unwrap_or_default();
+    let prompts = config
+        .sample
+        .as_ref()
+        .map(|sample| sample.prompts.clone())
+        .unwrap_or_default();
     let cache = Cache::build(
         &cache_folder,
         &samples,
@@ -139,11 +147,26 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
     let lora = config.lora.config();
     let optimizer = adamw(config);
     let model = load_model(&pipeline, &device)?;
-    let resumed = opened.as_ref().map(|opened| opened.state.progress.step);
     let (mut training, events) = match opened {
         Some(opened) => {
-            let events = check_resume(&opened, config, options, &digests, &base_model, &fingerprint)?;
-            (restore(opened.into_record(), model, &lora, optimizer, &device.device)?, events)
+            let events = check_resume(
+                &opened,
+                config,
+                options,
+                &digests,
+                &base_model,
+                &fingerprint,
+            )?;
+            (
+                restore(
+                    opened.into_record(),
+                    model,
+                    &lora,
+                    optimizer,
+                    &device.device,
+                )?,
+                events,
+            )
         }
         None => (start(model, config, &lora, optimizer)?, Vec::new()),
     };
@@ -166,6 +189,9 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
         events,
         optimizer: Default::default(),
     };
+    if let Some(verified) = verified {
+        lock.rewind_to(&RealFs, &verified)?; // nothing was written before: a refused resume leaves the folder as it was
+    }
     let mut saver = Saver::new(config, &lora, state, &data, &run, &lock, resumed)?;
     let previews = Previews::new(config, &cache, &prompts, &pipeline, run.path())?;
     summary(config, &training, &data, &device);
@@ -180,13 +206,21 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
 
         let stopped = options.stop.load(Ordering::SeqCst);
         let last = training.progress.step == config.train.steps;
-        if stopped || last || training.progress.step.is_multiple_of(config.checkpoint.every) {
+        if stopped
+            || last
+            || training
+                .progress
+                .step
+                .is_multiple_of(config.checkpoint.every)
+        {
             saver.save(&training)?;
         }
         previews.render_if_due(&training, &report, &device)?;
         if stopped && !last {
             report.finish();
-            return Ok(Outcome::Stopped { step: training.progress.step });
+            return Ok(Outcome::Stopped {
+                step: training.progress.step,
+            });
         }
     }
     report.finish();
@@ -210,45 +244,95 @@ fn step(
     for micro_step in first..first + accumulation as u64 {
         let drawn = data.draw(config, micro_step, &device.device)?;
         let scope = DropoutScope::enter(config.train.seed, micro_step);
-        let (micro_loss, micro_gradients) =
-            loss_and_gradients(&training.model, drawn.batch, accumulation, config.train.recompute);
+        let (micro_loss, micro_gradients) = loss_and_gradients(
+            &training.model,
+            drawn.batch,
+            accumulation,
+            config.train.recompute,
+        );
         scope.finish()?;
-        let described = drawn.samples.iter().zip(&drawn.sigmas).map(|(&s, sigma)| format!("{} (sigma {sigma})", names[s]));
+        let described = drawn
+            .samples
+            .iter()
+            .zip(&drawn.sigmas)
+            .map(|(&s, sigma)| format!("{} (sigma {sigma})", names[s]));
         drawn_from.extend(described);
         if !micro_loss.is_finite() {
-            bail!("the loss is {micro_loss} at step {}, for {}; the last checkpoint is untouched", step + 1, drawn_from.join(", "));
+            bail!(
+                "the loss is {micro_loss} at step {}, for {}; the last checkpoint is untouched",
+                step + 1,
+                drawn_from.join(", ")
+            );
         }
         loss += f64::from(micro_loss) / accumulation as f64;
         gradients.accumulate(micro_gradients);
     }
-    let place = || format!("at step {}, for {}; the last checkpoint is untouched", step + 1, drawn_from.join(", "));
+    let place = || {
+        format!(
+            "at step {}, for {}; the last checkpoint is untouched",
+            step + 1,
+            drawn_from.join(", ")
+        )
+    };
     let grad_norm = gradients.norm().with_context(place)?;
     let gradients = match config.optimizer.max_grad_norm {
         Some(max_norm) => gradients.clip(grad_norm, max_norm),
         None => gradients,
     };
     let schedule = &config.lr_scheduler;
-    let factor = lr_schedule::factor(schedule.name, step, schedule.warmup_steps, config.train.steps, schedule.num_cycles);
+    let factor = lr_schedule::factor(
+        schedule.name,
+        step,
+        schedule.warmup_steps,
+        config.train.steps,
+        schedule.num_cycles,
+    );
     let lr = config.optimizer.learning_rate * factor;
     // The model is taken out for the step: a failed step leaves no half-updated model behind that could be saved.
-    training.model = training.optimizer.step(lr, training.model.clone(), gradients).with_context(place)?;
+    training.model = training
+        .optimizer
+        .step(lr, training.model.clone(), gradients)
+        .with_context(place)?;
     crate::checkpoint::adapter_file(&training.model, &config.lora.config()).with_context(place)?;
     training.progress.step += 1;
-    Ok(StepMetrics { step: step + 1, epoch: data.order.epoch(first), loss, grad_norm, lr })
+    Ok(StepMetrics {
+        step: step + 1,
+        epoch: data.order.epoch(first),
+        loss,
+        grad_norm,
+        lr,
+    })
 }
 
 /// A run that has made no step.
-fn start(model: FluxTransformer, config: &RunConfig, lora: &LoraConfig, optimizer: AdamW) -> anyhow::Result<FluxTraining> {
+fn start(
+    model: FluxTransformer,
+    config: &RunConfig,
+    lora: &LoraConfig,
+    optimizer: AdamW,
+) -> anyhow::Result<FluxTraining> {
     let source = match &config.lora.init_from {
-        None => AdapterSource::Fresh { seed: config.train.seed },
+        None => AdapterSource::Fresh {
+            seed: config.train.seed,
+        },
         Some(path) => AdapterSource::File(
             AdapterFile::load(path, crate::checkpoint::TRANSFORMER_PREFIX)
                 .with_context(|| format!("load `lora.init_from` {}", path.display()))?
                 .with_dropout(lora.lora_dropout),
         ),
     };
-    let plan = Plan::new(&model, DEFAULT_ADAPTER, Some(lora), source, ForwardPath::Fast)?;
-    Ok(Training { model: plan.apply(model), optimizer: PathOptimizer::new(optimizer), progress: Progress::default() })
+    let plan = Plan::new(
+        &model,
+        DEFAULT_ADAPTER,
+        Some(lora),
+        source,
+        ForwardPath::Fast,
+    )?;
+    Ok(Training {
+        model: plan.apply(model),
+        optimizer: PathOptimizer::new(optimizer),
+        progress: Progress::default(),
+    })
 }
 
 fn adamw(config: &RunConfig) -> AdamW {
@@ -274,16 +358,31 @@ pub fn pipeline(config: &RunConfig) -> anyhow::Result<PipelineFolder> {
 }
 
 fn load_model(pipeline: &PipelineFolder, device: &NamedDevice) -> anyhow::Result<FluxTransformer> {
-    let model = pipeline.transformer(&device.device.clone().autodiff()).context("load the transformer")?;
-    let (inputs, latent) = (model.config().in_channels, 4 * pipeline.autoencoder_config()?.latent_channels);
+    let model = pipeline
+        .transformer(&device.device.clone().autodiff())
+        .context("load the transformer")?;
+    let (inputs, latent) = (
+        model.config().in_channels,
+        4 * pipeline.autoencoder_config()?.latent_channels,
+    );
     if inputs != latent || model.config().out_channels() != latent {
-        bail!("this transformer reads {inputs} channels, the autoencoder gives {latent}: models that read a condition (Fill, Canny, Depth) cannot be trained yet");
+        bail!(
+            "this transformer reads {inputs} channels, the autoencoder gives {latent}: models that read a condition (Fill, Canny, Depth) cannot be trained yet"
+        );
     }
     Ok(model)
 }
 
-fn base_model_digest(pipeline: &PipelineFolder, config: &RunConfig, cache: &Path) -> anyhow::Result<String> {
-    let transformer = config.model.transformer.clone().unwrap_or_else(|| pipeline.root().join("transformer"));
+fn base_model_digest(
+    pipeline: &PipelineFolder,
+    config: &RunConfig,
+    cache: &Path,
+) -> anyhow::Result<String> {
+    let transformer = config
+        .model
+        .transformer
+        .clone()
+        .unwrap_or_else(|| pipeline.root().join("transformer"));
     let mut digests = FileDigests::load(cache);
     let digest = digests.of_all(&[transformer])?;
     digests.save()?;
@@ -291,7 +390,7 @@ fn base_model_digest(pipeline: &PipelineFolder, config: &RunConfig, cache: &Path
 }
 
 /// The checkpoint to go on from, if any.
-fn find_checkpoint(run: &RunDir, lock: &RunLock, options: &TrainOptions) -> anyhow::Result<Option<Opened>> {
+fn find_checkpoint(run: &RunDir, options: &TrainOptions) -> anyhow::Result<Option<Verified>> {
     let verified: Option<Verified> = match &options.resume {
         Resume::No if run.has_checkpoints()? => bail!(
             "run folder {} already holds checkpoints: add --resume to continue that run, or choose another --output",
@@ -309,12 +408,14 @@ fn find_checkpoint(run: &RunDir, lock: &RunLock, options: &TrainOptions) -> anyh
             }
             Some(verified)
         }
-        Resume::Checkpoint(path) => Some(verify(path).with_context(|| format!("checkpoint {}", path.display()))?),
+        Resume::Checkpoint(path) => {
+            Some(verify(path).with_context(|| format!("checkpoint {}", path.display()))?)
+        }
     };
-    let Some(verified) = verified else { return Ok(None) };
-    lock.rewind_to(&RealFs, &verified)?;
-    info!(checkpoint = %verified.dir.display(), step = verified.manifest.step, "resuming");
-    Ok(Some(Opened::parse(verified)?))
+    if let Some(verified) = &verified {
+        info!(checkpoint = %verified.dir.display(), step = verified.manifest.step, "resuming");
+    }
+    Ok(verified)
 }
 
 /// Refuses what would make the resumed run differ from one that was never stopped; returns the run's events.
@@ -334,12 +435,19 @@ fn check_resume(
         events.push(Event { step, what });
     };
     for change in opened.config.diff(config)? {
-        let text = format!("`{}` was {} and is now {}", change.key, change.old, change.new);
+        let text = format!(
+            "`{}` was {} and is now {}",
+            change.key, change.old, change.new
+        );
         if change.key.starts_with("lora.") {
-            bail!("{text}: an adapter keeps its shape and scale for the whole run; restore the old value, or start a new run in another --output");
+            bail!(
+                "{text}: an adapter keeps its shape and scale for the whole run; restore the old value, or start a new run in another --output"
+            );
         }
         if !change.allowed && !options.adopt_config {
-            bail!("{text}: the resumed run would not be the one that was started; restore the old value, or add --adopt-config to go on with the new one");
+            bail!(
+                "{text}: the resumed run would not be the one that was started; restore the old value, or add --adopt-config to go on with the new one"
+            );
         }
         note(text);
     }
@@ -347,20 +455,26 @@ fn check_resume(
     if !changes.is_empty() {
         let list = changes.join("; ");
         if !options.adopt_data {
-            bail!("the data has changed since step {step}: {list}; restore it, or add --adopt-data to go on with what is there now");
+            bail!(
+                "the data has changed since step {step}: {list}; restore it, or add --adopt-data to go on with what is there now"
+            );
         }
         note(format!("data changed: {list}"));
     }
     if state.base_model != base_model {
         if !options.adopt_data {
-            bail!("the base model's transformer is not the one this run was started with; restore it, or add --adopt-data to go on with this one");
+            bail!(
+                "the base model's transformer is not the one this run was started with; restore it, or add --adopt-data to go on with this one"
+            );
         }
         note("base model changed".into());
     }
     let differences = state.fingerprint.differences(fingerprint);
     if let Some((name, stored, present)) = differences.first() {
         if !options.allow_inexact {
-            bail!("the run was made with another {name} ({stored}; now {present}), so going on would not give the same bits; use the same one, or add --allow-inexact");
+            bail!(
+                "the run was made with another {name} ({stored}; now {present}), so going on would not give the same bits; use the same one, or add --allow-inexact"
+            );
         }
         for (name, stored, present) in differences {
             note(format!("{name} changed from {stored} to {present}"));
@@ -393,36 +507,58 @@ impl<'a> Saver<'a> {
         resumed: Option<u64>,
     ) -> anyhow::Result<Self> {
         let metrics = MetricsLog::open(&RealFs, lock, resumed)?;
-        let path = run.path().join("config.toml");
-        std::fs::write(&path, &state.config).with_context(|| format!("write {}", path.display()))?;
-        let (config_digest, dataset_digest) = (config.digest()?, dataset::dataset_digest(&state.samples));
-        Ok(Self { config, lora, state, data, run, lock, metrics, config_digest, dataset_digest })
+        replace_file(&RealFs, &run.config_path(), state.config.as_bytes())?;
+        let (config_digest, dataset_digest) =
+            (config.digest()?, dataset::dataset_digest(&state.samples));
+        Ok(Self {
+            config,
+            lora,
+            state,
+            data,
+            run,
+            lock,
+            metrics,
+            config_digest,
+            dataset_digest,
+        })
     }
 
     fn save(&mut self, training: &FluxTraining) -> anyhow::Result<()> {
         let step = training.progress.step;
         let accumulation = self.config.train.gradient_accumulation_steps as u64;
         let epoch = self.data.order.epoch(step * accumulation);
-        let state = State { progress: training.progress, epoch, ..self.state.clone() };
-        let fields = manifest_fields(&state, self.config_digest.clone(), self.dataset_digest.clone())?;
+        let state = State {
+            progress: training.progress,
+            epoch,
+            ..self.state.clone()
+        };
+        let fields = manifest_fields(
+            &state,
+            self.config_digest.clone(),
+            self.dataset_digest.clone(),
+        )?;
         let snapshot = Snapshot::take(training, state, self.lora)?;
-        let retention = Retention { keep: self.config.checkpoint.keep, keep_every: None };
-        self.lock.save(&RealFs, &mut self.metrics, step, &snapshot.files(), &fields, &retention)?;
+        let retention = Retention {
+            keep: self.config.checkpoint.keep,
+            keep_every: None,
+        };
+        self.lock.save(
+            &RealFs,
+            &mut self.metrics,
+            step,
+            &snapshot.files(),
+            &fields,
+            &retention,
+        )?;
         Ok(())
     }
 
     /// The finished LoRA, beside the checkpoints.
     fn export(&self, training: &FluxTraining) -> anyhow::Result<PathBuf> {
-        let bytes = crate::checkpoint::adapter_file(&training.model, self.lora)?.to_bytes(crate::checkpoint::TRANSFORMER_PREFIX);
+        let bytes = crate::checkpoint::adapter_file(&training.model, self.lora)?
+            .to_bytes(crate::checkpoint::TRANSFORMER_PREFIX);
         let path = self.run.path().join("lora.safetensors");
-        let write = || -> std::io::Result<()> {
-            let mut file = tempfile::NamedTempFile::new_in(self.run.path())?;
-            std::io::Write::write_all(&mut file, &bytes)?;
-            file.as_file().sync_all()?;
-            file.persist(&path)?;
-            Ok(())
-        };
-        write().with_context(|| format!("write {}", path.display()))?;
+        replace_file(&RealFs, &path, &bytes)?;
         Ok(path)
     }
 }
@@ -431,9 +567,16 @@ impl<'a> Saver<'a> {
 fn summary(config: &RunConfig, training: &FluxTraining, data: &Data<'_>, device: &NamedDevice) {
     let count = count_parameters(&training.model);
     let accumulation = config.train.gradient_accumulation_steps as u64;
-    info!(device = device.name, hardware = device.hardware, dtype = "f32", "device");
+    info!(
+        device = device.name,
+        hardware = device.hardware,
+        dtype = "f32",
+        "device"
+    );
     if device::reduction_fault(&device.device) {
-        warn!("this device sums permuted rank-4 tensors to wrong numbers (a fault of Burn 0.22.1); the networks here avoid the case");
+        warn!(
+            "this device sums permuted rank-4 tensors to wrong numbers (a fault of Burn 0.22.1); the networks here avoid the case"
+        );
     }
     info!(
         parameters = count.total,
@@ -446,7 +589,10 @@ fn summary(config: &RunConfig, training: &FluxTraining, data: &Data<'_>, device:
         samples = data.cache.len(),
         batch_size = config.train.batch_size,
         accumulation,
-        steps_per_epoch = format!("{:.2}", data.order.batches_per_epoch() as f64 / accumulation as f64),
+        steps_per_epoch = format!(
+            "{:.2}",
+            data.order.batches_per_epoch() as f64 / accumulation as f64
+        ),
         steps = config.train.steps,
         from_step = training.progress.step,
         "data"

@@ -39,15 +39,22 @@ impl Case {
     fn open(dir: &Path) -> anyhow::Result<Self> {
         let path = dir.join("case.json");
         let text = std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;
-        let json: Value = serde_json::from_slice(&text).with_context(|| format!("parse {}", path.display()))?;
+        let json: Value =
+            serde_json::from_slice(&text).with_context(|| format!("parse {}", path.display()))?;
         let text = |key: &str| {
-            json.get(key).and_then(Value::as_str).map(String::from).with_context(|| format!("{} has no `{key}`", path.display()))
+            json.get(key)
+                .and_then(Value::as_str)
+                .map(String::from)
+                .with_context(|| format!("{} has no `{key}`", path.display()))
         };
         let inputs = dir.join("inputs.safetensors");
         Ok(Self {
             name: text("name")?,
             kind: text("kind")?,
-            inputs: inputs.is_file().then(|| TensorFile::open(&inputs)).transpose()?,
+            inputs: inputs
+                .is_file()
+                .then(|| TensorFile::open(&inputs))
+                .transpose()?,
             expected: TensorFile::open(&dir.join("expected.safetensors"))?,
             dir: dir.into(),
             json,
@@ -56,19 +63,28 @@ impl Case {
 
     /// A value of `case.json` by JSON pointer.
     fn value(&self, pointer: &str) -> anyhow::Result<&Value> {
-        self.json.pointer(pointer).with_context(|| format!("case.json has no `{pointer}`"))
+        self.json
+            .pointer(pointer)
+            .with_context(|| format!("case.json has no `{pointer}`"))
     }
 
     fn str(&self, pointer: &str) -> anyhow::Result<&str> {
-        self.value(pointer)?.as_str().with_context(|| format!("`{pointer}` of case.json is not a string"))
+        self.value(pointer)?
+            .as_str()
+            .with_context(|| format!("`{pointer}` of case.json is not a string"))
     }
 
     fn f64(&self, pointer: &str) -> anyhow::Result<f64> {
-        self.value(pointer)?.as_f64().with_context(|| format!("`{pointer}` of case.json is not a number"))
+        self.value(pointer)?
+            .as_f64()
+            .with_context(|| format!("`{pointer}` of case.json is not a number"))
     }
 
     fn usize(&self, pointer: &str) -> anyhow::Result<usize> {
-        let value = self.value(pointer)?.as_u64().with_context(|| format!("`{pointer}` of case.json is not a count"))?;
+        let value = self
+            .value(pointer)?
+            .as_u64()
+            .with_context(|| format!("`{pointer}` of case.json is not a count"))?;
         Ok(value as usize)
     }
 
@@ -78,20 +94,31 @@ impl Case {
     }
 
     fn input(&self, name: &str) -> anyhow::Result<HostTensor> {
-        let inputs = self.inputs.as_ref().context("the case has no inputs.safetensors")?;
+        let inputs = self
+            .inputs
+            .as_ref()
+            .context("the case has no inputs.safetensors")?;
         Ok(inputs.read(name)?)
     }
 
     fn has_input(&self, name: &str) -> bool {
-        self.inputs.as_ref().is_some_and(|inputs| inputs.info(name).is_some())
+        self.inputs
+            .as_ref()
+            .is_some_and(|inputs| inputs.info(name).is_some())
     }
 
     fn tensor<const D: usize>(&self, name: &str, device: &Device) -> anyhow::Result<Tensor<D>> {
         let host = self.input(name)?;
         if host.shape.len() != D {
-            bail!("input `{name}` has shape {:?}, not {D} dimensions", host.shape);
+            bail!(
+                "input `{name}` has shape {:?}, not {D} dimensions",
+                host.shape
+            );
         }
-        Ok(Tensor::from_data(TensorData::new(host.to_f32(), host.shape), device))
+        Ok(Tensor::from_data(
+            TensorData::new(host.to_f32(), host.shape),
+            device,
+        ))
     }
 
     fn tolerance(&self) -> f64 {
@@ -146,7 +173,10 @@ pub fn run(args: &ParityArgs) -> anyhow::Result<ExitCode> {
         for line in &mut lines {
             line.bound *= args.tolerance_scale;
             let verdict = if line.passed() { "ok" } else { "FAIL" };
-            println!("  {:<60} {:>10.3e} {:>10.3e} {verdict}", line.name, line.error, line.bound);
+            println!(
+                "  {:<60} {:>10.3e} {:>10.3e} {verdict}",
+                line.name, line.error, line.bound
+            );
         }
         let bad = lines.iter().filter(|line| !line.passed()).count();
         failed += bad;
@@ -173,9 +203,19 @@ fn compute(case: &Case, device: &Device) -> anyhow::Result<(Vec<Line>, Tensors)>
     let mut lines = Vec::new();
     for name in case.expected.names() {
         let expected = case.expected.read(name)?;
-        let error = actual.get(name).map_or(f64::NAN, |actual| tensor_error(actual, &expected));
-        let bound = if expected.dtype.is_float() { case.tolerance() } else { 0.0 };
-        lines.push(Line { name: name.into(), error, bound });
+        let error = actual
+            .get(name)
+            .map_or(f64::NAN, |actual| tensor_error(actual, &expected));
+        let bound = if expected.dtype.is_float() {
+            case.tolerance()
+        } else {
+            0.0
+        };
+        lines.push(Line {
+            name: name.into(),
+            error,
+            bound,
+        });
     }
     kinds::adjust(case, &actual, &mut lines)?;
     Ok((lines, actual))
@@ -187,15 +227,27 @@ fn tensor_error(actual: &HostTensor, expected: &HostTensor) -> f64 {
         return f64::INFINITY;
     }
     if !expected.dtype.is_float() {
-        return if actual.to_i64() == expected.to_i64() { 0.0 } else { f64::INFINITY };
+        return if actual.to_i64() == expected.to_i64() {
+            0.0
+        } else {
+            f64::INFINITY
+        };
     }
     relative_error(&actual.to_f64(), &expected.to_f64())
 }
 
 fn relative_error(actual: &[f64], expected: &[f64]) -> f64 {
-    let difference: f64 = actual.iter().zip(expected).map(|(a, e)| (a - e) * (a - e)).sum();
+    let difference: f64 = actual
+        .iter()
+        .zip(expected)
+        .map(|(a, e)| (a - e) * (a - e))
+        .sum();
     let norm: f64 = expected.iter().map(|e| e * e).sum();
-    if difference == 0.0 { 0.0 } else { (difference / norm).sqrt() }
+    if difference == 0.0 {
+        0.0
+    } else {
+        (difference / norm).sqrt()
+    }
 }
 
 /// The same names, shapes and types as expected.
@@ -206,7 +258,14 @@ fn write_actual(case: &Case, actual: &Tensors, out: &Path) -> anyhow::Result<()>
         .filter_map(|name| {
             let dtype = case.expected.info(name)?.dtype;
             let tensor = actual.get(name)?;
-            Some((name.to_string(), if tensor.dtype.is_float() { tensor.cast(dtype) } else { tensor.clone() }))
+            Some((
+                name.to_string(),
+                if tensor.dtype.is_float() {
+                    tensor.cast(dtype)
+                } else {
+                    tensor.clone()
+                },
+            ))
         })
         .collect();
     let folder = out.join(&case.name);
