@@ -169,8 +169,14 @@ fn bench(args: &[String]) -> Result {
 /// Every package that names backends, with these.
 fn features(backends: &[&str]) -> String {
     let packages = ["flux-lora", "flux-lora-tests", "flux-lora-examples"];
-    let all: Vec<String> =
-        packages.iter().flat_map(|package| backends.iter().map(move |backend| format!("{package}/{backend}"))).collect();
+    let all: Vec<String> = packages
+        .iter()
+        .flat_map(|package| {
+            backends
+                .iter()
+                .map(move |backend| format!("{package}/{backend}"))
+        })
+        .collect();
     all.join(",")
 }
 
@@ -182,41 +188,78 @@ fn test(args: &[String]) -> Result {
     };
     // One profile and one feature set for programs and tests: Burn is built once.
     let features = features(backends);
-    let common = ["--release", "--workspace", "--locked", "--features", &features];
-    step("build the program", cargo().arg("build").args(["--bins", "--examples"]).args(common))?;
-    step("tests", cargo().arg("test").args(common))
+    let common = [
+        "--release",
+        "--workspace",
+        "--locked",
+        "--features",
+        &features,
+    ];
+    step(
+        "build the program",
+        cargo()
+            .arg("build")
+            .args(["--bins", "--examples"])
+            .args(common),
+    )?;
+    step(
+        "tests",
+        cargo().arg("test").args(common).arg("--no-fail-fast"),
+    )
 }
 
 fn ci() -> Result {
     // Burn's CUDA crates download LLVM when they are built for real; with DOCS_RS set they are only type-checked.
     let features = features(&["ndarray", "wgpu", "cuda"]);
-    let common = ["--release", "--workspace", "--locked", "--features", &features];
+    let common = [
+        "--release",
+        "--workspace",
+        "--locked",
+        "--features",
+        &features,
+    ];
     let checked = |command: &str| {
         let mut cargo = cargo();
         cargo.env("DOCS_RS", "1").arg(command);
         cargo
     };
     step("format", cargo().args(["fmt", "--all", "--check"]))?;
-    step("clippy and type check, CUDA included", checked("clippy").arg("--all-targets").args(common).args(["--", "-D", "warnings"]))?;
-    step("docs", checked("doc").env("RUSTDOCFLAGS", "-D warnings").arg("--no-deps").args(common))?;
+    step(
+        "clippy and type check, CUDA included",
+        checked("clippy")
+            .arg("--all-targets")
+            .args(common)
+            .args(["--", "-D", "warnings"]),
+    )?;
+    step(
+        "docs",
+        checked("doc")
+            .env("RUSTDOCFLAGS", "-D warnings")
+            .arg("--no-deps")
+            .args(common),
+    )?;
     test(&["--wgpu".to_string()])
 }
 
 fn golden() -> Result {
     let features = features(&["ndarray"]);
+    let common = [
+        "--release",
+        "--workspace",
+        "--locked",
+        "--features",
+        &features,
+    ];
     step(
-        "golden losses",
-        cargo().env("FLUX_LORA_WRITE_GOLDEN", "1").args([
-            "test",
-            "--release",
-            "--locked",
-            "--package",
-            "flux-lora-tests",
-            "--features",
-            &features,
-            "golden",
-        ]),
-    )
+        "build the program",
+        cargo().args(["build", "--bins"]).args(common),
+    )?;
+    let mut test = cargo();
+    test.env("FLUX_LORA_WRITE_GOLDEN", "1")
+        .arg("test")
+        .args(common)
+        .args(["--test", "it", "golden"]);
+    step("golden losses", &mut test)
 }
 
 fn cargo() -> Command {

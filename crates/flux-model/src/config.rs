@@ -297,7 +297,7 @@ impl ClipConfig {
         if sizes.contains(&0) || self.num_attention_heads == 0 || self.num_hidden_layers > 1000 {
             return Some("a size is 0 or absurd".into());
         }
-        (self.hidden_size % self.num_attention_heads != 0).then(|| {
+        (!self.hidden_size.is_multiple_of(self.num_attention_heads)).then(|| {
             format!(
                 "hidden size {} cannot be split into {} heads",
                 self.hidden_size, self.num_attention_heads

@@ -23,6 +23,14 @@ pub struct PathOptimizer<O: Optimizer> {
     state: BTreeMap<String, DynState>,
 }
 
+impl<O: Optimizer> std::fmt::Debug for PathOptimizer<O> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PathOptimizer")
+            .field("parameters", &self.state.len())
+            .finish_non_exhaustive()
+    }
+}
+
 /// Optimizer state outside the program: tensors by name, and the scalars (such as the step count) beside them.
 #[derive(Debug, Clone, Default)]
 pub struct OptimizerState {

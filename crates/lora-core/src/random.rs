@@ -110,9 +110,9 @@ mod tests {
             )
         );
     }
-    const GOLDEN_BITS: [u32; 4] = [0; 4];
-    const GOLDEN_NORMALS: [u32; 4] = [0; 4];
-    const GOLDEN_ORDER: [usize; 8] = [0; 8];
+    const GOLDEN_BITS: [u32; 4] = [393495276, 3752585578, 2192038594, 451445749];
+    const GOLDEN_NORMALS: [u32; 4] = [1070441435, 1067433288, 3216906581, 3214321804];
+    const GOLDEN_ORDER: [usize; 8] = [7, 3, 2, 0, 1, 5, 4, 6];
 
     #[test]
     fn normals_have_zero_mean_and_unit_variance() {

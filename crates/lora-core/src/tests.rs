@@ -103,15 +103,13 @@ fn a_missing_or_foreign_gradient_is_an_error() {
     let mut optimizer = PathOptimizer::new(AdamWConfig::new().build());
     let error = optimizer
         .step(1e-2, model.clone(), Gradients::default())
-        .err()
-        .expect("no gradients")
+        .expect_err("no gradients")
         .to_string();
     assert!(error.contains("has no gradient"), "{error}");
     let (_, found) = gradients(&model, true, &device);
     let error = optimizer
         .step(1e-2, model.no_grad(), found)
-        .err()
-        .expect("nothing to train")
+        .expect_err("nothing to train")
         .to_string();
     assert!(error.contains("has no parameter"), "{error}");
 }
@@ -374,8 +372,7 @@ fn optimizer_state_that_does_not_fit_is_refused() {
         let mut state = optimizer.state();
         change(&mut state);
         PathOptimizer::restore(AdamWConfig::new().build(), state, &trainable, &device)
-            .err()
-            .expect("refused")
+            .expect_err("refused")
             .to_string()
     };
     let moment = "up.weight.lora.default.lora_A.momentum.moment_1";

@@ -15,7 +15,6 @@ use burn::tensor::{Device, Tensor, TensorData};
 use flux_model::autoencoder::Autoencoder;
 use flux_model::pipeline::{PipelineFolder, TextEncoders};
 use image::imageops;
-use indicatif::ProgressBar;
 use lora_core::host::HostTensor;
 use lora_core::host_tensor;
 use lora_core::tensor_file::{TensorFile, serialize};
@@ -24,7 +23,9 @@ use sha2::{Digest, Sha256};
 use crate::bucket::{Bucket, buckets, nearest_bucket, resize_and_crop, to_chw_f32};
 use crate::config::DatasetSection;
 use crate::dataset::{ImageLimits, Sample, decode_image, read_image};
+use crate::device::NamedDevice;
 use crate::fingerprint::hex;
+use crate::progress;
 
 /// The encoded dataset.
 #[derive(Debug)]
@@ -68,7 +69,7 @@ const TEXT: [&str; 2] = ["sequence", "pooled"];
 const LATENTS: [&str; 2] = ["mean", "std"];
 
 impl Cache {
-    /// Encodes what is not in `folder` yet. `backend` is part of every entry's identity, since backends differ in rounding.
+    /// Encodes what is not in `folder` yet. The backend is part of every entry's identity, since backends differ in rounding.
     ///
     /// # Errors
     /// An image that cannot be decoded, an encoder that cannot be loaded, a full disk.
@@ -78,10 +79,9 @@ impl Cache {
         config: &DatasetSection,
         prompts: &[String],
         pipeline: &PipelineFolder,
-        backend: &str,
-        device: &Device,
-        progress: impl Fn(&str, u64) -> ProgressBar,
+        device: &NamedDevice,
     ) -> anyhow::Result<Self> {
+        let (backend, device) = (device.backend(), &device.device);
         fs::create_dir_all(folder)
             .with_context(|| format!("create cache folder {}", folder.display()))?;
         let mut digests = FileDigests::load(folder);
@@ -137,7 +137,7 @@ impl Cache {
             let autoencoder = pipeline
                 .autoencoder(device)
                 .context("load the autoencoder")?;
-            let bar = progress("encode images", wanted_images.len() as u64);
+            let bar = progress::bar("encode images", wanted_images.len() as u64);
             for (key, sample, bucket, flip) in wanted_images {
                 let image =
                     decode_image(&sample.image, &read_image(&sample.image, &limits)?, &limits)?;
@@ -166,7 +166,7 @@ impl Cache {
             let encoders = pipeline
                 .text_encoders(device)
                 .context("load the text encoders")?;
-            let bar = progress("encode captions", texts.len() as u64);
+            let bar = progress::bar("encode captions", texts.len() as u64);
             for (key, text) in texts {
                 let text = encode_text(&encoders, text, config.max_sequence_length, device)?;
                 write_entry(folder, &key, TEXT, [text.sequence, text.pooled])?;

@@ -81,6 +81,13 @@ pub struct NamedDevice {
     pub device: Device,
 }
 
+impl NamedDevice {
+    /// The backend's name, without index.
+    pub fn backend(&self) -> &str {
+        self.name.split(':').next().unwrap_or_default()
+    }
+}
+
 /// The backend used where none is asked for: the first this binary contains.
 pub fn default_name() -> &'static str {
     BACKENDS

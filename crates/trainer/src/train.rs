@@ -137,9 +137,7 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
         &config.dataset,
         &prompts,
         &pipeline,
-        device.name.split(':').next().unwrap_or_default(),
-        &device.device,
-        progress::bar,
+        &device,
     )?;
     let base_model = base_model_digest(&pipeline, config, &cache_folder)?;
 

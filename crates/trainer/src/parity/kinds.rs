@@ -1,6 +1,6 @@
 //! How every kind of reference case but `train` is computed.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use anyhow::{Context, bail};
 use burn::tensor::{Device, Tensor};
@@ -525,7 +525,7 @@ fn pipeline(case: &Case, device: &Device) -> anyhow::Result<Tensors> {
 }
 
 /// The adapter file of a case; what its header does not say comes from `settings`, its entry in case.json.
-pub(super) fn adapter(file: &PathBuf, settings: &Value) -> anyhow::Result<AdapterFile> {
+pub(super) fn adapter(file: &Path, settings: &Value) -> anyhow::Result<AdapterFile> {
     let adapter = AdapterFile::load(file, TRANSFORMER_PREFIX)
         .with_context(|| format!("load {}", file.display()))?;
     if TensorFile::open(file)?
