@@ -64,7 +64,12 @@ fn ndarray_agrees_with_diffusers() {
 #[cfg(feature = "wgpu")]
 #[test]
 fn wgpu_agrees_with_diffusers() {
-    let networks = ["transformer_forward", "lora_forward", "train"];
+    let networks = [
+        "transformer_forward",
+        "lora_forward",
+        "lora_format",
+        "train",
+    ];
     let cases: Vec<PathBuf> = cases()
         .into_iter()
         .filter(|case| networks.contains(&kind(case).as_str()))

@@ -10,6 +10,7 @@
 //! | `pipeline` | a diffusers folder; prompt to latents |
 //! | `layers` | norms, rotary attention, sinusoidal embedding |
 //! | `config` | architectures as `config.json` states them |
+//! | `lora` | LoRA files of every format, read and written |
 //! | `keys`, `weights` | names in both layouts; loading, each tensor used or named in an error |
 //!
 //! Every linear layer is computed by [`lora_core::linear`], so adapters run without a dense sum.
@@ -21,6 +22,7 @@ mod error;
 pub mod keys;
 pub mod latent;
 pub mod layers;
+pub mod lora;
 pub mod pipeline;
 pub mod scheduler;
 pub mod t5;

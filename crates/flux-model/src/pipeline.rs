@@ -12,6 +12,7 @@ use crate::clip::ClipText;
 use crate::config::{AutoencoderConfig, ClipConfig, FluxConfig, T5Config};
 use crate::error::WeightsError;
 use crate::latent::{image_positions, text_positions};
+use crate::lora::ModelShape;
 use crate::scheduler::{SchedulerConfig, euler_step};
 use crate::t5::T5Encoder;
 use crate::tokenizer::{ClipTokenizer, T5Tokenizer};
@@ -144,6 +145,24 @@ impl PipelineFolder {
             clip_tokenizer: ClipTokenizer::load(&self.root.join("tokenizer"))?,
             t5: load_t5(&self.root.join("text_encoder_2"), device)?,
             t5_tokenizer: T5Tokenizer::load(&self.root.join("tokenizer_2"))?,
+        })
+    }
+
+    /// The networks' architectures, as far as the folder states them: what a LoRA file is read against.
+    ///
+    /// # Errors
+    /// A configuration that describes no network.
+    pub fn shape(&self) -> Result<ModelShape, WeightsError> {
+        Ok(ModelShape {
+            transformer: Some(self.transformer_config()?),
+            clip: Some(read_config(
+                &self.root.join("text_encoder/config.json"),
+                ClipConfig::problem,
+            )?),
+            t5: Some(read_config(
+                &self.root.join("text_encoder_2/config.json"),
+                T5Config::problem,
+            )?),
         })
     }
 

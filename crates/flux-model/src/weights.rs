@@ -655,6 +655,64 @@ pub fn tensors_of<M: Module>(
     collect.tensors
 }
 
+/// Adds `strength * values` to parameters by their diffusers key, or replaces them where the flag says so; values are in the
+/// checkpoint's shape. Also returns the keys that name no parameter of that shape.
+pub fn change_parameters<M: Module>(
+    module: M,
+    changes: BTreeMap<String, (bool, HostTensor)>,
+    strength: f64,
+) -> (M, Vec<String>) {
+    struct Edit {
+        walk: Walk,
+        changes: BTreeMap<String, (bool, HostTensor)>,
+        strength: f64,
+    }
+    impl ModuleMapper for Edit {
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.walk.enter(name, container);
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.walk.exit();
+        }
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let key = self.walk.key();
+            let shape = param.lazy_shape().to_vec();
+            let stored = self.walk.stored_shape(&shape);
+            if self
+                .changes
+                .get(&key)
+                .is_none_or(|(_, values)| values.shape != stored)
+            {
+                return param;
+            }
+            let Some((replace, values)) = self.changes.remove(&key) else {
+                return param;
+            };
+            let values = if self.walk.is_transposed(D) {
+                values.transposed()
+            } else {
+                values
+            };
+            let base = param.base();
+            let values =
+                Tensor::<D>::from_data(TensorData::new(values.to_f32(), shape), &base.device());
+            let changed = if replace {
+                values
+            } else {
+                base + values.mul_scalar(self.strength)
+            };
+            Param::initialized(param.id, changed.detach().set_require_grad(false))
+        }
+    }
+    let mut edit = Edit {
+        walk: Walk::default(),
+        changes,
+        strength,
+    };
+    let module = module.map(&mut edit);
+    (module, edit.changes.into_keys().collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -20,6 +20,8 @@ pub enum Command {
     Train(TrainArgs),
     /// Make an image from a prompt, with adapters
     Sample(SampleArgs),
+    /// Write a LoRA in another format
+    Convert(ConvertArgs),
     /// Show what is in a LoRA file, a model folder, a run folder or a checkpoint
     Inspect {
         /// A .safetensors file or a folder
@@ -49,10 +51,10 @@ pub enum Command {
 pub struct TrainArgs {
     /// Run configuration (TOML)
     pub config: PathBuf,
-    /// Device: flex, ndarray, wgpu[:N], cuda[:N] [default: the first this binary contains]
+    /// Device: flex, ndarray, wgpu, cuda; with an index as in cuda:1 (default: the first this binary contains)
     #[arg(long)]
     pub device: Option<String>,
-    /// Run folder [default: runs/<name of the configuration file>]
+    /// Run folder (default: runs/NAME for NAME.toml)
     #[arg(long)]
     pub output: Option<PathBuf>,
     /// Continue: the newest valid checkpoint of the run folder, or of the run folder or checkpoint given
@@ -113,6 +115,27 @@ pub struct SampleArgs {
     pub device: Option<String>,
 }
 
+/// `flux-lora convert`
+#[derive(Debug, Args)]
+pub struct ConvertArgs {
+    /// LoRA file or PEFT folder, in any format
+    pub input: PathBuf,
+    /// File to write (folder for peft); with --to all, the format is added to the name
+    pub output: PathBuf,
+    /// Format: diffusers, peft, kohya, comfyui or all
+    #[arg(long)]
+    pub to: String,
+    /// Element type of weights: f32, f16 or bf16 (default: as they are)
+    #[arg(long)]
+    pub dtype: Option<String>,
+    /// Leave out what the format cannot hold, and say so, instead of failing
+    #[arg(long)]
+    pub lossy: bool,
+    /// Pipeline folder the LoRA is for (default: sizes are taken from the file)
+    #[arg(long)]
+    pub model: Option<PathBuf>,
+}
+
 /// `flux-lora parity`
 #[derive(Debug, Args)]
 pub struct ParityArgs {
@@ -122,7 +145,7 @@ pub struct ParityArgs {
     /// Device, as for train
     #[arg(long)]
     pub device: Option<String>,
-    /// Write what was computed to DIR/<case name>/actual.safetensors
+    /// Write what was computed to DIR/CASE/actual.safetensors
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Multiply every tolerance, for GPU backends

@@ -7,11 +7,13 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, bail};
 use burn::module::Module;
+use flux_model::lora::{Component, LoraFormat, ModelShape, WriteOptions, read, write};
 use flux_model::pipeline::PipelineFolder;
-use lora_core::{AdapterFile, AdapterSource, ForwardPath, Plan, set_adapters};
+use lora_core::host::Dtype;
 
-use crate::checkpoint::{TRANSFORMER_PREFIX, is_checkpoint_folder};
-use crate::cli::{Command, SampleArgs, TrainArgs};
+use crate::adapters::{self, LoadedLora};
+use crate::checkpoint::is_checkpoint_folder;
+use crate::cli::{Command, ConvertArgs, SampleArgs, TrainArgs};
 use crate::config::{ConfigError, RunConfig};
 use crate::device::{self, BACKENDS, DeviceError};
 use crate::generate::{ImageSettings, decode, generate_latents};
@@ -26,6 +28,7 @@ pub fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Train(args) => train(args)?,
         Command::Sample(args) => sample(&args)?,
+        Command::Convert(args) => convert(&args)?,
         Command::Inspect { path } => print!("{}", inspect::describe(&path)?),
         Command::Parity(args) => return parity::run(&args),
         Command::Devices => devices(),
@@ -140,37 +143,26 @@ fn sample(args: &SampleArgs) -> anyhow::Result<()> {
         ))
         .into());
     }
+    let shape = pipeline.shape()?;
+    let mut loras = Vec::new();
+    for (index, lora) in args.lora.iter().enumerate() {
+        let (file, strength) = parse_lora(lora)?;
+        loras.push(LoadedLora {
+            name: format!("lora{index}"),
+            set: adapters::load(&file, &shape)?,
+            strength,
+        });
+    }
     let text = pipeline
         .text_encoders(&device)
         .context("load the text encoders")?
+        .map_clip(|clip| adapters::attach(clip, Component::ClipL, &loras))?
+        .map_t5(|t5| adapters::attach(t5, Component::T5, &loras))?
         .encode(&args.prompt, args.max_sequence_length, &device)?;
-
-    let mut transformer = pipeline
+    let transformer = pipeline
         .transformer(&device)
         .context("load the transformer")?;
-    let mut weights = Vec::new();
-    for (index, lora) in args.lora.iter().enumerate() {
-        let (file, weight) = parse_lora(lora)?;
-        let name = format!("lora{index}");
-        let adapter = AdapterFile::load(&file, TRANSFORMER_PREFIX)
-            .with_context(|| format!("load {}", file.display()))?;
-        let plan = Plan::new(
-            &transformer,
-            &name,
-            None,
-            AdapterSource::File(adapter),
-            ForwardPath::Fast,
-        )?;
-        transformer = plan.apply(transformer);
-        weights.push((name, weight));
-    }
-    if !weights.is_empty() {
-        let weights: Vec<(&str, f64)> = weights
-            .iter()
-            .map(|(name, weight)| (name.as_str(), *weight))
-            .collect();
-        transformer = set_adapters(transformer, &weights)?;
-    }
+    let transformer = adapters::attach(transformer, Component::Transformer, &loras)?;
     let transformer = transformer.no_grad();
 
     let settings = ImageSettings {
@@ -208,6 +200,70 @@ fn sample(args: &SampleArgs) -> anyhow::Result<()> {
         image.height()
     );
     Ok(())
+}
+
+fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
+    let dtype = match args.dtype.as_deref() {
+        None => None,
+        Some("f32") => Some(Dtype::F32),
+        Some("f16") => Some(Dtype::F16),
+        Some("bf16") => Some(Dtype::Bf16),
+        Some(other) => bail!(UsageError(format!("--dtype {other}: f32, f16 or bf16"))),
+    };
+    let formats = match args.to.as_str() {
+        "all" => LoraFormat::ALL.to_vec(),
+        name => match LoraFormat::parse(name) {
+            Some(format) => vec![format],
+            None => bail!(UsageError(format!(
+                "--to {name}: diffusers, peft, kohya, comfyui or all"
+            ))),
+        },
+    };
+    let shape = match &args.model {
+        Some(model) => PipelineFolder::open(model)?.shape()?,
+        None => ModelShape::default(),
+    };
+    let set =
+        read(&args.input, &shape).with_context(|| format!("read {}", args.input.display()))?;
+    for (key, reason) in &set.report.ignored {
+        println!("ignored `{key}`: {reason}");
+    }
+    let options = WriteOptions {
+        dtype,
+        lossy: args.lossy,
+        ..WriteOptions::default()
+    };
+    for format in &formats {
+        let out = if formats.len() == 1 {
+            args.output.clone()
+        } else {
+            beside(&args.output, *format)
+        };
+        let report = write(&set, *format, &out, &options)
+            .with_context(|| format!("write {} as {format}", out.display()))?;
+        println!("{format}: {} modules in {}", report.modules, out.display());
+        for loss in report.losses {
+            println!("  lost {}: {}", loss.module, loss.reason);
+        }
+        for note in report.notes {
+            println!("  note: {note}");
+        }
+    }
+    Ok(())
+}
+
+/// `lora.safetensors` to `lora-kohya.safetensors`, or to the folder `lora-peft`.
+fn beside(path: &Path, format: LoraFormat) -> PathBuf {
+    let stem = path
+        .file_stem()
+        .map(|stem| stem.to_string_lossy().into_owned())
+        .unwrap_or_default();
+    let extension = if format == LoraFormat::Peft {
+        ""
+    } else {
+        ".safetensors"
+    };
+    path.with_file_name(format!("{stem}-{format}{extension}"))
 }
 
 /// `FILE` or `FILE=WEIGHT`.

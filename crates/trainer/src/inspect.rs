@@ -5,12 +5,11 @@ use std::fmt::Write;
 use std::path::Path;
 
 use anyhow::bail;
+use flux_model::lora::{Factors, ModelShape, read};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::weights::Checkpoint;
-use lora_core::AdapterFile;
-use lora_core::tensor_file::TensorFile;
 
-use crate::checkpoint::{Opened, State, TRANSFORMER_PREFIX, is_checkpoint_folder};
+use crate::checkpoint::{Opened, State, is_checkpoint_folder};
 use crate::run_dir::RunDir;
 use crate::transaction::{Rejected, Verified, verify};
 
@@ -34,7 +33,7 @@ pub fn describe(path: &Path) -> anyhow::Result<String> {
             );
         }
     } else {
-        tensors(&mut text, path)?;
+        lora(&mut text, path)?;
     }
     Ok(text)
 }
@@ -162,41 +161,60 @@ fn checkpoint(text: &mut String, verified: Verified) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn tensors(text: &mut String, path: &Path) -> anyhow::Result<()> {
-    let file = TensorFile::open(path)?;
-    let adapter = match AdapterFile::load(path, TRANSFORMER_PREFIX) {
-        Ok(adapter) => adapter,
-        Err(error) => bail!(
-            "{} is not a LoRA of the diffusers format: {error}",
-            path.display()
-        ),
-    };
-    let config = adapter.config();
-    writeln!(text, "LoRA {} (diffusers format)", path.display())?;
-    let mut shapes: BTreeMap<(usize, String), usize> = BTreeMap::new();
-    for module in adapter.modules().values() {
-        *shapes
-            .entry((module.spec.rank, format!("{}", module.spec.alpha)))
+fn lora(text: &mut String, path: &Path) -> anyhow::Result<()> {
+    let set = read(path, &ModelShape::default())?;
+    writeln!(text, "LoRA {}", path.display())?;
+    for (format, modules) in &set.report.formats {
+        writeln!(text, "format {format}: {modules} modules")?;
+    }
+    let mut kinds: BTreeMap<String, usize> = BTreeMap::new();
+    let mut parameters = 0;
+    for (component, _, update) in set.iter() {
+        parameters += update
+            .tensors()
+            .iter()
+            .map(|tensor| tensor.shape().iter().product::<usize>())
+            .sum::<usize>();
+        let kind = match (&update.factors, update.rank()) {
+            (_, Some(rank)) => {
+                format!(
+                    "rank {rank}, alpha {}",
+                    update.alpha.unwrap_or(update.scale * rank as f64)
+                )
+            }
+            (Some(Factors::LoHa { .. }), _) => format!("LoHa, scale {}", update.scale),
+            (Some(Factors::LoKr(_)), _) => format!("LoKr, scale {}", update.scale),
+            (Some(_), _) => "full".into(),
+            (None, _) => "bias only".into(),
+        };
+        let dora = if update.magnitude.is_some() {
+            ", DoRA"
+        } else {
+            ""
+        };
+        *kinds
+            .entry(format!("{component}: {kind}{dora}"))
             .or_default() += 1;
     }
-    for ((rank, alpha), count) in shapes {
-        writeln!(text, "rank {rank}, alpha {alpha}: {count} layers")?;
+    for (kind, count) in kinds {
+        writeln!(text, "{kind}: {count} modules")?;
     }
-    let parameters: usize = file
-        .names()
-        .filter_map(|name| file.info(name))
-        .map(|info| info.shape.iter().product::<usize>())
-        .sum();
-    writeln!(text, "parameters: {parameters}")?;
     writeln!(
         text,
-        "rsLoRA: {}, DoRA: {}, bias: {}",
-        config.use_rslora, config.use_dora, config.lora_bias
+        "parameters: {parameters}; keys used: {}; ignored: {}",
+        set.report.used,
+        set.report.ignored.len()
     )?;
-    for layer in adapter.modules().keys() {
-        writeln!(text, "  {layer}")?;
+    for (key, reason) in &set.report.ignored {
+        writeln!(text, "ignored {key}: {reason}")?;
     }
-    for (key, value) in file.metadata() {
+    for warning in &set.report.warnings {
+        writeln!(text, "warning: {warning}")?;
+    }
+    for (component, module, _) in set.iter() {
+        writeln!(text, "  {component}.{module}")?;
+    }
+    for (key, value) in &set.metadata {
         let shown: String = value.chars().take(200).collect();
         writeln!(text, "metadata {key}: {}", shown.replace('\n', " "))?;
     }

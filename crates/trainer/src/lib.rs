@@ -14,11 +14,13 @@
 //! | `train` | the run: prepare, loop, save |
 //! | `checkpoint`, `fingerprint` | what a checkpoint says, and what exactness depends on |
 //! | `run_dir`, `transaction`, `vfs` | checkpoints that survive anything |
+//! | `adapters` | LoRA files of any format onto the networks |
 //! | `generate`, `preview` | text to image, and previews during training |
 //! | `inspect`, `parity`, `bench`, `random_weights` | the other commands |
 //! | `device` | the only file that names a backend |
 //! | `progress` | bars and lines |
 
+pub mod adapters;
 pub mod backward;
 pub mod batch;
 pub mod bench;

@@ -7,15 +7,17 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use burn::optim::{AdamW, AdamWConfig};
+use flux_model::lora::{Component, ModelShape};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::transformer::FluxTransformer;
 use lora_core::{
-    AdapterFile, AdapterSource, DEFAULT_ADAPTER, DropoutScope, ForwardPath, Gradients, LoraConfig,
+    AdapterSource, DEFAULT_ADAPTER, DropoutScope, ForwardPath, Gradients, LoraConfig,
     PathOptimizer, Plan, Training, count_parameters,
 };
 use serde::Serialize;
 use tracing::{info, warn};
 
+use crate::adapters;
 use crate::backward::loss_and_gradients;
 use crate::batch::{Data, Order};
 use crate::cache::{Cache, FileDigests};
@@ -313,11 +315,22 @@ fn start(
         None => AdapterSource::Fresh {
             seed: config.train.seed,
         },
-        Some(path) => AdapterSource::File(
-            AdapterFile::load(path, crate::checkpoint::TRANSFORMER_PREFIX)
-                .with_context(|| format!("load `lora.init_from` {}", path.display()))?
-                .with_dropout(lora.lora_dropout),
-        ),
+        Some(path) => {
+            let shape = ModelShape {
+                transformer: Some(model.config().clone()),
+                ..ModelShape::default()
+            };
+            let (file, residuals) =
+                adapters::load(path, &shape)?.to_adapter(Component::Transformer)?;
+            if let Some(residual) = residuals.first() {
+                bail!(
+                    "`lora.init_from` {} changes `{}` by more than low-rank factors, so it cannot be trained on",
+                    path.display(),
+                    residual.parameter
+                );
+            }
+            AdapterSource::File(file.with_dropout(lora.lora_dropout))
+        }
     };
     let plan = Plan::new(
         &model,

@@ -7,6 +7,7 @@ use burn::tensor::{Device, Tensor};
 use flux_model::clip::ClipOutput;
 use flux_model::config::{AutoencoderConfig, FluxConfig};
 use flux_model::latent::{Position, image_positions, text_positions, unpack};
+use flux_model::lora::Component;
 use flux_model::pipeline::{
     DenoiseSettings, PipelineFolder, denoise, latent_size, load_autoencoder, load_clip, load_t5,
     load_transformer, read_json,
@@ -24,6 +25,7 @@ use lora_core::{
 use serde_json::Value;
 
 use super::{Case, Line, Tensors};
+use crate::adapters::{self, LoadedLora};
 use crate::checkpoint::TRANSFORMER_PREFIX;
 use crate::config::{LossWeighting, TimestepSampling, TrainSection};
 use crate::loss::{loss_weight, mode_density, sigmoid, table_index};
@@ -79,6 +81,7 @@ pub(super) fn compute(case: &Case, device: &Device) -> anyhow::Result<Tensors> {
         "timestep_sampling" => timestep_sampling(case),
         "pipeline" => pipeline(case, device),
         "lora_forward" => lora_forward(case, device),
+        "lora_format" => lora_format(case, device),
         kind => bail!("unknown kind `{kind}`"),
     }
 }
@@ -632,6 +635,61 @@ fn lora_forward(case: &Case, device: &Device) -> anyhow::Result<Tensors> {
                     .map(|(key, tensor)| (format!("fused.{key}"), tensor)),
             );
         }
+    }
+    Ok(out)
+}
+
+fn lora_format(case: &Case, device: &Device) -> anyhow::Result<Tensors> {
+    let folder = PipelineFolder::open(&case.path("/model/path")?)?;
+    let lora = |strength: f64| -> anyhow::Result<[LoadedLora; 1]> {
+        let set = adapters::load(&case.path("/lora/file")?, &folder.shape()?)?;
+        Ok([LoadedLora {
+            name: "default".into(),
+            set,
+            strength,
+        }])
+    };
+    let mut out = Tensors::new();
+    for name in case.expected.names() {
+        let last = name.rsplit('.').next().unwrap_or(name);
+        let strength = match name.contains("base") {
+            true => None,
+            false => Some(
+                name.rsplit_once('_')
+                    .and_then(|(_, s)| s.parse().ok())
+                    .unwrap_or(1.0),
+            ),
+        };
+        let loras = strength.map(lora).transpose()?;
+        let loras = loras.as_ref().map_or(&[][..], |loras| loras);
+        let computed = if name.contains("clip") || name.contains("text_encoder") {
+            let clip = load_clip(&folder.root().join("text_encoder"), device)?;
+            let clip = adapters::attach(clip, Component::ClipL, loras)?;
+            let inputs = case
+                .inputs
+                .as_ref()
+                .context("the case has no inputs.safetensors")?;
+            let ids = inputs.names().find(|input| {
+                input.contains("ids") && !input.starts_with("img_") && !input.starts_with("txt_")
+            });
+            let output = clip.forward(
+                &id_rows(&case.input(ids.context("no token ids among the inputs")?)?)?,
+                device,
+            );
+            if last.contains("pooled") {
+                host_tensor(output.pooled)
+            } else {
+                host_tensor(output.last_hidden_state)
+            }
+        } else {
+            let model = folder.transformer(device)?;
+            forward(
+                case,
+                &adapters::attach(model, Component::Transformer, loras)?,
+                device,
+            )?
+        };
+        out.insert(name.into(), computed);
     }
     Ok(out)
 }

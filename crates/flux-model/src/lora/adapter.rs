@@ -1,0 +1,221 @@
+//! To and from what [`lora_core`] attaches to a model.
+//!
+//! An adapter holds low-rank factors, DoRA magnitudes of the output axis and biases of the up projection. Everything else
+//! a LoRA file can say changes the base weights themselves, as [`Residual`]s.
+
+use std::collections::BTreeMap;
+
+use lora_core::host::HostTensor;
+use lora_core::{AdapterFile, AdapterSpec, ModuleAdapter};
+
+use super::delta::{BaseWeight, group, group_delta};
+use super::error::LoraFormatError;
+use super::lycoris::to_low_rank;
+use super::shape::ModelShape;
+use super::tensor::TensorRef;
+use super::{Axis, Bias, Component, Factors, LoraSet, ModuleUpdate};
+
+/// A change of a base parameter, to be made before the adapter is attached.
+#[derive(Debug, Clone)]
+pub struct Residual {
+    /// Path of the parameter: `<module>.weight` or `<module>.bias`.
+    pub parameter: String,
+    /// How the values change it.
+    pub change: Change,
+    source: Source,
+}
+
+/// How a [`Residual`] changes its parameter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// `parameter + strength * values`.
+    Add,
+    /// The values, whatever the strength of the LoRA.
+    Replace,
+}
+
+#[derive(Debug, Clone)]
+enum Source {
+    /// The weight of the first module; the others share its norm.
+    Weight(String, Vec<(String, Option<ModuleUpdate>)>),
+    Bias(Box<ModuleUpdate>),
+    Value(TensorRef),
+}
+
+impl Residual {
+    /// The values, as `f32`; weights are `[out, in]`.
+    ///
+    /// `base` is asked for base weights, `[out, in]`, by module path, where the change depends on them (DoRA).
+    ///
+    /// # Errors
+    /// A tensor that cannot be read, or a base weight that is needed and not there.
+    pub fn load(&self, base: &mut BaseWeight<'_>) -> Result<HostTensor, LoraFormatError> {
+        match &self.source {
+            Source::Value(tensor) => Ok(HostTensor::from_f32(tensor.shape(), &tensor.load_f32()?)),
+            Source::Bias(update) => Ok(update
+                .bias_values()?
+                .unwrap_or_else(|| HostTensor::from_f32([0], &[]))),
+            Source::Weight(path, updates) => {
+                let group: Vec<_> = updates
+                    .iter()
+                    .map(|(path, update)| (path.clone(), update.as_ref()))
+                    .collect();
+                let values = group_delta(path, &group, base)?;
+                let own = group
+                    .iter()
+                    .find_map(|(module, update)| update.filter(|_| module == path));
+                let shape = match own {
+                    Some(ModuleUpdate {
+                        factors: Some(Factors::Full(tensor)),
+                        ..
+                    }) => tensor.shape(),
+                    _ => own
+                        .and_then(ModuleUpdate::size)
+                        .map_or_else(Vec::new, |(out, input)| vec![out, input]),
+                };
+                Ok(HostTensor::from_f32(shape, &values))
+            }
+        }
+    }
+}
+
+impl LoraSet {
+    /// One component as an adapter, and as changes of base parameters where it is more than an adapter.
+    ///
+    /// LoKr and LoHa become low-rank where that is exact and smaller than the dense change. Residuals are computed when
+    /// loaded, so that a LoRA of dense changes never has to be in memory as a whole. The adapter may have no modules.
+    ///
+    /// # Errors
+    /// A tensor that cannot be read.
+    pub fn to_adapter(
+        &self,
+        component: Component,
+    ) -> Result<(AdapterFile, Vec<Residual>), LoraFormatError> {
+        let all = self.modules(component);
+        let mut modules = BTreeMap::new();
+        let mut residuals = Vec::new();
+        for (path, update) in all {
+            let adapter = adapter(update)?;
+            let bias_is_adapted = adapter
+                .as_ref()
+                .is_some_and(|adapter| adapter.bias.is_some());
+            match (adapter, &update.factors) {
+                (Some(adapter), _) => {
+                    modules.insert(path.clone(), adapter);
+                }
+                (None, None) => {}
+                (None, Some(factors)) => {
+                    residuals.push(weight_residual(path, update, factors, all))
+                }
+            }
+            if let Some(bias) = update.bias.as_ref().filter(|_| !bias_is_adapted) {
+                residuals.push(Residual {
+                    parameter: format!("{path}.bias"),
+                    change: match bias {
+                        Bias::Replaced(_) => Change::Replace,
+                        Bias::Scaled(_) | Bias::Added(_) => Change::Add,
+                    },
+                    source: Source::Bias(Box::new(update.clone())),
+                });
+            }
+        }
+        Ok((AdapterFile::new(modules, None), residuals))
+    }
+
+    /// A set that holds an adapter of one component.
+    pub fn from_adapter(adapter: &AdapterFile, component: Component, shape: ModelShape) -> Self {
+        let mut set = Self {
+            shape,
+            ..Self::default()
+        };
+        let modules = adapter.modules().iter().map(|(path, module)| {
+            let tensor = |suffix: &str, tensor: &HostTensor| {
+                TensorRef::host(&format!("{path}.{suffix}"), tensor.clone())
+            };
+            let down = tensor("lora_A.weight", &module.lora_a);
+            let up = tensor("lora_B.weight", &module.lora_b);
+            let update = ModuleUpdate {
+                alpha: Some(module.spec.alpha).filter(|_| !module.spec.use_rslora),
+                bias: module
+                    .bias
+                    .as_ref()
+                    .map(|bias| Bias::Scaled(tensor("lora_B.bias", bias))),
+                magnitude: module.magnitude.as_ref().map(|values| super::Magnitude {
+                    values: tensor("lora_magnitude_vector", values),
+                    axis: Axis::Output,
+                }),
+                ..ModuleUpdate::low_rank(down, up, module.spec.scale())
+            };
+            (path.clone(), update)
+        });
+        *set.modules_mut(component) = modules.collect();
+        set
+    }
+}
+
+/// The update as an adapter of its module, if it can be one.
+fn adapter(update: &ModuleUpdate) -> Result<Option<ModuleAdapter>, LoraFormatError> {
+    if update
+        .magnitude
+        .as_ref()
+        .is_some_and(|magnitude| magnitude.axis != Axis::Output)
+    {
+        return Ok(None);
+    }
+    let Some(low_rank) = to_low_rank(update) else {
+        return Ok(None);
+    };
+    let Some(Factors::LowRank { down, up }) = &low_rank.factors else {
+        return Ok(None);
+    };
+    let rank = down.size().0;
+    let stated = update
+        .alpha
+        .filter(|alpha| alpha / rank as f64 == update.scale);
+    let magnitude = update
+        .magnitude
+        .as_ref()
+        .map(|magnitude| magnitude.values.load())
+        .transpose()?;
+    let bias = match &update.bias {
+        // PEFT does not combine the two, and DoRA leaves biases alone.
+        Some(Bias::Scaled(bias)) if magnitude.is_none() => Some(bias.load()?),
+        _ => None,
+    };
+    Ok(Some(ModuleAdapter {
+        spec: AdapterSpec {
+            rank,
+            alpha: stated.unwrap_or(update.scale * rank as f64),
+            use_rslora: false,
+            dropout: 0.0,
+        },
+        lora_a: down.load()?,
+        lora_b: up.load()?,
+        use_dora: magnitude.is_some(),
+        magnitude,
+        bias,
+    }))
+}
+
+fn weight_residual(
+    path: &str,
+    update: &ModuleUpdate,
+    factors: &Factors,
+    all: &BTreeMap<String, ModuleUpdate>,
+) -> Residual {
+    let (change, source) = match factors {
+        Factors::Replace(value) => (Change::Replace, Source::Value(value.clone())),
+        _ => {
+            let group = group(path, update);
+            let group = group
+                .into_iter()
+                .map(|path| (path.clone(), all.get(&path).cloned()));
+            (Change::Add, Source::Weight(path.into(), group.collect()))
+        }
+    };
+    Residual {
+        parameter: format!("{path}.weight"),
+        change,
+        source,
+    }
+}

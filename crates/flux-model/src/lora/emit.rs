@@ -1,0 +1,399 @@
+//! The keys and tensors of each format.
+//!
+//! | | scale | biases | DoRA | other |
+//! |---|---|---|---|---|
+//! | diffusers, PEFT | folded, or in the configuration | `lora_B.bias` | `lora_magnitude_vector [out]` | replaced q/k norms (diffusers) |
+//! | kohya, ComfyUI | alpha on every module | `diff_b`, scale folded | `dora_scale [out, 1]` or `[1, in]` | LoKr, LoHa, `diff`; `set_weight` (ComfyUI) |
+
+use std::collections::BTreeSet;
+
+use lora_core::host::{Dtype, HostTensor};
+
+use super::error::LoraFormatError;
+use super::fuse::{FuseError, Piece, assemble, fuse};
+use super::lycoris::{LoKr, Matrix, to_full, to_low_rank};
+use super::names::{Names, Target};
+use super::split::split;
+use super::tensor::TensorRef;
+use super::write::Loss;
+use super::{Axis, Bias, Component, Factors, LoraSet, ModuleUpdate};
+
+/// One tensor of a file to be written.
+pub(super) struct Output {
+    pub key: String,
+    pub tensor: TensorRef,
+    /// As written; the same elements as the tensor's own shape.
+    pub shape: Vec<usize>,
+    /// Where it does not follow the dtype of the file.
+    pub dtype: Option<Dtype>,
+}
+
+impl Output {
+    pub(super) fn new(key: String, tensor: TensorRef) -> Self {
+        Self {
+            key,
+            shape: tensor.shape(),
+            tensor,
+            dtype: None,
+        }
+    }
+
+    pub(super) fn scaled(key: String, tensor: &TensorRef, scale: f64) -> Self {
+        let piece = Piece {
+            row: 0,
+            column: 0,
+            scale,
+            tensor: tensor.clone(),
+        };
+        Self::new(key, assemble(tensor.shape(), vec![piece]))
+    }
+
+    fn fixed(key: String, value: HostTensor) -> Self {
+        Self {
+            dtype: Some(value.dtype),
+            ..Self::new(key.clone(), TensorRef::host(&key, value))
+        }
+    }
+}
+
+/// What is written of a set, and what is not.
+#[derive(Default)]
+pub(super) struct Emitted {
+    pub outputs: Vec<Output>,
+    pub losses: Vec<Loss>,
+    /// What readers of the format do with some of it.
+    pub notes: BTreeSet<&'static str>,
+    pub modules: usize,
+}
+
+impl Emitted {
+    pub(super) fn lose(&mut self, component: Component, path: &str, reason: &'static str) {
+        self.losses.push(Loss {
+            module: format!("{component}.{path}"),
+            reason: reason.into(),
+        });
+    }
+}
+
+/// Alpha that gives the update's scale: as stated if that still holds.
+pub(super) fn alpha(update: &ModuleUpdate, rank: usize) -> f64 {
+    let stated = update
+        .alpha
+        .filter(|alpha| alpha / rank as f64 == update.scale);
+    stated.unwrap_or(update.scale * rank as f64)
+}
+
+/// How kohya's and ComfyUI's formats spell a module.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Style {
+    Kohya,
+    ComfyUi,
+}
+
+impl Style {
+    fn module(self, component: Component, path: &str) -> String {
+        match (self, component) {
+            (Self::Kohya, _) => {
+                let prefix = match component {
+                    Component::Transformer => "lora_unet",
+                    Component::ClipL => "lora_te1",
+                    Component::T5 => "lora_te3",
+                };
+                format!("{prefix}_{}", path.replace('.', "_"))
+            }
+            (Self::ComfyUi, Component::Transformer) => format!("diffusion_model.{path}"),
+            (Self::ComfyUi, Component::ClipL) => format!("text_encoders.clip_l.transformer.{path}"),
+            (Self::ComfyUi, Component::T5) => format!("text_encoders.t5xxl.transformer.{path}"),
+        }
+    }
+}
+
+/// All components with kohya's parameters; the transformer's modules as BFL has them.
+pub(super) fn fused(
+    set: &LoraSet,
+    style: Style,
+    emitted: &mut Emitted,
+) -> Result<(), LoraFormatError> {
+    let names = Names::new(&set.shape);
+    let mut left: BTreeSet<&String> = set.transformer.keys().collect();
+    for target in names.bfl() {
+        target.places.iter().for_each(|place| {
+            left.remove(&place.path);
+        });
+        fused_target(set, target, style, emitted)?;
+    }
+    let ranks: BTreeSet<_> = set
+        .transformer
+        .values()
+        .filter_map(ModuleUpdate::rank)
+        .collect();
+    if ranks.len() > 1 {
+        emitted.notes.insert("diffusers before August 2026 loads modules of another rank than the first at a wrong scale");
+    }
+    for path in left {
+        emitted.lose(
+            Component::Transformer,
+            path,
+            "the network the LoRA is said to be for has no such module",
+        );
+    }
+    for component in [Component::ClipL, Component::T5] {
+        for (path, update) in set.modules(component) {
+            let module = style.module(component, path);
+            emit(update, &module, (component, path), style, emitted);
+        }
+    }
+    Ok(())
+}
+
+fn fused_target(
+    set: &LoraSet,
+    target: &Target,
+    style: Style,
+    emitted: &mut Emitted,
+) -> Result<(), LoraFormatError> {
+    let component = Component::Transformer;
+    let parts: Vec<_> = target
+        .places
+        .iter()
+        .map(|place| set.transformer.get(&place.path))
+        .collect();
+    let module = style.module(component, &target.name);
+    if let ([place], [part]) = (target.places.as_slice(), parts.as_slice()) {
+        if let Some(update) = part {
+            // Exchanging halves is its own inverse.
+            for update in split(update, &target.places) {
+                emit(&update, &module, (component, &place.path), style, emitted);
+                note_target(target, &update, set, &module, style, emitted);
+            }
+        }
+        return Ok(());
+    }
+    let rows: Vec<usize> = target
+        .places
+        .iter()
+        .map(|place| place.rows.count())
+        .collect();
+    let paths: Vec<_> = target
+        .places
+        .iter()
+        .map(|place| place.path.as_str())
+        .collect();
+    let obstacle = match fuse(&parts, &rows, &paths) {
+        Ok(None) => return Ok(()),
+        Ok(Some(update)) => {
+            emit(&update, &module, (component, &target.name), style, emitted);
+            return Ok(());
+        }
+        Err(FuseError::Failed(error)) => return Err(error),
+        Err(FuseError::Obstacle(obstacle)) => obstacle,
+    };
+    for (path, update) in paths.iter().zip(&parts) {
+        let Some(update) = update else { continue };
+        let shared = |axis: &Axis| matches!(axis, Axis::Input { across } if across.len() > 1);
+        let reason = if style == Style::Kohya {
+            Some(obstacle)
+        } else if update.bias.is_some() {
+            Some("ComfyUI applies biases to whole modules only")
+        } else if update
+            .magnitude
+            .as_ref()
+            .is_some_and(|magnitude| shared(&magnitude.axis))
+        {
+            Some("its DoRA magnitude counts inputs of the fused module")
+        } else {
+            None
+        };
+        match reason {
+            Some(reason) => emitted.lose(component, path, reason),
+            None => {
+                // ComfyUI patches the rows of the fused weight that this name stands for.
+                emit(
+                    update,
+                    &format!("transformer.{path}"),
+                    (component, path),
+                    style,
+                    emitted,
+                );
+                emitted.notes.insert("modules that cannot be fused are named as in diffusers, which ComfyUI loads as well");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What readers do with modules outside the blocks.
+fn note_target(
+    target: &Target,
+    update: &ModuleUpdate,
+    set: &LoraSet,
+    module: &str,
+    style: Style,
+    emitted: &mut Emitted,
+) {
+    let in_block = target.name.contains("_blocks.");
+    if !in_block {
+        emitted.notes.insert(match style {
+            Style::Kohya => {
+                "diffusers ignores the embedders and the final layer of a kohya file, sd-scripts the final layer"
+            }
+            Style::ComfyUi => "diffusers ignores the embedders and the final layer of a ComfyUI file",
+        });
+    }
+    let channels = set
+        .shape
+        .transformer
+        .as_ref()
+        .map(|config| config.out_channels());
+    if let (Style::ComfyUi, "img_in", Some((out, input))) =
+        (style, target.name.as_str(), update.size())
+        && Some(input) != channels
+    {
+        let shape = HostTensor::from_i64([2], &[out as i64, input as i64]);
+        emitted
+            .outputs
+            .push(Output::fixed(format!("{module}.reshape_weight"), shape));
+    }
+}
+
+/// One module with kohya's parameters.
+fn emit(
+    update: &ModuleUpdate,
+    module: &str,
+    (component, path): (Component, &str),
+    style: Style,
+    emitted: &mut Emitted,
+) {
+    let key = |suffix: &str| format!("{module}.{suffix}");
+    if let Some(reason) = obstacle(update, style) {
+        emitted.lose(component, path, reason);
+        return;
+    }
+    emitted.modules += 1;
+    let cut = |factors: &Factors| matches!(factors, Factors::LoKr(LoKr { rows: Some(_), .. }));
+    let whole = match &update.factors {
+        Some(factors) if cut(factors) => to_low_rank(update).or_else(|| to_full(update)),
+        _ => None,
+    };
+    let update = whole.as_ref().unwrap_or(update);
+    let mut stated = None;
+    match &update.factors {
+        None => {}
+        Some(Factors::LowRank { down, up }) => {
+            emitted
+                .outputs
+                .push(Output::new(key("lora_down.weight"), down.clone()));
+            emitted
+                .outputs
+                .push(Output::new(key("lora_up.weight"), up.clone()));
+            stated = Some(alpha(update, down.size().0));
+        }
+        Some(Factors::LoHa { a, b }) => {
+            for (i, (a, b)) in a.iter().zip(b).enumerate() {
+                emitted
+                    .outputs
+                    .push(Output::new(key(&format!("hada_w{}_a", i + 1)), a.clone()));
+                emitted
+                    .outputs
+                    .push(Output::new(key(&format!("hada_w{}_b", i + 1)), b.clone()));
+            }
+            stated = Some(alpha(update, b[0].size().0));
+        }
+        Some(Factors::LoKr(lokr)) => stated = Some(emit_lokr(lokr, update, &key, emitted)),
+        Some(Factors::Full(tensor)) => {
+            emitted
+                .outputs
+                .push(Output::scaled(key("diff"), tensor, update.scale));
+        }
+        Some(Factors::Replace(tensor)) => {
+            emitted
+                .outputs
+                .push(Output::new(key("set_weight"), tensor.clone()));
+        }
+    }
+    if !matches!(update.factors, None | Some(Factors::LowRank { .. })) {
+        emitted
+            .notes
+            .insert("diffusers does not load LoKr, LoHa or full changes");
+    }
+    if let Some(alpha) = stated {
+        emitted.outputs.push(Output::fixed(
+            key("alpha"),
+            HostTensor::from_f32([], &[alpha as f32]),
+        ));
+    }
+    if let Some(bias) = &update.bias {
+        let scale = if let Bias::Scaled(_) = bias {
+            update.scale
+        } else {
+            1.0
+        };
+        emitted
+            .outputs
+            .push(Output::scaled(key("diff_b"), bias.tensor(), scale));
+        emitted.notes.insert("only ComfyUI loads `diff_b`");
+    }
+    if let Some(magnitude) = &update.magnitude {
+        let mut output = Output::new(key("dora_scale"), magnitude.values.clone());
+        let len = magnitude.values.size().0;
+        output.shape = match magnitude.axis {
+            Axis::Output => {
+                emitted.notes.insert(
+                    "ComfyUI divides a DoRA of the output axis by the norm of the unchanged weight, which is not what was trained",
+                );
+                vec![len, 1]
+            }
+            Axis::Input { .. } => vec![1, len],
+        };
+        emitted.outputs.push(output);
+        emitted
+            .notes
+            .insert("diffusers ignores `dora_scale`: it plays a DoRA as a plain LoRA");
+    }
+}
+
+/// Why the format cannot hold an update, if it cannot.
+fn obstacle(update: &ModuleUpdate, style: Style) -> Option<&'static str> {
+    match (&update.factors, &update.bias) {
+        (_, Some(Bias::Replaced(_))) => Some("it replaces a bias"),
+        (Some(Factors::Replace(_)), _) if style == Style::Kohya => Some("it replaces a weight"),
+        _ => None,
+    }
+}
+
+/// The factors of a whole Kronecker product; returns the alpha that gives its scale.
+fn emit_lokr(
+    lokr: &LoKr,
+    update: &ModuleUpdate,
+    key: &dyn Fn(&str) -> String,
+    emitted: &mut Emitted,
+) -> f64 {
+    let rank = match (&lokr.w1, &lokr.w2) {
+        (_, Matrix::Product(_, b)) | (Matrix::Product(_, b), _) => Some(b.size().0),
+        (Matrix::Full(_), Matrix::Full(_)) => None,
+    };
+    // Of two full factors the alpha is ignored, so their scale has to be in one of them.
+    let folded = if rank.is_none() { update.scale } else { 1.0 };
+    for (name, matrix, scale) in [("lokr_w1", &lokr.w1, folded), ("lokr_w2", &lokr.w2, 1.0)] {
+        match matrix {
+            Matrix::Full(tensor) => emitted
+                .outputs
+                .push(Output::scaled(key(name), tensor, scale)),
+            Matrix::Product(left, right) => {
+                emitted
+                    .outputs
+                    .push(Output::new(key(&format!("{name}_a")), left.clone()));
+                emitted
+                    .outputs
+                    .push(Output::new(key(&format!("{name}_b")), right.clone()));
+            }
+        }
+    }
+    match rank {
+        Some(rank) => alpha(update, rank),
+        None => update
+            .alpha
+            .filter(|alpha| alpha.is_finite())
+            .unwrap_or(1.0),
+    }
+}

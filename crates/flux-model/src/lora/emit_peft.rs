@@ -1,0 +1,132 @@
+//! The keys and tensors of the formats with PEFT's parameters: diffusers files and PEFT folders.
+
+use super::emit::{Emitted, Output, alpha};
+use super::lycoris::to_low_rank;
+use super::{Axis, Bias, Component, Factors, LoraSet, ModuleUpdate};
+
+/// A module as PEFT describes it.
+pub(super) struct PeftModule {
+    pub path: String,
+    pub rank: usize,
+    pub alpha: f64,
+    pub dora: bool,
+    pub bias: bool,
+}
+
+/// How a format with PEFT's parameters differs from the others.
+pub(super) struct PeftStyle {
+    /// In front of every module path.
+    pub prefix: String,
+    /// The scale is in `lora_B`, not in the configuration.
+    pub fold: bool,
+    /// Gains of the q and k norms can be replaced.
+    pub norms: bool,
+}
+
+/// One component with PEFT's parameters.
+pub(super) fn peft(
+    set: &LoraSet,
+    component: Component,
+    style: &PeftStyle,
+    emitted: &mut Emitted,
+) -> Vec<PeftModule> {
+    let PeftStyle {
+        prefix,
+        fold,
+        norms,
+    } = style;
+    let fold = *fold;
+    let mut described = Vec::new();
+    let updates = set.modules(component);
+    let any_dora = updates.values().any(|update| update.magnitude.is_some());
+    for (path, update) in updates {
+        let key = |suffix: &str| format!("{prefix}{path}{suffix}");
+        if let Some(Factors::Replace(value)) = &update.factors
+            && *norms
+            && path
+                .rsplit('.')
+                .next()
+                .is_some_and(|leaf| leaf.starts_with("norm_"))
+        {
+            emitted
+                .outputs
+                .push(Output::new(key(".weight"), value.clone()));
+            emitted
+                .notes
+                .insert("ComfyUI does not load replaced norms from a diffusers file");
+            emitted.modules += 1;
+            continue;
+        }
+        let low_rank = match peft_form(update, any_dora) {
+            Ok(low_rank) => low_rank,
+            Err(reason) => {
+                emitted.lose(component, path, reason);
+                continue;
+            }
+        };
+        let Some(Factors::LowRank { down, up }) = &low_rank.factors else {
+            continue;
+        };
+        let rank = down.size().0;
+        let (scale, alpha) = if fold {
+            (low_rank.scale, rank as f64)
+        } else {
+            (1.0, alpha(&low_rank, rank))
+        };
+        emitted
+            .outputs
+            .push(Output::new(key(".lora_A.weight"), down.clone()));
+        emitted
+            .outputs
+            .push(Output::scaled(key(".lora_B.weight"), up, scale));
+        if let Some(bias) = &low_rank.bias {
+            let scale = match (bias, fold) {
+                (Bias::Scaled(_), true) => low_rank.scale,
+                (Bias::Scaled(_), false) | (_, true) => 1.0,
+                (_, false) => 1.0 / low_rank.scale,
+            };
+            emitted
+                .outputs
+                .push(Output::scaled(key(".lora_B.bias"), bias.tensor(), scale));
+            emitted.notes.insert("ComfyUI does not load `lora_B.bias`; the ComfyUI format has biases as it reads them");
+        }
+        if let Some(magnitude) = &low_rank.magnitude {
+            emitted.outputs.push(Output::new(
+                key(".lora_magnitude_vector"),
+                magnitude.values.clone(),
+            ));
+            emitted
+                .notes
+                .insert("ComfyUI ignores `lora_magnitude_vector`: it plays a DoRA as a plain LoRA");
+        }
+        emitted.modules += 1;
+        described.push(PeftModule {
+            path: path.clone(),
+            rank,
+            alpha,
+            dora: low_rank.magnitude.is_some(),
+            bias: low_rank.bias.is_some(),
+        });
+    }
+    described
+}
+
+/// The update in the form PEFT can hold, or why there is none.
+fn peft_form(update: &ModuleUpdate, any_dora: bool) -> Result<ModuleUpdate, &'static str> {
+    match (&update.factors, &update.magnitude, &update.bias) {
+        (_, _, Some(Bias::Replaced(_))) => return Err("it replaces a bias"),
+        (None, ..) => return Err("it changes a bias without a low-rank change"),
+        (_, Some(magnitude), _) if magnitude.axis != Axis::Output => {
+            return Err("its DoRA magnitude counts inputs; PEFT's counts outputs");
+        }
+        (_, Some(_), Some(_)) => return Err("PEFT combines no bias with DoRA"),
+        (_, None, _) if any_dora => {
+            return Err("it has no DoRA magnitude while others do; PEFT wants all or none");
+        }
+        (_, _, Some(Bias::Added(_))) if update.scale == 0.0 => {
+            return Err("its scale is 0 but its bias is not");
+        }
+        _ => {}
+    }
+    to_low_rank(update).ok_or("its change has no low-rank form")
+}

@@ -1,0 +1,291 @@
+//! Sizes of the networks as far as a file shows them, for reading a LoRA without a model.
+
+use crate::config::{ClipConfig, FluxConfig, T5Config};
+
+use super::Component;
+use super::key::ParsedKey;
+use super::names::Names;
+use super::shape::ModelShape;
+
+/// Sizes beyond these are no width and no block of any model.
+const WIDEST: usize = 1 << 20;
+const MOST_BLOCKS: usize = 1000;
+
+/// One module of a file and the sizes its tensors show.
+pub(super) struct Sighting<'a> {
+    pub key: &'a ParsedKey,
+    pub out: Option<usize>,
+    pub input: Option<usize>,
+}
+
+/// The given shape, completed from what was seen.
+///
+/// Widths that no tensor shows keep the values of FLUX.1-dev.
+pub(super) fn complete(given: &ModelShape, seen: &[Sighting<'_>]) -> ModelShape {
+    let keys = || seen.iter().map(|sighting| sighting.key);
+    let blocks = |container: &str| {
+        let indices = keys().filter_map(|key| block_index(&key.module, container));
+        indices.max().map_or(0, |last| last + 1)
+    };
+    let mut shape = given.clone();
+    let flux = shape.transformer.get_or_insert_with(|| FluxConfig {
+        num_layers: blocks("double_blocks").max(blocks("transformer_blocks")),
+        num_single_layers: blocks("single_blocks").max(blocks("single_transformer_blocks")),
+        ..FluxConfig::dev()
+    });
+    let infer_flux = given.transformer.is_none().then(|| flux.clone());
+    let clip = shape.clip.get_or_insert_with(|| ClipConfig {
+        num_hidden_layers: blocks("text_model.encoder.layers"),
+        ..ClipConfig::clip_l()
+    });
+    let infer_clip = given.clip.is_none().then(|| clip.clone());
+    let t5 = shape.t5.get_or_insert_with(|| T5Config {
+        num_layers: blocks("encoder.block"),
+        ..T5Config::xxl()
+    });
+    let infer_t5 = given.t5.is_none().then(|| t5.clone());
+
+    // Names do not depend on widths, so they resolve before the widths are known.
+    let names = Names::new(&shape);
+    let sizes = Sizes::measure(&names, seen);
+    if let Some(config) = infer_flux {
+        shape.transformer = Some(sizes.flux(config));
+    }
+    if let Some(config) = infer_clip {
+        shape.clip = Some(ClipConfig {
+            hidden_size: sizes.clip_hidden.unwrap_or(config.hidden_size),
+            intermediate_size: sizes.clip_mlp.unwrap_or(config.intermediate_size),
+            ..config
+        });
+    }
+    if let Some(config) = infer_t5 {
+        shape.t5 = Some(sizes.t5(config));
+    }
+    shape
+}
+
+/// Index of the block in a path that starts with `container`, dotted or flattened.
+fn block_index(module: &str, container: &str) -> Option<usize> {
+    let rest = module
+        .strip_prefix(container)
+        .or_else(|| module.strip_prefix(&container.replace('.', "_")))?;
+    let rest = rest.strip_prefix(['.', '_'])?;
+    let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+    digits.parse().ok().filter(|index| *index < MOST_BLOCKS)
+}
+
+/// Widths, each from the first tensor that shows it.
+#[derive(Default)]
+struct Sizes {
+    hidden: Option<usize>,
+    head: Option<usize>,
+    in_channels: Option<usize>,
+    out_channels: Option<usize>,
+    text: Option<usize>,
+    pooled: Option<usize>,
+    clip_hidden: Option<usize>,
+    clip_mlp: Option<usize>,
+    t5_hidden: Option<usize>,
+    t5_inner: Option<usize>,
+    t5_mlp: Option<usize>,
+}
+
+impl Sizes {
+    fn measure(names: &Names, seen: &[Sighting<'_>]) -> Self {
+        let plausible = |size: &usize| (1..=WIDEST).contains(size);
+        let mut sizes = Self::default();
+        for sighting in seen {
+            let (out, input) = (
+                sighting.out.filter(plausible),
+                sighting.input.filter(plausible),
+            );
+            if let Some(target) = names.resolve(sighting.key) {
+                let path = &target.places[0].path;
+                match target.component {
+                    Component::Transformer => {
+                        sizes.flux_module(path, target.places.len() > 1, out, input);
+                    }
+                    Component::ClipL => sizes.clip_module(path, out, input),
+                    Component::T5 => sizes.t5_module(path, out, input),
+                }
+            }
+        }
+        sizes
+    }
+
+    fn flux_module(&mut self, path: &str, fused: bool, out: Option<usize>, input: Option<usize>) {
+        let in_block = path.contains("blocks.");
+        let leaf = path.rsplit('.').next().unwrap_or(path);
+        match path {
+            "x_embedder" => {
+                self.in_channels = self.in_channels.or(input);
+                self.hidden = self.hidden.or(out);
+            }
+            "context_embedder" => {
+                self.text = self.text.or(input);
+                self.hidden = self.hidden.or(out);
+            }
+            "proj_out" => {
+                self.out_channels = self.out_channels.or(out);
+                self.hidden = self.hidden.or(input);
+            }
+            "time_text_embed.text_embedder.linear_1" => {
+                self.pooled = self.pooled.or(input);
+                self.hidden = self.hidden.or(out);
+            }
+            _ if leaf.starts_with("norm_") => self.head = self.head.or(out),
+            _ if path.ends_with("linear_1") => self.hidden = self.hidden.or(out),
+            _ if path.ends_with("net.2") || in_block && leaf == "proj_out" => {
+                self.hidden = self.hidden.or(out);
+            }
+            _ => {
+                let square = !fused && (path.contains(".attn.") || leaf == "linear_2");
+                self.hidden = self.hidden.or(input).or(out.filter(|_| square));
+            }
+        }
+    }
+
+    fn clip_module(&mut self, path: &str, out: Option<usize>, input: Option<usize>) {
+        let (hidden, mlp) = if path.ends_with("fc1") {
+            (input, out)
+        } else if path.ends_with("fc2") {
+            (out, input)
+        } else {
+            (out.or(input), None)
+        };
+        self.clip_hidden = self.clip_hidden.or(hidden);
+        self.clip_mlp = self.clip_mlp.or(mlp);
+    }
+
+    fn t5_module(&mut self, path: &str, out: Option<usize>, input: Option<usize>) {
+        let attention = path.contains("SelfAttention");
+        let (hidden, inner) = if path.ends_with(".o") || path.ends_with(".wo") {
+            (out, input)
+        } else if path.ends_with("norm") {
+            (out, None)
+        } else {
+            (input, out)
+        };
+        self.t5_hidden = self.t5_hidden.or(hidden);
+        if attention {
+            self.t5_inner = self.t5_inner.or(inner);
+        } else {
+            self.t5_mlp = self.t5_mlp.or(inner);
+        }
+    }
+
+    fn flux(&self, config: FluxConfig) -> FluxConfig {
+        let hidden = self.hidden.unwrap_or_else(|| config.hidden_size());
+        let head = self.head.unwrap_or(config.attention_head_dim).max(1);
+        let head = if hidden.is_multiple_of(head) {
+            head
+        } else {
+            hidden
+        };
+        let out_channels = self
+            .out_channels
+            .or(config.out_channels)
+            .unwrap_or(config.in_channels);
+        FluxConfig {
+            attention_head_dim: head,
+            num_attention_heads: hidden / head.max(1),
+            in_channels: self.in_channels.unwrap_or(config.in_channels),
+            out_channels: Some(out_channels),
+            joint_attention_dim: self.text.unwrap_or(config.joint_attention_dim),
+            pooled_projection_dim: self.pooled.unwrap_or(config.pooled_projection_dim),
+            ..config
+        }
+    }
+
+    fn t5(&self, config: T5Config) -> T5Config {
+        let inner = self.t5_inner.unwrap_or(config.num_heads * config.d_kv);
+        let heads = if inner.is_multiple_of(config.d_kv) {
+            inner / config.d_kv
+        } else {
+            1
+        };
+        T5Config {
+            d_model: self.t5_hidden.unwrap_or(config.d_model),
+            d_ff: self.t5_mlp.unwrap_or(config.d_ff),
+            d_kv: inner / heads.max(1),
+            num_heads: heads,
+            ..config
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::key::parse;
+    use super::*;
+
+    #[test]
+    fn block_numbers_are_read_in_both_spellings() {
+        assert_eq!(
+            block_index("double_blocks.18.img_mlp.0", "double_blocks"),
+            Some(18)
+        );
+        assert_eq!(
+            block_index("single_blocks_7_linear1", "single_blocks"),
+            Some(7)
+        );
+        assert_eq!(
+            block_index("single_transformer_blocks.1.x", "transformer_blocks"),
+            None
+        );
+        assert_eq!(
+            block_index(
+                "text_model_encoder_layers_3_mlp",
+                "text_model.encoder.layers"
+            ),
+            Some(3)
+        );
+        assert_eq!(
+            block_index("double_blocks.99999999.img_mlp.0", "double_blocks"),
+            None
+        );
+    }
+
+    #[test]
+    fn widths_come_from_the_tensors() {
+        let keys = [
+            (
+                "lora_unet_double_blocks_1_img_mlp_2.lora_down.weight",
+                Some(48),
+                Some(192),
+            ),
+            ("lora_unet_img_in.lora_down.weight", Some(48), Some(128)),
+            (
+                "lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_down.weight",
+                Some(40),
+                Some(20),
+            ),
+        ];
+        let parsed: Vec<_> = keys
+            .iter()
+            .map(|(key, ..)| parse(key).expect("a parameter"))
+            .collect();
+        let sighting = |(key, (_, out, input)): (_, &(_, _, _))| Sighting {
+            key,
+            out: *out,
+            input: *input,
+        };
+        let seen: Vec<_> = parsed.iter().zip(&keys).map(sighting).collect();
+        let shape = complete(&ModelShape::default(), &seen);
+        let flux = shape.transformer.expect("inferred");
+        assert_eq!((flux.num_layers, flux.num_single_layers), (2, 0));
+        assert_eq!(
+            (flux.hidden_size(), flux.in_channels, flux.out_channels()),
+            (48, 128, 64)
+        );
+        let clip = shape.clip.expect("inferred");
+        assert_eq!(
+            (
+                clip.num_hidden_layers,
+                clip.hidden_size,
+                clip.intermediate_size
+            ),
+            (2, 20, 40)
+        );
+    }
+}

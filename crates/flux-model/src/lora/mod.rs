@@ -1,0 +1,319 @@
+//! LoRA files of FLUX.1: every format found in the wild, read into one form and written from it.
+//!
+//! The form is [`LoraSet`]: component and diffusers module path to [`ModuleUpdate`]. A file is read key by key, whatever
+//! its name: each key is a prefix, a module and a parameter, and any prefix goes with any spelling of the module.
+//!
+//! | format | example key | read | write |
+//! |---|---|---|---|
+//! | diffusers | `transformer.transformer_blocks.0.attn.to_q.lora_A.weight` | yes | yes |
+//! | diffusers, old | `….attn.processor.to_q_lora.down.weight`, `….lora_linear_layer.up.weight` | yes | |
+//! | PEFT folder | `base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight` | yes | yes |
+//! | kohya | `lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight` | yes | yes |
+//! | ComfyUI | `diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight` | yes | yes |
+//! | SimpleTuner for ComfyUI | `diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight` | yes | |
+//! | fal Kontext | `base_model.model.double_blocks.0.img_attn.qkv.lora_A.weight` | yes | |
+//! | BFL control | `double_blocks.0.img_attn.qkv.lora_B.bias`, `….query_norm.scale` | yes | |
+//! | XLabs, USO | `double_blocks.0.processor.qkv_lora1.down.weight` | yes | |
+//! | OneTrainer | `lora_transformer_transformer_blocks_0_attn_to_q.dora_scale` | yes | |
+//! | OneTrainer OMI | `transformer.double_blocks.0.img_attn.qkv.1.lora_down.weight` | yes | |
+//! | DiffSynth, raw dumps | `transformer_blocks.0.attn.to_q.lora_A.default.weight` | yes | |
+//! | LyCORIS (LoKr, LoHa, full) | `lycoris_transformer_blocks_0_attn_to_q.lokr_w1` | yes | kohya, ComfyUI |
+//!
+//! Decisions:
+//! - The rank is that of the tensors. The scale is kept as a number beside the factors, so that nothing is rounded on read.
+//! - A fused module becomes several modules that select rows of its tensors; they are put together again on write.
+//! - Tensors are [`TensorRef`]s: read when needed, one at a time.
+//! - Nothing is dropped silently: [`Report`] names each key that was not used, [`WriteReport`] each module that was not
+//!   written.
+//!
+//! | file | idea |
+//! |---|---|
+//! | `source`, `read`, `group` | files and configurations; a set from them; one module's keys to an update |
+//! | `key`, `names` | keys to prefix, module and parameter; every name of every module |
+//! | `shape`, `infer` | the modules of a network, from its configuration or from a file |
+//! | `peft` | alpha from an adapter's configuration |
+//! | `tensor`, `rows` | tensors that are read when needed; which rows of them |
+//! | `lycoris`, `delta` | LoKr and LoHa as products; what a module's weight changes by |
+//! | `split`, `fuse` | fused modules to parts and back |
+//! | `write`, `emit`, `emit_peft` | a set to a file, and the keys of each format |
+//! | `adapter` | to and from what [`lora_core`] attaches |
+//!
+//! Source: the loaders and savers of diffusers 0.38, ComfyUI a125cd84, sd-scripts 48d368fa, PEFT 0.19, LyCORIS f49d30d6,
+//! OneTrainer 23df3832, ai-toolkit 27a03a91, x-flux 47495425 and BFL flux 802fb471, for the names and what they mean.
+
+mod adapter;
+mod compare;
+mod delta;
+mod emit;
+mod emit_peft;
+mod error;
+mod fuse;
+mod group;
+mod infer;
+mod key;
+mod lycoris;
+mod names;
+mod peft;
+mod read;
+mod rows;
+mod shape;
+mod source;
+mod split;
+mod tensor;
+mod write;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+pub use adapter::{Change, Residual};
+pub use delta::{BaseWeight, delta};
+pub use error::{KeyProblem, LoraFormatError};
+pub use lycoris::{LoKr, Matrix};
+pub use read::read;
+pub use rows::Rows;
+pub use shape::{ModelShape, ModuleShape};
+pub use tensor::TensorRef;
+pub use write::{LoraFormat, Loss, WriteOptions, WriteReport, write};
+
+/// One LoRA: what it changes in each component, and how it was read.
+#[derive(Debug, Clone, Default)]
+pub struct LoraSet {
+    /// Updates of the velocity network, by diffusers module path.
+    pub transformer: BTreeMap<String, ModuleUpdate>,
+    /// Updates of CLIP, by transformers module path.
+    pub clip: BTreeMap<String, ModuleUpdate>,
+    /// Updates of T5, by transformers module path.
+    pub t5: BTreeMap<String, ModuleUpdate>,
+    /// The networks the paths belong to: as given, or as far as the file shows them.
+    pub shape: ModelShape,
+    /// Header of the file.
+    pub metadata: BTreeMap<String, String>,
+    /// Input channels of `x_embedder` if the LoRA needs more than the network has: pad its weight with zeros on the right,
+    /// up to this width, before applying the LoRA (FLUX.1 control LoRAs).
+    pub in_channels: Option<usize>,
+    /// What was used and what was not.
+    pub report: Report,
+}
+
+impl LoraSet {
+    /// The updates of one component.
+    pub fn modules(&self, component: Component) -> &BTreeMap<String, ModuleUpdate> {
+        match component {
+            Component::Transformer => &self.transformer,
+            Component::ClipL => &self.clip,
+            Component::T5 => &self.t5,
+        }
+    }
+
+    /// The updates of one component, to be changed.
+    pub fn modules_mut(&mut self, component: Component) -> &mut BTreeMap<String, ModuleUpdate> {
+        match component {
+            Component::Transformer => &mut self.transformer,
+            Component::ClipL => &mut self.clip,
+            Component::T5 => &mut self.t5,
+        }
+    }
+
+    /// Every update, with its component and module path.
+    pub fn iter(&self) -> impl Iterator<Item = (Component, &str, &ModuleUpdate)> {
+        Component::ALL.into_iter().flat_map(|component| {
+            let modules = self.modules(component).iter();
+            modules.map(move |(path, update)| (component, path.as_str(), update))
+        })
+    }
+
+    /// Number of modules that are changed.
+    pub fn len(&self) -> usize {
+        self.iter().count()
+    }
+
+    /// Whether nothing is changed.
+    pub fn is_empty(&self) -> bool {
+        self.iter().next().is_none()
+    }
+
+    /// Reads every tensor once.
+    ///
+    /// # Errors
+    /// The first tensor that cannot be read or holds NaN or infinity.
+    pub fn validate(&self) -> Result<(), LoraFormatError> {
+        for (_, _, update) in self.iter() {
+            for tensor in update.tensors() {
+                tensor.load()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A network that a LoRA can change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Component {
+    /// The velocity network.
+    Transformer,
+    /// The CLIP-L text encoder.
+    ClipL,
+    /// The T5 text encoder.
+    T5,
+}
+
+impl Component {
+    /// All components.
+    pub const ALL: [Self; 3] = [Self::Transformer, Self::ClipL, Self::T5];
+}
+
+impl fmt::Display for Component {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Transformer => "transformer",
+            Self::ClipL => "text_encoder",
+            Self::T5 => "text_encoder_2",
+        })
+    }
+}
+
+/// What a LoRA does to one module.
+#[derive(Debug, Clone)]
+pub struct ModuleUpdate {
+    /// Change of the weight; `None` if only the bias changes.
+    pub factors: Option<Factors>,
+    /// Factor of the weight's change: alpha over rank, or whatever the format says. Not folded into the factors.
+    pub scale: f64,
+    /// Alpha as the file states it.
+    pub alpha: Option<f64>,
+    /// Change of the bias.
+    pub bias: Option<Bias>,
+    /// DoRA: the length of each row or column of the changed weight.
+    pub magnitude: Option<Magnitude>,
+}
+
+/// Change of a weight `[out, in]`, or of a norm's gain `[len]`, before the scale.
+#[derive(Debug, Clone)]
+pub enum Factors {
+    /// `up * down`.
+    LowRank {
+        /// `[rank, in]`.
+        down: TensorRef,
+        /// `[out, rank]`.
+        up: TensorRef,
+    },
+    /// `(w1_a * w1_b) ⊙ (w2_a * w2_b)`, the `a` as `[out, rank]`, the `b` as `[rank, in]`.
+    LoHa {
+        /// Left factors of both products.
+        a: [TensorRef; 2],
+        /// Right factors of both products.
+        b: [TensorRef; 2],
+    },
+    /// A Kronecker product.
+    LoKr(LoKr),
+    /// The change itself.
+    Full(TensorRef),
+    /// A new value: not added, not scaled.
+    Replace(TensorRef),
+}
+
+/// Change of a bias `[out]`.
+#[derive(Debug, Clone)]
+pub enum Bias {
+    /// Added after multiplication with [`ModuleUpdate::scale`]: the bias of `lora_B`.
+    Scaled(TensorRef),
+    /// Added as it is: `diff_b`.
+    Added(TensorRef),
+    /// The new bias.
+    Replaced(TensorRef),
+}
+
+impl Bias {
+    /// The values, whatever they mean.
+    pub fn tensor(&self) -> &TensorRef {
+        match self {
+            Self::Scaled(tensor) | Self::Added(tensor) | Self::Replaced(tensor) => tensor,
+        }
+    }
+}
+
+/// DoRA: with `V = W + scale * delta`, the new weight is `values * V / norm(V)`.
+#[derive(Debug, Clone)]
+pub struct Magnitude {
+    /// One value a row (`[out]`) or a column (`[in]`).
+    pub values: TensorRef,
+    /// What the norm is taken over.
+    pub axis: Axis,
+}
+
+/// What the values of a DoRA magnitude count.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Axis {
+    /// Outputs: the norm of each row.
+    Output,
+    /// Inputs: the norm of each column, taken over the rows of all these modules together (the parts of a fused one).
+    Input {
+        /// Module paths.
+        across: Vec<String>,
+    },
+}
+
+impl ModuleUpdate {
+    /// An update of low rank.
+    pub fn low_rank(down: TensorRef, up: TensorRef, scale: f64) -> Self {
+        Self::of(Factors::LowRank { down, up }, scale)
+    }
+
+    pub(crate) fn of(factors: Factors, scale: f64) -> Self {
+        Self {
+            factors: Some(factors),
+            scale,
+            alpha: None,
+            bias: None,
+            magnitude: None,
+        }
+    }
+
+    /// Rank of a low-rank update.
+    pub fn rank(&self) -> Option<usize> {
+        match &self.factors {
+            Some(Factors::LowRank { down, .. }) => Some(down.size().0),
+            _ => None,
+        }
+    }
+
+    /// Rows and columns of the weight that changes.
+    pub fn size(&self) -> Option<(usize, usize)> {
+        Some(match self.factors.as_ref()? {
+            Factors::LowRank { down, up } => (up.size().0, down.size().1),
+            Factors::LoHa { a, b } => (a[0].size().0, b[0].size().1),
+            Factors::LoKr(lokr) => lokr.size(),
+            Factors::Full(tensor) | Factors::Replace(tensor) => tensor.size(),
+        })
+    }
+
+    /// Every tensor of the update.
+    pub fn tensors(&self) -> Vec<&TensorRef> {
+        let mut tensors = match &self.factors {
+            None => Vec::new(),
+            Some(Factors::LowRank { down, up }) => vec![down, up],
+            Some(Factors::LoHa { a, b }) => a.iter().chain(b).collect(),
+            Some(Factors::LoKr(lokr)) => lokr.tensors(),
+            Some(Factors::Full(tensor) | Factors::Replace(tensor)) => vec![tensor],
+        };
+        tensors.extend(self.bias.as_ref().map(Bias::tensor));
+        tensors.extend(self.magnitude.as_ref().map(|magnitude| &magnitude.values));
+        tensors
+    }
+}
+
+/// How a file was read.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Report {
+    /// Formats and algorithms seen, with the number of modules of each.
+    pub formats: BTreeMap<String, usize>,
+    /// Keys that were used.
+    pub used: usize,
+    /// Keys that were not used, with the reason.
+    pub ignored: Vec<(String, String)>,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+}

@@ -1,0 +1,437 @@
+//! A file or folder as a [`LoraSet`].
+//!
+//! Nothing decides on a format for the whole file: each key says its prefix, module and parameter, keys of one module are
+//! put together, and modules that the network has split are split.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use super::compare::{same_bias, same_weight};
+use super::error::{KeyProblem, LoraFormatError};
+use super::group::{Group, GroupReader};
+use super::infer::{Sighting, complete};
+use super::key::{Param, ParsedKey, other_model, parse};
+use super::names::{Names, Spelling, Target};
+use super::peft::PeftConfig;
+use super::shape::ModelShape;
+use super::source::{Source, locate};
+use super::split::split;
+use super::{Bias, Component, Factors, LoraSet, ModuleUpdate, Report};
+
+/// Reads a LoRA: a `.safetensors` file of any format, or the folder of a PEFT or diffusers adapter.
+///
+/// `shape` says which networks it is for; components that are `None` there are inferred from the file. Only headers and
+/// alphas are read, and the tensors of modules that the file describes twice.
+///
+/// # Errors
+/// A file that is malformed or incomplete, that is for another model or of an algorithm that is no additive change, or
+/// that contradicts itself or `shape`. Keys that name nothing are no error as long as some do: see [`Report::ignored`].
+pub fn read(path: &Path, shape: &ModelShape) -> Result<LoraSet, LoraFormatError> {
+    let files = locate(path)?;
+    let mut reader = Reader::default();
+    for file in &files {
+        reader.parse(file)?;
+    }
+    reader.build(path, &files, shape)
+}
+
+/// Collects keys, then builds updates from them.
+#[derive(Default)]
+struct Reader {
+    /// Keys of each file, in order of [`Self::parse`].
+    files: Vec<Vec<(String, ParsedKey)>>,
+    adapters: BTreeSet<String>,
+    report: Report,
+}
+
+impl Reader {
+    fn parse(&mut self, source: &Source) -> Result<(), LoraFormatError> {
+        let path = source.file.path();
+        let mut keys = Vec::new();
+        for key in source.file.names() {
+            if let Some(reason) = noise(key) {
+                self.report.ignored.push((key.into(), reason.into()));
+                continue;
+            }
+            let Some(parsed) = parse(key) else {
+                if let Some(model) = other_model(key) {
+                    return Err(other_model_error(path, key, model));
+                }
+                let reason = "its name ends like no parameter of a LoRA";
+                self.report.ignored.push((key.into(), reason.into()));
+                continue;
+            };
+            self.adapters.extend(parsed.adapter.clone());
+            keys.push((key.to_string(), parsed));
+        }
+        self.files.push(keys);
+        if self.adapters.len() > 1 {
+            return Err(LoraFormatError::AdapterNames {
+                path: path.into(),
+                names: std::mem::take(&mut self.adapters).into_iter().collect(),
+            });
+        }
+        Ok(())
+    }
+
+    fn build(
+        mut self,
+        path: &Path,
+        sources: &[Source],
+        given: &ModelShape,
+    ) -> Result<LoraSet, LoraFormatError> {
+        let shape = self.shape(sources, given)?;
+        let names = Names::new(&shape);
+        let mut set = LoraSet::default();
+        let mut owners = BTreeMap::new();
+        for (source, keys) in sources.iter().zip(std::mem::take(&mut self.files)) {
+            let modules = self.group(source, &names, keys)?;
+            warn_about_source(source, &modules, &mut self.report.warnings);
+            for module in modules.into_values() {
+                self.add(source, module, &mut set, &mut owners)?;
+            }
+            set.metadata.extend(source.file.metadata().clone());
+        }
+        if set.is_empty() {
+            let first = sources.iter().find_map(|source| source.file.names().next());
+            return Err(match first {
+                Some(key) => LoraFormatError::NoModule {
+                    path: path.into(),
+                    key: key.into(),
+                },
+                None => LoraFormatError::Empty { path: path.into() },
+            });
+        }
+        set.in_channels = widened(&set, &shape);
+        if let Some(width) = set.in_channels {
+            self.report.warnings.push(format!(
+                "the LoRA needs an `x_embedder` of {width} input channels: pad its weight with zeros (control LoRAs)"
+            ));
+        }
+        set.shape = shape;
+        set.report = self.report;
+        Ok(set)
+    }
+
+    /// The given shape, completed from the tensors.
+    fn shape(&self, sources: &[Source], given: &ModelShape) -> Result<ModelShape, LoraFormatError> {
+        let mut seen = Vec::new();
+        for (source, keys) in sources.iter().zip(&self.files) {
+            let mut groups: BTreeMap<&str, (&ParsedKey, Group)> = BTreeMap::new();
+            for (key, parsed) in keys {
+                let (_, group) = groups
+                    .entry(&parsed.module)
+                    .or_insert_with(|| (parsed, Group::default()));
+                group.params.insert(parsed.param, key.clone());
+            }
+            seen.extend(
+                groups
+                    .into_values()
+                    .map(|(parsed, group)| (parsed, group.size(&source.file))),
+            );
+        }
+        let sightings = seen
+            .into_iter()
+            .map(|(key, (out, input))| Sighting { key, out, input });
+        Ok(complete(given, &sightings.collect::<Vec<_>>()))
+    }
+
+    /// Keys by module, as the file spells it with its prefix.
+    fn group<'n>(
+        &mut self,
+        source: &Source,
+        names: &'n Names,
+        keys: Vec<(String, ParsedKey)>,
+    ) -> Result<BTreeMap<String, Module<'n>>, LoraFormatError> {
+        let path = source.file.path();
+        let mut modules: BTreeMap<String, Module<'n>> = BTreeMap::new();
+        for (key, parsed) in keys {
+            let target = names.resolve(&parsed);
+            if target.is_none()
+                && let Some(model) = other_model(&key)
+            {
+                return Err(other_model_error(path, &key, model));
+            }
+            if let Param::Refused(name, reason) = parsed.param {
+                return Err(LoraFormatError::key(
+                    path,
+                    &key,
+                    KeyProblem::Algorithm { name, reason },
+                ));
+            }
+            let unused = match (target, parsed.param) {
+                (None, _) => Some("the model has no such module"),
+                (_, Param::Unused(reason)) => Some(reason),
+                (Some(target), param) => {
+                    unused_value(source.config(target.component), target, &key, param)
+                }
+            };
+            match (target, unused) {
+                (Some(target), None) => {
+                    let name = format!("{}{}", parsed.prefix, parsed.module);
+                    let module = modules.entry(name).or_insert_with(|| Module {
+                        target,
+                        prefix: parsed.prefix,
+                        group: Group::default(),
+                    });
+                    module.group.insert(path, parsed.param, &key)?;
+                }
+                (_, reason) => self
+                    .report
+                    .ignored
+                    .push((key, reason.unwrap_or_default().into())),
+            }
+        }
+        Ok(modules)
+    }
+
+    fn add(
+        &mut self,
+        source: &Source,
+        module: Module<'_>,
+        set: &mut LoraSet,
+        owners: &mut BTreeMap<(Component, String), String>,
+    ) -> Result<(), LoraFormatError> {
+        let Module {
+            target,
+            prefix,
+            group,
+        } = module;
+        let key = group.params.values().next().cloned().unwrap_or_default();
+        let update = GroupReader {
+            file: &source.file,
+            group: &group,
+            target,
+            config: source.config(target.component),
+            warnings: &mut self.report.warnings,
+        }
+        .read()?;
+        if update.factors.is_none() && update.bias.is_none() {
+            let keys = group.params.into_values();
+            let reason = "it belongs to no factors";
+            self.report
+                .ignored
+                .extend(keys.map(|key| (key, reason.to_string())));
+            return Ok(());
+        }
+        for format in formats(prefix, target, &group, &update) {
+            *self.report.formats.entry(format).or_default() += 1;
+        }
+        let mut repeated = true;
+        for (place, part) in target.places.iter().zip(split(&update, &target.places)) {
+            let owner = (target.component, place.path.clone());
+            match set.modules_mut(target.component).get_mut(&place.path) {
+                None => {
+                    set.modules_mut(target.component)
+                        .insert(place.path.clone(), part);
+                    owners.insert(owner, key.clone());
+                    repeated = false;
+                }
+                Some(earlier) => match merge(earlier, part)? {
+                    Merged::Same => {}
+                    Merged::Joined => repeated = false,
+                    Merged::Conflict => {
+                        return Err(LoraFormatError::Conflict {
+                            path: source.file.path().into(),
+                            module: place.path.clone(),
+                            first: owners.remove(&owner).unwrap_or_default(),
+                            second: key,
+                        });
+                    }
+                },
+            }
+        }
+        if repeated {
+            let reason = "the file has the same change under another name";
+            let keys = group.params.into_values();
+            self.report
+                .ignored
+                .extend(keys.map(|key| (key, reason.to_string())));
+        } else {
+            self.report.used += group.params.len();
+        }
+        Ok(())
+    }
+}
+
+/// The keys of a module and what it is.
+struct Module<'n> {
+    target: &'n Target,
+    prefix: &'static str,
+    group: Group,
+}
+
+fn other_model_error(path: &Path, key: &str, model: &'static str) -> LoraFormatError {
+    LoraFormatError::OtherModel {
+        path: path.into(),
+        key: key.into(),
+        model,
+    }
+}
+
+/// Why a key is no part of a LoRA, if it is none.
+fn noise(key: &str) -> Option<&'static str> {
+    if key.starts_with("bundle_emb.") {
+        Some("a bundled text embedding")
+    } else if key.starts_with("_aux.") || key.contains("._aux.") {
+        Some("bookkeeping of a slider tool")
+    } else {
+        None
+    }
+}
+
+/// Why a whole weight or bias in the file is not meant to be used, if it is not.
+fn unused_value(
+    config: Option<&PeftConfig>,
+    target: &Target,
+    key: &str,
+    param: Param,
+) -> Option<&'static str> {
+    let saved = || {
+        let saved = config.map_or(&[][..], |config| &config.modules_to_save);
+        saved
+            .iter()
+            .any(|name| target.name == *name || target.name.ends_with(&format!(".{name}")))
+    };
+    let linear = target.spelling == Spelling::Text
+        || !matches!(target.shape, super::ModuleShape::Norm { .. });
+    match param {
+        Param::Set if linear && !key.ends_with("set_weight") && !saved() => {
+            Some("a whole weight, not a change of one")
+        }
+        Param::SetBias if !saved() && !config.is_some_and(|config| config.trains_bias) => {
+            Some("a whole bias, which the configuration does not say is trained")
+        }
+        _ => None,
+    }
+}
+
+enum Merged {
+    Same,
+    Joined,
+    Conflict,
+}
+
+/// Adds to an update what another key says about the same module.
+fn merge(earlier: &mut ModuleUpdate, new: ModuleUpdate) -> Result<Merged, LoraFormatError> {
+    let mut outcome = Merged::Same;
+    if new.factors.is_some() {
+        if earlier.factors.is_none() {
+            let bias = earlier.bias.take();
+            if new.bias.is_some() && bias.is_some() {
+                return Ok(Merged::Conflict);
+            }
+            *earlier = ModuleUpdate {
+                bias: bias.or(new.bias),
+                ..new
+            };
+            return Ok(Merged::Joined);
+        }
+        if !same_weight(earlier, &new)? {
+            return Ok(Merged::Conflict);
+        }
+    }
+    if new.bias.is_some() {
+        if earlier.bias.is_none() && !matches!(new.bias, Some(Bias::Scaled(_))) {
+            earlier.bias = new.bias;
+            outcome = Merged::Joined;
+        } else if !same_bias(earlier, &new)? {
+            return Ok(Merged::Conflict);
+        }
+    }
+    Ok(outcome)
+}
+
+/// Input channels of the LoRA's `x_embedder`, if they are more than the network's.
+fn widened(set: &LoraSet, shape: &ModelShape) -> Option<usize> {
+    let (_, input) = set.transformer.get("x_embedder")?.size()?;
+    let channels = shape.transformer.as_ref()?.in_channels;
+    (input > channels).then_some(input)
+}
+
+/// What to call the format and the algorithm of a module.
+fn formats(prefix: &str, target: &Target, group: &Group, update: &ModuleUpdate) -> Vec<String> {
+    let has = |part: &str| group.params.values().any(|key| key.contains(part));
+    let format = match (prefix, target.spelling) {
+        (_, Spelling::XLabs) => "XLabs",
+        (_, Spelling::Indexed) => "OneTrainer OMI",
+        ("lora_unet_", Spelling::Bfl) => "kohya",
+        ("lora_unet_", _) => "kohya with diffusers names",
+        ("lora_transformer_", _) => "OneTrainer",
+        ("lycoris_", _) => "LyCORIS",
+        ("diffusion_model.", Spelling::Bfl) => "ComfyUI",
+        ("diffusion_model.", _) => "ComfyUI with diffusers names",
+        ("base_model.model.", Spelling::Bfl) => "fal",
+        ("base_model.model.", _) => "PEFT",
+        ("transformer." | "unet.", Spelling::Bfl) => "diffusers prefix with BFL names",
+        ("transformer." | "unet.", _) if has(".lora_down.") => "diffusers with kohya parameters",
+        ("transformer." | "unet.", _) if has("lora.down.") => "diffusers, old",
+        ("transformer." | "unet.", _) => "diffusers",
+        ("", Spelling::Bfl) => "BFL",
+        ("", Spelling::Diffusers) => "diffusers without prefix",
+        (prefix, _) if prefix.starts_with("lora_te") => "kohya text encoder",
+        (prefix, _) if prefix.starts_with("text_encoders.") => "ComfyUI text encoder",
+        _ => "diffusers text encoder",
+    };
+    let algorithm = match update.factors {
+        Some(Factors::LoKr(_)) => Some("LoKr"),
+        Some(Factors::LoHa { .. }) => Some("LoHa"),
+        Some(Factors::Full(_)) => Some("full change"),
+        Some(Factors::Replace(_)) => Some("replaced weight"),
+        Some(Factors::LowRank { .. }) | None => None,
+    };
+    let dora = update.magnitude.as_ref().map(|_| "DoRA");
+    [Some(format), algorithm, dora]
+        .into_iter()
+        .flatten()
+        .map(str::to_string)
+        .collect()
+}
+
+/// What a header or a missing configuration lets one expect that the tensors do not say.
+fn warn_about_source(
+    source: &Source,
+    modules: &BTreeMap<String, Module<'_>>,
+    warnings: &mut Vec<String>,
+) {
+    let metadata = source.file.metadata();
+    let states_alpha = modules
+        .values()
+        .any(|module| module.group.params.contains_key(&Param::Alpha));
+    let configured = source.config.is_some() || !source.header.is_empty();
+    if !states_alpha && !configured {
+        let peft = modules.values().any(|module| {
+            module.prefix == "base_model.model." && module.target.spelling != Spelling::Bfl
+        });
+        if peft {
+            warnings.push(
+                "no `adapter_config.json` beside the weights: alpha is taken to equal the rank"
+                    .into(),
+            );
+        }
+        let number = |key: &str| metadata.get(key).and_then(|text| text.parse::<f64>().ok());
+        let alpha = ["ss_network_alpha", "network_alpha", "lora_alpha", "alpha"]
+            .iter()
+            .find_map(|key| number(key));
+        let rank = ["ss_network_dim", "network_dim", "rank", "r"]
+            .iter()
+            .find_map(|key| number(key));
+        if let (Some(alpha), Some(rank)) = (alpha, rank)
+            && alpha != rank
+        {
+            warnings.push(format!(
+                "the header says alpha {alpha} at rank {rank}, but no tensor does: the scale is 1, as other programs read it"
+            ));
+        }
+    }
+    let args = metadata
+        .get("ss_network_args")
+        .map(String::as_str)
+        .unwrap_or_default();
+    if args.replace(' ', "").contains(r#""split_qkv":"True""#) {
+        warnings.push(
+            "trained with kohya's split_qkv, whose files say a scale of a third (qkv) or a quarter (linear1) of the trained one; it is read as the file says"
+                .into(),
+        );
+    }
+}

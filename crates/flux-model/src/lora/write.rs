@@ -1,0 +1,494 @@
+//! A [`LoraSet`] as a file.
+//!
+//! | who reads | kohya | diffusers | PEFT folder | ComfyUI |
+//! |---|---|---|---|---|
+//! | ComfyUI | yes | yes | no | yes |
+//! | diffusers | blocks only | yes | through PEFT | blocks only |
+//! | sd-scripts | blocks and embedders | through its converter | no | no |
+//!
+//! A diffusers file has the scale folded into `lora_B` and says so in its header (alpha equal to the rank, module by
+//! module), because ComfyUI ignores the header and diffusers before August 2026 guesses alpha without one.
+//!
+//! Tensors are loaded, converted and written one at a time.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use lora_core::METADATA_KEY;
+use lora_core::host::{Dtype, HostTensor};
+use lora_core::tensor_file::write_streaming;
+use serde_json::{Map, Value, json};
+
+use super::emit::{Emitted, Output, Style, fused};
+use super::emit_peft::{PeftModule, PeftStyle, peft};
+use super::error::{KeyProblem, LoraFormatError};
+use super::{Component, Factors, LoraSet};
+
+/// Formats that can be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoraFormat {
+    /// One file with diffusers' names and a header that says alpha.
+    Diffusers,
+    /// A folder with `adapter_config.json`; text encoders in subfolders.
+    Peft,
+    /// One file with BFL's fused modules, flattened names and alpha on every module.
+    Kohya,
+    /// One file with BFL's fused modules and dotted names.
+    ComfyUi,
+}
+
+impl LoraFormat {
+    /// All formats.
+    pub const ALL: [Self; 4] = [Self::Diffusers, Self::Peft, Self::Kohya, Self::ComfyUi];
+
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Diffusers => "diffusers",
+            Self::Peft => "peft",
+            Self::Kohya => "kohya",
+            Self::ComfyUi => "comfyui",
+        }
+    }
+
+    /// The format of that name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|format| format.name() == name)
+    }
+}
+
+impl fmt::Display for LoraFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// How a LoRA is written.
+#[derive(Debug, Clone, Copy)]
+pub struct WriteOptions {
+    /// Element type of weights: F32, F16 or BF16; `None` keeps what each tensor has (8-bit floats become BF16).
+    pub dtype: Option<Dtype>,
+    /// Diffusers only: fold the scale into `lora_B`. Without, factors stay as they are and the header says alpha, which
+    /// diffusers reads and ComfyUI does not.
+    pub fold_scale: bool,
+    /// Leave out what the format cannot hold, and report it, instead of failing.
+    pub lossy: bool,
+}
+
+impl Default for WriteOptions {
+    fn default() -> Self {
+        Self {
+            dtype: None,
+            fold_scale: true,
+            lossy: false,
+        }
+    }
+}
+
+/// What was written and what was not.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct WriteReport {
+    /// The files.
+    pub files: Vec<PathBuf>,
+    /// Modules, counted as the format names them.
+    pub modules: usize,
+    /// What the format could not hold.
+    pub losses: Vec<Loss>,
+    /// What programs that read the format do with it.
+    pub notes: Vec<String>,
+}
+
+/// A module that a format cannot hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loss {
+    /// Component and module path.
+    pub module: String,
+    /// Why not.
+    pub reason: String,
+}
+
+/// Writes a set: a file at `path`, or a folder for [`LoraFormat::Peft`].
+///
+/// A file is complete or absent: it is written beside its place and renamed. `path` may be the file the set was read from.
+///
+/// # Errors
+/// What the format cannot hold, unless [`WriteOptions::lossy`]; a tensor that cannot be read; values beyond the range of
+/// the dtype; what the system says.
+pub fn write(
+    set: &LoraSet,
+    format: LoraFormat,
+    path: &Path,
+    options: &WriteOptions,
+) -> Result<WriteReport, LoraFormatError> {
+    if let Some(dtype) = options
+        .dtype
+        .filter(|dtype| !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::Bf16))
+    {
+        return Err(LoraFormatError::OutputDtype { dtype });
+    }
+    let mut emitted = Emitted::default();
+    let mut folders = Vec::new(); // of a PEFT adapter: where, first output, configuration
+    let mut metadata = carried(&set.metadata);
+    match format {
+        LoraFormat::Diffusers => {
+            let mut header = Map::new();
+            for component in Component::ALL {
+                let prefix = format!("{component}.");
+                let style = PeftStyle {
+                    prefix: prefix.clone(),
+                    fold: options.fold_scale,
+                    norms: component == Component::Transformer,
+                };
+                let modules = peft(set, component, &style, &mut emitted);
+                let fields = config(&modules).into_iter();
+                header.extend(fields.map(|(key, value)| (format!("{prefix}{key}"), value)));
+            }
+            note_diffusers(set, options, &mut emitted);
+            metadata.insert(METADATA_KEY.into(), Value::from(header).to_string());
+        }
+        LoraFormat::Peft => {
+            let style = PeftStyle {
+                prefix: "base_model.model.".into(),
+                fold: false,
+                norms: false,
+            };
+            for component in Component::ALL {
+                let first = emitted.outputs.len();
+                let modules = peft(set, component, &style, &mut emitted);
+                let folder = match component {
+                    Component::Transformer => path.to_path_buf(),
+                    Component::ClipL | Component::T5 => path.join(component.to_string()),
+                };
+                if emitted.outputs.len() > first {
+                    folders.push((folder, first, adapter_config(component, &modules)));
+                }
+            }
+        }
+        LoraFormat::Kohya => {
+            fused(set, Style::Kohya, &mut emitted)?;
+            metadata.extend(kohya_metadata(set));
+        }
+        LoraFormat::ComfyUi => fused(set, Style::ComfyUi, &mut emitted)?,
+    }
+    let Emitted {
+        mut outputs,
+        losses,
+        notes,
+        modules,
+    } = emitted;
+    if !losses.is_empty() && (!options.lossy || outputs.is_empty()) {
+        return Err(LoraFormatError::Unrepresentable { format, losses });
+    }
+    if outputs.is_empty() {
+        return Err(LoraFormatError::Nothing { path: path.into() });
+    }
+    let mut files = Vec::new();
+    if format == LoraFormat::Peft {
+        for (folder, first, config) in folders.into_iter().rev() {
+            fs::create_dir_all(&folder).map_err(LoraFormatError::io(&folder))?;
+            let weights = folder.join("adapter_model.safetensors");
+            write_file(&weights, outputs.split_off(first), &metadata, options)?;
+            let config_path = folder.join("adapter_config.json");
+            replace(&config_path, |file| {
+                io::Write::write_all(file, config.as_bytes()).map_err(Failure::Io)
+            })?;
+            files.extend([config_path, weights]);
+        }
+        files.reverse();
+    } else {
+        write_file(path, outputs, &metadata, options)?;
+        files.push(path.into());
+    }
+    Ok(WriteReport {
+        files,
+        modules,
+        losses,
+        notes: notes.into_iter().map(str::to_string).collect(),
+    })
+}
+
+fn note_diffusers(set: &LoraSet, options: &WriteOptions, emitted: &mut Emitted) {
+    let mut scales = set.iter().map(|(_, _, update)| update.scale);
+    if !options.fold_scale {
+        if scales.any(|scale| scale != 1.0) {
+            emitted.notes.insert(
+                "ComfyUI ignores the alpha in the header: it plays this file at another strength",
+            );
+        }
+    } else {
+        let power_of_two = |scale: f64| scale == 0.0 || scale.abs().log2().fract() == 0.0;
+        let rounds = |output: &Output| output_dtype(output, options) != Dtype::F32;
+        if !scales.all(power_of_two) && emitted.outputs.iter().any(rounds) {
+            emitted.notes.insert("folding the scale rounds in half precision; F32 keeps it, and so do the other formats");
+        }
+    }
+    if !set.t5.is_empty() {
+        emitted.notes.insert(
+            "neither diffusers nor ComfyUI loads the `text_encoder_2` keys of a diffusers file",
+        );
+    }
+}
+
+/// Header entries that stay true of a converted file: what it was trained on, its title, its triggers.
+fn carried(metadata: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    const STALE: [&str; 6] = [
+        METADATA_KEY,
+        "ss_network_module",
+        "ss_network_dim",
+        "ss_network_alpha",
+        "ss_network_args",
+        "modelspec.hash_sha256",
+    ];
+    let stays = |key: &String| !STALE.contains(&key.as_str()) && !key.starts_with("sshs_");
+    let mut carried: BTreeMap<_, _> = metadata
+        .iter()
+        .filter(|(key, _)| stays(key))
+        .map(|(k, v)| (k.clone(), v.clone()))
+        .collect();
+    carried.insert("format".into(), "pt".into());
+    carried
+}
+
+fn kohya_metadata(set: &LoraSet) -> BTreeMap<String, String> {
+    let ranks: Vec<_> = set
+        .iter()
+        .filter_map(|(_, _, update)| Some((update.rank()?, update.scale)))
+        .collect();
+    let is_lycoris =
+        |factors: &Option<Factors>| !matches!(factors, None | Some(Factors::LowRank { .. }));
+    let lycoris = set.iter().any(|(_, _, update)| is_lycoris(&update.factors));
+    let schnell = set
+        .shape
+        .transformer
+        .as_ref()
+        .is_some_and(|config| !config.guidance_embeds);
+    let mut entries = vec![
+        (
+            "ss_network_module",
+            if lycoris {
+                "lycoris.kohya"
+            } else {
+                "networks.lora_flux"
+            }
+            .to_string(),
+        ),
+        ("ss_network_args", "{}".into()),
+        ("ss_base_model_version", "flux1".into()),
+        ("ss_v2", "False".into()),
+        ("modelspec.sai_model_spec", "1.0.1".into()),
+        (
+            "modelspec.implementation",
+            "https://github.com/black-forest-labs/flux".into(),
+        ),
+        (
+            "modelspec.architecture",
+            if schnell {
+                "flux-1-schnell/lora"
+            } else {
+                "flux-1-dev/lora"
+            }
+            .into(),
+        ),
+    ];
+    if let Some((rank, scale)) = most_common(
+        ranks
+            .into_iter()
+            .map(|(rank, scale)| (rank, scale.to_bits())),
+    ) {
+        entries.push(("ss_network_dim", rank.to_string()));
+        entries.push((
+            "ss_network_alpha",
+            format!("{:?}", f64::from_bits(scale) * rank as f64),
+        ));
+    }
+    entries
+        .into_iter()
+        .map(|(key, value)| (key.to_string(), value))
+        .collect()
+}
+
+fn most_common<T: Ord + Copy>(values: impl Iterator<Item = T>) -> Option<T> {
+    let mut counts = BTreeMap::new();
+    values.for_each(|value| *counts.entry(value).or_insert(0usize) += 1);
+    counts
+        .into_iter()
+        .max_by_key(|(_, count)| *count)
+        .map(|(value, _)| value)
+}
+
+/// The fields of PEFT's `LoraConfig` that describe these modules; none if there are none.
+fn config(modules: &[PeftModule]) -> Map<String, Value> {
+    let Some(rank) = most_common(modules.iter().map(|module| module.rank)) else {
+        return Map::new();
+    };
+    let alpha = most_common(modules.iter().map(|module| module.alpha.to_bits()))
+        .map_or(0.0, f64::from_bits);
+    let rooted = |module: &PeftModule| format!("^{}", module.path.replace('.', r"\."));
+    let ranks = modules.iter().filter(|module| module.rank != rank);
+    let alphas = modules.iter().filter(|module| module.alpha != alpha);
+    let fields = [
+        (
+            "alpha_pattern",
+            alphas
+                .map(|module| (rooted(module), json!(module.alpha)))
+                .collect(),
+        ),
+        ("bias", json!("none")),
+        ("init_lora_weights", json!(true)),
+        ("lora_alpha", json!(alpha)),
+        ("lora_bias", json!(modules.iter().any(|module| module.bias))),
+        ("lora_dropout", json!(0.0)),
+        ("r", json!(rank)),
+        (
+            "rank_pattern",
+            ranks
+                .map(|module| (rooted(module), json!(module.rank)))
+                .collect(),
+        ),
+        ("target_modules", targets(modules)),
+        ("use_dora", json!(modules.iter().any(|module| module.dora))),
+        ("use_rslora", json!(false)),
+    ];
+    fields
+        .into_iter()
+        .map(|(key, value): (_, Value)| (key.to_string(), value))
+        .collect()
+}
+
+/// The modules as a list, or as one expression where an entry of a list would match other modules by its end.
+fn targets(modules: &[PeftModule]) -> Value {
+    let paths: Vec<_> = modules.iter().map(|module| module.path.as_str()).collect();
+    if paths.contains(&"proj_out") {
+        return json!(
+            paths
+                .iter()
+                .map(|path| path.replace('.', r"\."))
+                .collect::<Vec<_>>()
+                .join("|")
+        );
+    }
+    json!(paths)
+}
+
+fn adapter_config(component: Component, modules: &[PeftModule]) -> String {
+    let (class, library) = match component {
+        Component::Transformer => (
+            "FluxTransformer2DModel",
+            "diffusers.models.transformers.transformer_flux",
+        ),
+        Component::ClipL => ("CLIPTextModel", "transformers.models.clip.modeling_clip"),
+        Component::T5 => ("T5EncoderModel", "transformers.models.t5.modeling_t5"),
+    };
+    let mut fields: BTreeMap<String, Value> = config(modules).into_iter().collect();
+    fields.extend([
+        (
+            "auto_mapping".into(),
+            json!({"base_model_class": class, "parent_library": library}),
+        ),
+        ("base_model_name_or_path".into(), Value::Null),
+        ("fan_in_fan_out".into(), json!(false)),
+        ("inference_mode".into(), json!(true)),
+        ("peft_type".into(), json!("LORA")),
+        ("task_type".into(), Value::Null),
+    ]);
+    let mut text = String::new();
+    // Numbers, strings and lists always have a text form.
+    if let Ok(pretty) = serde_json::to_string_pretty(&fields) {
+        text = pretty;
+    }
+    text + "\n"
+}
+
+/// Element type of an output in the file.
+fn output_dtype(output: &Output, options: &WriteOptions) -> Dtype {
+    let natural = match output.tensor.dtype() {
+        Dtype::F8E4m3 | Dtype::F8E5m2 => Dtype::Bf16, // holds both exactly
+        Dtype::F64 => Dtype::F32,
+        dtype => dtype,
+    };
+    output.dtype.or(options.dtype).unwrap_or(natural)
+}
+
+/// Why writing stopped.
+enum Failure {
+    Io(io::Error),
+    Format(LoraFormatError),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+fn write_file(
+    path: &Path,
+    mut outputs: Vec<Output>,
+    metadata: &BTreeMap<String, String>,
+    options: &WriteOptions,
+) -> Result<(), LoraFormatError> {
+    // Wide elements first keeps all of them aligned.
+    outputs.sort_by(|a, b| {
+        let size = |output| output_dtype(output, options).size();
+        size(b).cmp(&size(a)).then_with(|| a.key.cmp(&b.key))
+    });
+    let layout: Vec<_> = outputs
+        .iter()
+        .map(|o| (o.key.clone(), output_dtype(o, options), o.shape.clone()))
+        .collect();
+    let by_key: HashMap<&str, &Output> = outputs
+        .iter()
+        .map(|output| (output.key.as_str(), output))
+        .collect();
+    replace(path, |file| {
+        write_streaming(file, &layout, metadata, |key| {
+            let output = by_key[key];
+            convert(output, output_dtype(output, options)).map_err(Failure::Format)
+        })
+    })
+}
+
+fn convert(output: &Output, dtype: Dtype) -> Result<HostTensor, LoraFormatError> {
+    let mut tensor = output.tensor.load()?;
+    if tensor.dtype != dtype {
+        tensor = tensor.cast(dtype);
+        if tensor.first_non_finite().is_some() {
+            let problem = KeyProblem::Overflow { dtype };
+            return Err(LoraFormatError::key(
+                &output.tensor.path(),
+                output.tensor.key(),
+                problem,
+            ));
+        }
+    }
+    tensor.shape.clone_from(&output.shape);
+    Ok(tensor)
+}
+
+/// Writes a file beside its place, then renames it.
+fn replace(
+    path: &Path,
+    write: impl FnOnce(&mut File) -> Result<(), Failure>,
+) -> Result<(), LoraFormatError> {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".tmp-{}", std::process::id()));
+    let beside = path.with_file_name(name);
+    let outcome = File::create(&beside)
+        .map_err(Failure::Io)
+        .and_then(|mut file| {
+            write(&mut file)?;
+            file.sync_all()?;
+            Ok(())
+        });
+    let outcome = outcome.and_then(|()| fs::rename(&beside, path).map_err(Failure::Io));
+    outcome.map_err(|failure| {
+        let _ = fs::remove_file(&beside); // the reason it failed matters more
+        match failure {
+            Failure::Io(source) => LoraFormatError::io(path)(source),
+            Failure::Format(error) => error,
+        }
+    })
+}
