@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod formats;
 mod golden;
 mod parity;
 mod resume;

@@ -98,6 +98,7 @@ impl Plan {
             AdapterSource::File(file) => {
                 if let Some(config) = config {
                     file.agrees_with(config)?;
+                    scan.selects_exactly(config, file.modules().keys())?;
                 }
                 file.into_modules()
             }
@@ -325,6 +326,25 @@ impl Scan {
             return Err(self.no_match(&pattern));
         }
         Ok(targets)
+    }
+
+    /// Checks that `config` selects the layers a file holds, no more and no fewer.
+    fn selects_exactly<'a>(
+        &self,
+        config: &LoraConfig,
+        stored: impl Iterator<Item = &'a String>,
+    ) -> Result<(), LoraError> {
+        let stored: BTreeSet<&str> = stored.map(String::as_str).collect();
+        let selected: BTreeSet<&str> = self.targets(config)?.into_iter().collect();
+        let Some(layer) = selected.symmetric_difference(&stored).next() else {
+            return Ok(());
+        };
+        let is = |there: bool| if there { "adapted" } else { "not adapted" }.to_string();
+        Err(LoraError::Disagrees {
+            key: format!("target_modules ({layer})"),
+            configured: is(selected.contains(layer)),
+            stored: is(stored.contains(layer)),
+        })
     }
 
     fn no_match(&self, pattern: &str) -> LoraError {

@@ -22,6 +22,18 @@ pub enum Command {
     Sample(SampleArgs),
     /// Write a LoRA in another format
     Convert(ConvertArgs),
+    /// Add LoRAs to a pipeline on disk
+    Merge {
+        /// Diffusers pipeline folder
+        #[arg(long)]
+        model: PathBuf,
+        /// LoRA file or PEFT folder, with an optional weight
+        #[arg(long, value_name = "FILE[=WEIGHT]", required = true)]
+        lora: Vec<String>,
+        /// New folder for the merged pipeline
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Show what is in a LoRA file, a model folder, a run folder or a checkpoint
     Inspect {
         /// A .safetensors file or a folder

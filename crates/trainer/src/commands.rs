@@ -18,7 +18,7 @@ use crate::config::{ConfigError, RunConfig};
 use crate::device::{self, BACKENDS, DeviceError};
 use crate::generate::{ImageSettings, decode, generate_latents};
 use crate::train::{Outcome, Resume, TrainOptions};
-use crate::{bench, inspect, parity, progress, random_weights};
+use crate::{bench, inspect, merge, parity, progress, random_weights};
 
 /// Runs one command.
 ///
@@ -29,6 +29,14 @@ pub fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Train(args) => train(args)?,
         Command::Sample(args) => sample(&args)?,
         Command::Convert(args) => convert(&args)?,
+        Command::Merge { model, lora, out } => {
+            let loras = load_loras(&lora, &PipelineFolder::open(&model)?)?;
+            let changed = merge::merge(&model, loras, &out)?;
+            println!(
+                "merged model: {} ({changed} tensors changed)",
+                out.display()
+            );
+        }
         Command::Inspect { path } => print!("{}", inspect::describe(&path)?),
         Command::Parity(args) => return parity::run(&args),
         Command::Devices => devices(),
@@ -143,16 +151,7 @@ fn sample(args: &SampleArgs) -> anyhow::Result<()> {
         ))
         .into());
     }
-    let shape = pipeline.shape()?;
-    let mut loras = Vec::new();
-    for (index, lora) in args.lora.iter().enumerate() {
-        let (file, strength) = parse_lora(lora)?;
-        loras.push(LoadedLora {
-            name: format!("lora{index}"),
-            set: adapters::load(&file, &shape)?,
-            strength,
-        });
-    }
+    let loras = load_loras(&args.lora, &pipeline)?;
     let text = pipeline
         .text_encoders(&device)
         .context("load the text encoders")?
@@ -264,6 +263,20 @@ fn beside(path: &Path, format: LoraFormat) -> PathBuf {
         ".safetensors"
     };
     path.with_file_name(format!("{stem}-{format}{extension}"))
+}
+
+/// The LoRAs of `--lora FILE[=WEIGHT]` arguments, read against a pipeline.
+fn load_loras(arguments: &[String], pipeline: &PipelineFolder) -> anyhow::Result<Vec<LoadedLora>> {
+    let shape = pipeline.shape()?;
+    let load = |(index, argument): (usize, &String)| {
+        let (file, strength) = parse_lora(argument)?;
+        Ok(LoadedLora {
+            name: format!("lora{index}"),
+            set: adapters::load(&file, &shape)?,
+            strength,
+        })
+    };
+    arguments.iter().enumerate().map(load).collect()
 }
 
 /// `FILE` or `FILE=WEIGHT`.

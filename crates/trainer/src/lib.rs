@@ -15,6 +15,7 @@
 //! | `checkpoint`, `fingerprint` | what a checkpoint says, and what exactness depends on |
 //! | `run_dir`, `transaction`, `vfs` | checkpoints that survive anything |
 //! | `adapters` | LoRA files of any format onto the networks |
+//! | `merge` | LoRAs into a pipeline on disk |
 //! | `generate`, `preview` | text to image, and previews during training |
 //! | `inspect`, `parity`, `bench`, `random_weights` | the other commands |
 //! | `device` | the only file that names a backend |
@@ -37,6 +38,7 @@ pub mod generate;
 pub mod inspect;
 pub mod loss;
 pub mod lr_schedule;
+pub mod merge;
 pub mod nearest;
 pub mod parity;
 pub mod preview;
