@@ -33,8 +33,19 @@ fn a_lora_made_by_diffusers_trains_on_here() {
     bench.train_ok(
         "run",
         "flex",
-        &[&few[..], &["--set", "lora.lora_alpha=6"]].concat(),
+        &[
+            &few[..],
+            &[
+                "--set",
+                "lora.lora_alpha=6",
+                "--set",
+                "export.formats=[\"kohya\", \"peft\"]",
+            ],
+        ]
+        .concat(),
     );
+    assert!(bench.path("run/lora-kohya.safetensors").is_file());
+    assert!(bench.path("run/lora-peft/adapter_config.json").is_file());
     let tensors = |path: PathBuf| lora_core::tensor_file::TensorFile::open(&path).unwrap();
     let (before, after) = (
         tensors(diffusers_lora()),

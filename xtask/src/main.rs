@@ -13,6 +13,7 @@ cargo xtask <command>
   bench step [flags of `flux-lora bench`]
   run COMMAND...                                     any other command of `flux-lora`
   test [--wgpu]                                      every test; --wgpu adds those that need a GPU or Mesa's llvmpipe
+  faults [--quick] [FAULT...]                        kills, full disks, flipped bits ...: what survives, bit for bit
   ci                                                 what CI runs: fmt, clippy, docs, tests, CUDA type check
   golden                                             writes tests/golden/tiny-loss.txt anew
 
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
             None => Err("run: name a command of flux-lora".into()),
         },
         "test" => test(rest),
+        "faults" => faults(rest),
         "ci" => ci(),
         "golden" => golden(),
         "help" | "--help" | "-h" => {
@@ -110,7 +112,7 @@ fn program(command: &str, args: &[String]) -> Result {
 }
 
 fn train(args: &[String]) -> Result {
-    let has_config = args.first().is_some_and(|arg| !arg.starts_with('-'));
+    let has_config = args.iter().any(|arg| arg.ends_with(".toml"));
     if has_config {
         return program("train", args);
     }
@@ -206,6 +208,27 @@ fn test(args: &[String]) -> Result {
         "tests",
         cargo().arg("test").args(common).arg("--no-fail-fast"),
     )
+}
+
+/// Attacks the release build; needs strace, and faketime for one row.
+fn faults(args: &[String]) -> Result {
+    let build = [
+        "build",
+        "--release",
+        "--locked",
+        "--package",
+        "flux-lora",
+        "--package",
+        "flux-lora-faults",
+    ];
+    step("build the program and its attacker", cargo().args(build))?;
+    let target = env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| PathBuf::from("target"), PathBuf::from)
+        .join("release");
+    run(Command::new(target.join("faults"))
+        .arg("--program")
+        .arg(target.join("flux-lora"))
+        .args(args))
 }
 
 fn ci() -> Result {

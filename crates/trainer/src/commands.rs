@@ -252,7 +252,7 @@ fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
 }
 
 /// `lora.safetensors` to `lora-kohya.safetensors`, or to the folder `lora-peft`.
-fn beside(path: &Path, format: LoraFormat) -> PathBuf {
+pub(crate) fn beside(path: &Path, format: LoraFormat) -> PathBuf {
     let stem = path
         .file_stem()
         .map(|stem| stem.to_string_lossy().into_owned())

@@ -34,7 +34,7 @@ const MAX_SEQUENCE_LENGTH: usize = 512;
 ///
 /// Steps already taken keep their meaning. Any other change would silently make the resumed run differ from one that was
 /// never stopped.
-const MAY_CHANGE_ON_RESUME: [&str; 10] = [
+const MAY_CHANGE_ON_RESUME: [&str; 11] = [
     // Where things are; what they hold is compared by digest.
     "model.path",
     "model.transformer",
@@ -46,6 +46,7 @@ const MAY_CHANGE_ON_RESUME: [&str; 10] = [
     "optimizer.learning_rate",
     "lr_scheduler.",
     "checkpoint.",
+    "export.",
     "sample.",
 ];
 
@@ -88,6 +89,8 @@ pub struct RunConfig {
     pub train: TrainSection,
     /// When the run is saved.
     pub checkpoint: CheckpointSection,
+    /// What the finished LoRA is written as.
+    pub export: ExportSection,
     /// Preview images; without this section none are made.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample: Option<SampleSection>,
@@ -457,6 +460,37 @@ impl Default for SampleSection {
             seed: 42,
         }
     }
+}
+
+/// What the finished LoRA is written as.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExportSection {
+    /// Formats: "diffusers" (`lora.safetensors`, always written), "peft", "kohya", "comfyui" (`lora-kohya.safetensors` and
+    /// so on, beside it). Default ["diffusers"].
+    pub formats: Vec<ExportFormat>,
+}
+
+impl Default for ExportSection {
+    fn default() -> Self {
+        Self {
+            formats: vec![ExportFormat::Diffusers],
+        }
+    }
+}
+
+/// A LoRA file format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExportFormat {
+    /// diffusers.
+    Diffusers,
+    /// A PEFT folder.
+    Peft,
+    /// kohya sd-scripts.
+    Kohya,
+    /// ComfyUI.
+    Comfyui,
 }
 
 /// One key that differs between two configurations.
@@ -1023,7 +1057,7 @@ fn insert(table: &mut Table, keys: &[String], value: Value) -> Result<(), String
 }
 
 /// The sections and their keys.
-fn sections() -> [(&'static str, &'static [&'static str]); 8] {
+fn sections() -> [(&'static str, &'static [&'static str]); 9] {
     [
         ("model", fields_of::<ModelSection>()),
         ("dataset", fields_of::<DatasetSection>()),
@@ -1032,6 +1066,7 @@ fn sections() -> [(&'static str, &'static [&'static str]); 8] {
         ("lr_scheduler", fields_of::<LrSchedulerSection>()),
         ("train", fields_of::<TrainSection>()),
         ("checkpoint", fields_of::<CheckpointSection>()),
+        ("export", fields_of::<ExportSection>()),
         ("sample", fields_of::<SampleSection>()),
     ]
 }

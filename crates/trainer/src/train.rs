@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use burn::optim::{AdamW, AdamWConfig};
-use flux_model::lora::{Component, ModelShape};
+use flux_model::lora::{Component, LoraFormat, LoraSet, ModelShape, WriteOptions, write};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::transformer::FluxTransformer;
 use lora_core::{
@@ -24,7 +24,7 @@ use crate::cache::{Cache, FileDigests};
 use crate::checkpoint::{
     Event, FluxTraining, Opened, Progress, Snapshot, State, manifest_fields, restore,
 };
-use crate::config::RunConfig;
+use crate::config::{ExportFormat, RunConfig};
 use crate::dataset::{self, ImageLimits, SampleDigest};
 use crate::device::{self, NamedDevice};
 use crate::fingerprint::Fingerprint;
@@ -570,6 +570,26 @@ impl<'a> Saver<'a> {
             .to_bytes(crate::checkpoint::TRANSFORMER_PREFIX);
         let path = self.run.path().join("lora.safetensors");
         replace_file(&RealFs, &path, &bytes)?;
+        for format in &self.config.export.formats {
+            let format = match format {
+                ExportFormat::Diffusers => continue, // the file above
+                ExportFormat::Peft => LoraFormat::Peft,
+                ExportFormat::Kohya => LoraFormat::Kohya,
+                ExportFormat::Comfyui => LoraFormat::ComfyUi,
+            };
+            let shape = ModelShape {
+                transformer: Some(training.model.config().clone()),
+                ..ModelShape::default()
+            };
+            let adapter = crate::checkpoint::adapter_file(&training.model, self.lora)?;
+            let set = LoraSet::from_adapter(&adapter, Component::Transformer, shape);
+            let out = crate::commands::beside(&path, format);
+            let report = write(&set, format, &out, &WriteOptions::default())
+                .with_context(|| format!("write {}", out.display()))?;
+            for note in report.notes {
+                info!("{}: {note}", out.display());
+            }
+        }
         Ok(path)
     }
 }
