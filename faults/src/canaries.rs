@@ -2,8 +2,6 @@
 //!
 //! `--canary-program` is flux-lora built with the feature `canary`; `FLUX_LORA_CANARY` picks the fault.
 
-use std::path::Path;
-
 use anyhow::{Context, Result, ensure};
 
 use crate::rig::Rig;
@@ -14,19 +12,19 @@ use crate::{FAULTS, Fault};
 const CANARIES: [(&str, &str); 7] = [
     ("no-fsync", "sync-order"),
     ("no-folder-fsync", "sync-order"),
+    ("no-name-fsync", "sync-order"),
     ("no-checksum", "bit-flip"),
     ("moment", "fallback"),
     ("random", "fallback"),
     ("cursor", "fallback"),
-    ("moment", "sigkill-random"),
 ];
 
 /// Each canary, and first none: the same program without a fault must pass.
-pub fn run(program: Option<&Path>, seed: u64, tally: &mut Tally) -> Result<()> {
-    let Some(program) = program else {
+pub fn run(rig: &Rig, tally: &mut Tally) -> Result<()> {
+    if rig.options.canary_program.is_none() {
         tally.note = "skipped: no --canary-program".into();
         return Ok(());
-    };
+    }
     let mut faults: Vec<&str> = CANARIES.iter().map(|(_, fault)| *fault).collect();
     faults.sort_unstable();
     faults.dedup();
@@ -36,7 +34,7 @@ pub fn run(program: Option<&Path>, seed: u64, tally: &mut Tally) -> Result<()> {
         .map(|(canary, fault)| (Some(*canary), *fault));
     for (canary, name) in controls.chain(canaries) {
         let what = format!("{} under {name}", canary.unwrap_or("no canary"));
-        let trial = attack(program, seed, canary, name);
+        let trial = attack(rig, canary, name);
         let trial = trial.and_then(|found| {
             ensure!(
                 found.failed() == canary.is_some(),
@@ -59,8 +57,8 @@ pub fn run(program: Option<&Path>, seed: u64, tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
-fn attack(program: &Path, seed: u64, canary: Option<&str>, name: &str) -> Result<Tally> {
-    let rig = Rig::new(program, true, seed, canary)?;
+fn attack(rig: &Rig, canary: Option<&str>, name: &str) -> Result<Tally> {
+    let rig = Rig::of_canary(&rig.options, canary)?;
     let fault: Option<Fault> = FAULTS.into_iter().find(|(known, _)| *known == name);
     let (_, fault) = fault.context("no such fault")?;
     let mut found = Tally::default();

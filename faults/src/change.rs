@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::rig::{Process, Rig, STEPS, copy, digest, model, picture};
+use crate::rig::{Bits, Process, Rig, STEPS, checkpoint, copy, digest, model, picture};
 use crate::tally::{Tally, Trial};
 
 /// Images and captions changed under a run.
@@ -152,37 +152,64 @@ pub fn settings(rig: &Rig, tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
-/// 1, 2, 4, 8 threads.
+/// Pictures large enough for a step to be split over threads; at the size of the other faults one thread does it all.
+const LARGE: [&str; 6] = [
+    "--resume",
+    "--set",
+    "dataset.resolution=128",
+    "--set",
+    "train.steps=9",
+    "--set=checkpoint.keep=3",
+];
+
+/// 1, 2, 4, 8 threads, and resumed with another number.
 pub fn threads(rig: &Rig, tally: &mut Tally) -> Result<()> {
-    let with = |run: &Path, threads: usize| {
-        let mut command = rig.train(run, &["--resume"]);
-        command.env("RAYON_NUM_THREADS", threads.to_string());
-        let mut process = Process::start(command)?;
-        let tasks = format!("/proc/{}/task", process.id());
-        let mut most = 0;
-        process.wait_until(|| {
-            most = most.max(fs::read_dir(&tasks).map_or(0, Iterator::count));
-            false
-        })?;
-        process.wait()?.ok()?;
-        // Threads that wait for work are there all the same; 8 asked for and none made would be a trial of nothing.
-        Ok::<bool, anyhow::Error>(threads == 1 || most >= threads)
-    };
-    for threads in [1, 2, 4, 8] {
+    let first = rig.fresh("one-thread");
+    train_on(rig, &first, 1)?;
+    let expected = Bits::of(&first)?;
+    for threads in [2, 4, 8] {
         let trial = (|| {
             let run = rig.fresh("run");
-            let fired = with(&run, threads)?;
-            Ok(if fired {
-                rig.compare(&run)?
-            } else {
-                Trial::Missed
-            })
+            match train_on(rig, &run, threads)? {
+                true => rig.compare_with(&run, &expected),
+                false => Ok(Trial::Missed),
+            }
         })();
         tally.count(format!("{threads} threads"), trial);
     }
-    tally.expect(4);
-    tally.note = "1, 2, 4, 8 threads; at this size encoding uses them, steps do not".into();
+    for (before, after) in [(1, 8), (8, 1), (2, 4), (8, 2)] {
+        let trial = (|| {
+            let (whole, run) = (rig.fresh("whole"), rig.fresh("run"));
+            let fired = train_on(rig, &whole, before)?;
+            copy(&whole, &run, &|name| {
+                ["cache", "metrics.jsonl", "run.lock", &checkpoint(3)].contains(&name)
+            })?;
+            match fired & train_on(rig, &run, after)? {
+                true => rig.compare_with(&run, &expected),
+                false => Ok(Trial::Missed),
+            }
+        })();
+        tally.count(format!("{before}, resumed on {after} threads"), trial);
+    }
+    tally.expect(7);
+    tally.note =
+        "2, 4, 8 threads against 1; resumed on 8, 1, 4, 2 after 1, 8, 2, 8; steps large enough to be split".into();
     Ok(())
+}
+
+/// Trains a run to its end; false if the process never had that many threads.
+fn train_on(rig: &Rig, run: &Path, threads: usize) -> Result<bool> {
+    let mut command = rig.train(run, &LARGE);
+    command.env("RAYON_NUM_THREADS", threads.to_string());
+    let mut process = Process::start(command)?;
+    let tasks = format!("/proc/{}/task", process.id());
+    let mut most = 0;
+    process.wait_until(|| {
+        most = most.max(fs::read_dir(&tasks).map_or(0, Iterator::count));
+        false
+    })?;
+    process.wait()?.ok()?;
+    Ok(most > threads) // the main thread and the pool
 }
 
 /// The program with one byte more is another program.

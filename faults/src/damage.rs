@@ -76,7 +76,7 @@ pub fn bit_flip(rig: &Rig, tally: &mut Tally) -> Result<()> {
     let mut flips = Vec::new();
     for (path, length) in &files {
         let random = |count| (0..count).map(|_| rig.below(*length)).collect();
-        let positions: Vec<u64> = match (rig.quick, *length < WHOLE) {
+        let positions: Vec<u64> = match (rig.options.quick, *length < WHOLE) {
             (true, _) => random(200 / files.len()),
             (false, true) => (0..*length).collect(),
             (false, false) => random(POSITIONS),
@@ -94,7 +94,7 @@ pub fn bit_flip(rig: &Rig, tally: &mut Tally) -> Result<()> {
     }
     rig.inspect(&folder)?.ok()?;
     tally.expect(flips.len());
-    tally.note = match rig.quick {
+    tally.note = match rig.options.quick {
         true => format!("random bytes of {} files, a process each", files.len()),
         false => {
             format!("every byte of files < 64 KiB, {POSITIONS} of larger ones, a process each")

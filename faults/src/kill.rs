@@ -43,7 +43,7 @@ fn killed_run(rig: &Rig, wanted: usize, kills: &mut usize, inside: &mut usize) -
             attempts < 20 * wanted,
             "the run is always faster than the kill"
         );
-        let in_save = (*kills).is_multiple_of(4);
+        let in_save = kills.is_multiple_of(4);
         match kill_once(rig, &run, in_save)? {
             Killed::Running { unfinished } => {
                 if in_save && !unfinished {

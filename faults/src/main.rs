@@ -1,8 +1,8 @@
 //! Attacks on training runs.
 //!
-//! `faults --program PATH [--quick] [--seed N] [FAULT...]` drives the program `flux-lora` as a user would, breaks what it
-//! stands on, and compares what the run ends in with a run that nothing happened to: adapter, moments and log of losses,
-//! byte for byte. An injection that did not fire is not counted, and too few that fired is a failure.
+//! `faults --program PATH [--canary-program PATH] [--quick] [--seed N] [FAULT...]` drives the program `flux-lora` as a
+//! user would, breaks what it stands on, and compares what the run ends in with a run that nothing happened to: adapter,
+//! moments and log of losses, byte for byte. An injection that did not fire is not counted, and too few that fired is a failure.
 //!
 //! | file | idea |
 //! |---|---|
@@ -12,8 +12,8 @@
 //! | `disk` | `errno`, `disk-full`, `sync-order`, `power-loss` |
 //! | `damage` | `bit-flip`, `truncation`, `fallback` |
 //! | `process` | `lock`, `signals`, `clock` |
-//! | `numbers` | `nan`, `out-of-memory` |
-//! | `change` | `data-changed`, `threads`, `fingerprint` |
+//! | `numbers` | `nan`, `nan-injected`, `out-of-memory` |
+//! | `change` | `data-changed`, `settings-changed`, `threads`, `fingerprint` |
 //! | `canaries` | programs with a known fault, which the suite must find |
 
 mod canaries;
@@ -27,20 +27,19 @@ mod rig;
 mod tally;
 mod trace;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::rig::Rig;
+use crate::rig::{Options, Rig};
 use crate::tally::Tally;
 
 /// A fault by its name; the error is for a rig that does not work, not for a trial.
 pub type Fault = (&'static str, fn(&Rig, &mut Tally) -> Result<()>);
 
 /// In the order of the table.
-pub const FAULTS: [Fault; 18] = [
+pub const FAULTS: [Fault; 20] = [
     ("sigkill-random", kill::random),
     ("sigkill-syscall", kill::syscall),
     ("errno", disk::errno),
@@ -54,26 +53,19 @@ pub const FAULTS: [Fault; 18] = [
     ("signals", process::signals),
     ("clock", process::clock),
     ("nan", numbers::nan),
+    ("nan-injected", numbers::nan_injected),
     ("out-of-memory", numbers::out_of_memory),
     ("data-changed", change::data),
     ("settings-changed", change::settings),
     ("threads", change::threads),
     ("fingerprint", change::fingerprint),
+    ("canaries", canaries::run),
 ];
 
-/// The name that stands for all canaries.
-const CANARIES: &str = "canaries";
-
-struct Args {
-    program: Option<PathBuf>,
-    canary_program: Option<PathBuf>,
-    quick: bool,
-    seed: u64,
-    faults: Vec<String>,
-}
-
 fn main() -> ExitCode {
-    match parse(std::env::args().skip(1)).and_then(|args| run(&args)) {
+    let result =
+        parse(std::env::args().skip(1)).and_then(|(options, faults)| run(&options, &faults));
+    match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -83,14 +75,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn parse(mut words: impl Iterator<Item = String>) -> Result<Args> {
-    let mut args = Args {
-        program: None,
-        canary_program: None,
-        quick: false,
-        seed: 2026,
-        faults: Vec::new(),
-    };
+/// Options, and the faults to try; all of them if none is named.
+fn parse(mut words: impl Iterator<Item = String>) -> Result<(Options, Vec<Fault>)> {
+    let (mut program, mut canary_program, mut quick, mut seed) = (None, None, false, 2026);
+    let mut faults = Vec::new();
     while let Some(word) = words.next() {
         let mut value = || {
             words
@@ -98,42 +86,41 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Args> {
                 .with_context(|| format!("{word} needs a value"))
         };
         match word.as_str() {
-            "--program" => args.program = Some(value()?.into()),
-            "--canary-program" => args.canary_program = Some(value()?.into()),
-            "--seed" => args.seed = value()?.parse().context("--seed takes a whole number")?,
-            "--quick" => args.quick = true,
-            name if name == CANARIES || FAULTS.iter().any(|(known, _)| *known == name) => {
-                args.faults.push(word)
-            }
-            _ => bail!(
-                "`{word}` is no fault; known: {}, {CANARIES}",
-                FAULTS.map(|(name, _)| name).join(", ")
-            ),
+            "--program" => program = Some(value()?.into()),
+            "--canary-program" => canary_program = Some(value()?.into()),
+            "--seed" => seed = value()?.parse().context("--seed takes a whole number")?,
+            "--quick" => quick = true,
+            name => match FAULTS.into_iter().find(|(known, _)| *known == name) {
+                Some(fault) => faults.push(fault),
+                None => bail!(
+                    "`{name}` is no fault; known: {}",
+                    FAULTS.map(|f| f.0).join(", ")
+                ),
+            },
         }
     }
-    Ok(args)
+    let options = Options {
+        program: program.context("--program PATH is needed")?,
+        canary_program,
+        quick,
+        seed,
+    };
+    Ok((
+        options,
+        if faults.is_empty() {
+            FAULTS.to_vec()
+        } else {
+            faults
+        },
+    ))
 }
 
 /// Prints the table; true if nothing failed.
-fn run(args: &Args) -> Result<bool> {
-    let wanted = |name: &str| args.faults.is_empty() || args.faults.iter().any(|f| f == name);
-    let faults: Vec<Fault> = FAULTS
-        .into_iter()
-        .filter(|(name, _)| wanted(name))
-        .collect();
+fn run(options: &Options, faults: &[Fault]) -> Result<bool> {
+    let rig = Rig::new(options).context("the straight run")?;
     let mut rows = Vec::new();
-    if !faults.is_empty() {
-        let program = args.program.as_ref().context("--program PATH is needed")?;
-        let rig = Rig::new(program, args.quick, args.seed, None).context("the straight run")?;
-        for (name, fault) in faults {
-            let tally = watch(name, |tally| fault(&rig, tally));
-            rows.push((name, tally));
-        }
-    }
-    if wanted(CANARIES) {
-        let program = args.canary_program.as_deref();
-        let tally = watch(CANARIES, |tally| canaries::run(program, args.seed, tally));
-        rows.push((CANARIES, tally));
+    for (name, fault) in faults {
+        rows.push((*name, watch(name, |tally| fault(&rig, tally))));
     }
     print_table(&rows);
     Ok(!rows.iter().any(|(_, tally)| tally.failed()))

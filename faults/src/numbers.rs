@@ -96,12 +96,7 @@ fn diverging(rig: &Rig, rate: &str, steps: &[u64]) -> Result<Trial> {
     let args = [&["--resume", "--set", &set], &EVERY_STEP[..]].concat();
     let ended = rig.run(rig.train(&run, &args))?;
     ended.refused(&["at step ", ".png", "the last checkpoint is untouched"])?;
-    for name in checkpoints(&run)? {
-        rig.inspect(&run.join(&name))?.ok()?;
-        for file in ["lora.safetensors", "optimizer.safetensors"] {
-            all_finite(&run.join(&name).join(file))?;
-        }
-    }
+    only_finite(rig, &run)?;
     rig.newest_step(&run)?;
     let [step] = steps else {
         return Ok(Trial::Survived);
@@ -110,6 +105,17 @@ fn diverging(rig: &Rig, rate: &str, steps: &[u64]) -> Result<Trial> {
     rig.run(rig.train(&run, &["--resume", &back.display().to_string()]))?
         .ok()?;
     rig.compare(&run)
+}
+
+/// Every checkpoint is whole and holds numbers only.
+fn only_finite(rig: &Rig, run: &Path) -> Result<()> {
+    for name in checkpoints(run)? {
+        rig.inspect(&run.join(&name))?.ok()?;
+        for file in ["lora.safetensors", "optimizer.safetensors"] {
+            all_finite(&run.join(&name).join(file))?;
+        }
+    }
+    Ok(())
 }
 
 /// Every number of a safetensors file of f32.
@@ -131,6 +137,41 @@ fn all_finite(path: &Path) -> Result<()> {
         "{bad} values of {} are not finite",
         path.display()
     );
+    Ok(())
+}
+
+/// NaN in loss, gradient or update of a chosen step, by a program that was built for it.
+pub fn nan_injected(rig: &Rig, tally: &mut Tally) -> Result<()> {
+    if rig.options.canary_program.is_none() {
+        tally.note = "skipped: no --canary-program".into();
+        return Ok(());
+    }
+    let each = rig.count(2, 13);
+    let rig = Rig::of_canary(&rig.options, None)?;
+    for place in ["loss", "gradient", "update"] {
+        for _ in 0..each {
+            let step = 2 + rig.below(STEPS - 1);
+            let from = (step - 1).saturating_sub(rig.below(4)).max(1);
+            let trial = (|| {
+                let run = rig.run_at(&[from])?;
+                let mut train = rig.train(&run, &[&["--resume"], &EVERY_STEP[..]].concat());
+                train.env("FLUX_LORA_CANARY", format!("nan-{place}:{step}"));
+                let named = format!("at step {step}, ");
+                rig.run(train)?
+                    .refused(&[&named, ".png", "the last checkpoint is untouched"])?;
+                only_finite(&rig, &run)?;
+                let newest = rig.newest_step(&run)?;
+                ensure!(
+                    newest == Some(step - 1),
+                    "the newest checkpoint is {newest:?}"
+                );
+                rig.finish(&run)
+            })();
+            tally.count(format!("{place} of step {step}"), trial);
+        }
+    }
+    tally.expect(3 * each);
+    tally.note = "loss, gradient, update of random steps; step and samples named, not saved, resumed from the step before".into();
     Ok(())
 }
 

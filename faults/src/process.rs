@@ -109,8 +109,8 @@ enum Stopped {
 fn stop(rig: &Rig, run: &std::path::Path, args: &[&str], signal: &str) -> Result<Stopped> {
     let mut process = Process::start(rig.train(run, args))?;
     let wanted = lines(run) + rig.below(5) as usize;
-    let in_loop =
-        process.wait_until(|| run.join("config.toml").is_file() && lines(run) >= wanted)?;
+    let status = format!("/proc/{}/status", process.id());
+    let in_loop = process.wait_until(|| catches(&status) && lines(run) >= wanted)?;
     std::thread::sleep(Duration::from_micros(rig.below(20_000)));
     if in_loop {
         let mut kill = Command::new("kill");
@@ -139,11 +139,21 @@ fn stop(rig: &Rig, run: &std::path::Path, args: &[&str], signal: &str) -> Result
     Ok(Stopped::Saved)
 }
 
+/// Whether a process has its handlers for SIGINT and SIGTERM; before that, a signal is a kill like any other.
+fn catches(status: &str) -> bool {
+    let text = fs::read_to_string(status).unwrap_or_default();
+    let mask = text.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & 0x4002 == 0x4002)
+}
+
 /// SIGINT, and SIGTERM at once: gone without a save, and the run goes on from the checkpoint before.
 fn abort(rig: &Rig) -> Result<Trial> {
     let run = rig.run_at(&[STEPS / 2])?;
     let mut process = Process::start(rig.train(&run, &["--resume"]))?;
-    process.wait_until(|| lines(&run) > (STEPS / 2) as usize)?;
+    let status = format!("/proc/{}/status", process.id());
+    // Two lines more than the checkpoint's: the log of a copy is one ahead.
+    process.wait_until(|| catches(&status) && lines(&run) >= STEPS as usize / 2 + 2)?;
     let both = format!("kill -INT {0}; kill -TERM {0}", process.id());
     let mut shell = Command::new("sh");
     shell.args(["-c", &both]);
@@ -154,7 +164,7 @@ fn abort(rig: &Rig) -> Result<Trial> {
     match ended.status.code() {
         Some(0) => return Ok(Trial::Missed), // the step was over before the second one came
         Some(code) => ensure!(code >= 128, "exit code {code}"),
-        None => {}
+        None => bail!("{}: the handlers were in place", ended.status),
     }
     ensure!(
         took < Duration::from_secs(2),

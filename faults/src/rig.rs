@@ -63,11 +63,23 @@ pub const EVERY_STEP: [&str; 4] = [
     "checkpoint.keep=100",
 ];
 
-/// Data, configuration, the straight run and the program.
-pub struct Rig {
+/// What the suite was asked to do.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The program under attack.
+    pub program: PathBuf,
+    /// The same built with the feature `canary`.
+    pub canary_program: Option<PathBuf>,
     /// Fewer trials.
     pub quick: bool,
-    program: PathBuf,
+    /// Of all random choices.
+    pub seed: u64,
+}
+
+/// Data, configuration, the straight run and the program.
+pub struct Rig {
+    /// What the suite was asked to do.
+    pub options: Options,
     canary: Option<String>,
     dir: TempDir,
     straight: Bits,
@@ -77,15 +89,33 @@ pub struct Rig {
 
 impl Rig {
     /// Makes the data and trains the straight run; a save after every step, so that a copy can begin anywhere.
-    pub fn new(program: &Path, quick: bool, seed: u64, canary: Option<&str>) -> Result<Self> {
+    pub fn new(options: &Options) -> Result<Self> {
+        Self::with_canary(options, None)
+    }
+
+    /// The same around the canary program, which carries a known fault, or none.
+    pub fn of_canary(options: &Options, canary: Option<&str>) -> Result<Self> {
+        let program = options.canary_program.clone();
+        let options = Options {
+            program: program.context("no --canary-program")?,
+            quick: true,
+            ..options.clone()
+        };
+        Self::with_canary(&options, canary)
+    }
+
+    fn with_canary(options: &Options, canary: Option<&str>) -> Result<Self> {
+        let program = fs::canonicalize(&options.program)
+            .with_context(|| format!("open {}", options.program.display()))?;
         let mut rig = Self {
-            quick,
-            program: fs::canonicalize(program)
-                .with_context(|| format!("open {}", program.display()))?,
+            random: RefCell::new(Random(options.seed)),
+            options: Options {
+                program,
+                ..options.clone()
+            },
             canary: canary.map(str::to_string),
             dir: tempfile::tempdir()?,
             straight: Bits::default(),
-            random: RefCell::new(Random(seed)),
             names: Cell::new(0),
         };
         make_data(&rig.path("data"))?;
@@ -94,10 +124,10 @@ impl Rig {
         let straight = rig.path("straight");
         rig.run(rig.train(&straight, &EVERY_STEP))?.ok()?;
         rig.straight = Bits::of(&straight)?;
-        let lines = rig.straight.metrics.split(|b| *b == b'\n').count() - 1;
+        let logged = lines(&straight);
         ensure!(
-            lines as u64 == STEPS,
-            "the straight run logged {lines} lines"
+            logged as u64 == STEPS,
+            "the straight run logged {logged} lines"
         );
         Ok(rig)
     }
@@ -115,12 +145,12 @@ impl Rig {
 
     /// The program under attack.
     pub fn program(&self) -> &Path {
-        &self.program
+        &self.options.program
     }
 
     /// `few` trials in the quick suite, `all` in the full one.
     pub fn count(&self, few: usize, all: usize) -> usize {
-        if self.quick { few } else { all }
+        if self.options.quick { few } else { all }
     }
 
     /// A seeded random number below `n`.
@@ -149,7 +179,7 @@ impl Rig {
 
     /// `flux-lora train run.toml --output RUN ARGS`.
     pub fn train(&self, run: &Path, args: &[&str]) -> Command {
-        self.train_with(&self.program, run, args)
+        self.train_with(self.program(), run, args)
     }
 
     /// The same with another program, such as one that wraps it.
@@ -211,7 +241,12 @@ impl Rig {
 
     /// Compares a finished run with the straight one; removes it.
     pub fn compare(&self, run: &Path) -> Result<Trial> {
-        let differs = Bits::of(run)?.differs_from(&self.straight);
+        self.compare_with(run, &self.straight)
+    }
+
+    /// Compares a finished run with another; removes it.
+    pub fn compare_with(&self, run: &Path, expected: &Bits) -> Result<Trial> {
+        let differs = Bits::of(run)?.differs_from(expected);
         for entry in fs::read_dir(run)? {
             let name = entry?.file_name();
             let name = name.to_string_lossy();
@@ -237,7 +272,7 @@ impl Rig {
 
     /// `flux-lora inspect PATH`.
     pub fn inspect(&self, path: &Path) -> Result<Ended> {
-        let mut command = Command::new(&self.program);
+        let mut command = Command::new(self.program());
         command.arg("inspect").arg(path);
         self.dress(&mut command);
         let out = command.output()?;
@@ -356,8 +391,12 @@ pub struct Bits {
 }
 
 impl Bits {
-    fn of(run: &Path) -> Result<Self> {
-        let last = run.join(checkpoint(STEPS));
+    /// Of a finished run.
+    pub fn of(run: &Path) -> Result<Self> {
+        let last = checkpoints(run)?
+            .pop()
+            .context("the run has no checkpoint")?;
+        let last = run.join(last);
         let read = |path: PathBuf| {
             fs::read(&path).with_context(|| format!("the run has no {}", path.display()))
         };

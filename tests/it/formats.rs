@@ -45,7 +45,15 @@ fn a_lora_made_by_diffusers_trains_on_here() {
         .concat(),
     );
     assert!(bench.path("run/lora-kohya.safetensors").is_file());
-    assert!(bench.path("run/lora-peft/adapter_config.json").is_file());
+    let peft = Command::new(program())
+        .arg("inspect")
+        .arg(bench.path("run/lora-peft"))
+        .output()
+        .unwrap();
+    assert!(
+        String::from_utf8_lossy(&peft.stdout).contains("format PEFT"),
+        "{peft:?}"
+    );
     let tensors = |path: PathBuf| lora_core::tensor_file::TensorFile::open(&path).unwrap();
     let (before, after) = (
         tensors(diffusers_lora()),

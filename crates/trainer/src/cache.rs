@@ -84,6 +84,7 @@ impl Cache {
         let (backend, device) = (device.backend(), &device.device);
         fs::create_dir_all(folder)
             .with_context(|| format!("create cache folder {}", folder.display()))?;
+        remove_unfinished(folder);
         let mut digests = FileDigests::load(folder);
         let encoders = digests.of_all(&pipeline.encoder_paths())?;
         digests.save()?;
@@ -325,6 +326,27 @@ fn content_digest<'a>(tensors: impl Iterator<Item = &'a HostTensor>) -> String {
     hex(&digest.finalize())
 }
 
+/// Start of the names under which files are written before they get their own.
+const UNFINISHED: &str = ".unfinished-";
+
+/// Removes what a killed process left half-written; only one process at a time writes here, by the run's lock.
+fn remove_unfinished(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(UNFINISHED)
+            && let Err(error) = fs::remove_file(entry.path())
+        {
+            tracing::warn!(%error, path = %entry.path().display(), "cannot be removed");
+        }
+    }
+}
+
+/// A file to be written in `folder` and then renamed.
+fn unfinished(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
+    tempfile::Builder::new()
+        .prefix(UNFINISHED)
+        .tempfile_in(folder)
+}
+
 /// An entry that is there and whole.
 fn read_entry<const N: usize>(
     folder: &Path,
@@ -363,7 +385,7 @@ fn write_entry<const N: usize>(
         .collect();
     let path = entry_path(folder, key);
     let write = || -> std::io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        let mut file = unfinished(folder)?;
         file.write_all(&serialize(&tensors, &metadata))?;
         file.persist(&path)?;
         Ok(())
@@ -451,7 +473,7 @@ impl FileDigests {
     pub fn save(&self) -> anyhow::Result<()> {
         let folder = self.path.parent().unwrap_or(Path::new("."));
         let write = || -> std::io::Result<()> {
-            let mut file = tempfile::NamedTempFile::new_in(folder)?;
+            let mut file = unfinished(folder)?;
             file.write_all(&serde_json::to_vec_pretty(&self.known)?)?;
             file.persist(&self.path)?;
             Ok(())

@@ -24,11 +24,13 @@ pub fn describe(path: &Path) -> anyhow::Result<String> {
             checkpoint(&mut text, verify(path)?)?;
         } else if path.join("model_index.json").is_file() {
             model(&mut text, path)?;
-        } else if path.join("run.lock").is_file() {
+        } else if path.join("adapter_config.json").is_file() {
+            lora(&mut text, path)?;
+        } else if path.join("run.lock").is_file() || RunDir::open(path)?.has_checkpoints()? {
             run(&mut text, path)?;
         } else {
             bail!(
-                "{} is no pipeline, run or checkpoint folder",
+                "{} is no pipeline, run, checkpoint or adapter folder",
                 path.display()
             );
         }

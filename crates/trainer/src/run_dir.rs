@@ -236,7 +236,7 @@ impl RunDir {
             let path = entry.path();
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            let temporary = ["ckpt-", LATEST, METRICS, CONFIG]
+            let temporary = ["ckpt-", LATEST, METRICS, CONFIG, "lora"]
                 .iter()
                 .any(|kind| name.starts_with(kind));
             if temporary && name.contains(".tmp-") {
