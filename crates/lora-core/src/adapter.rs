@@ -1,4 +1,4 @@
-//! `Adapter`: one named low-rank update of one weight; `Lora`: all adapters of that weight.
+//! `Adapter`: one named update of one parameter; `Lora`: all adapters of that parameter.
 //!
 //! `Lora` is Burn's [`Reparameterization`]: it sits on the parameter, so any model can carry it. Its `Module` is written by
 //! hand for two reasons: paths name the adapter (`to_q.weight.lora.default.lora_A`), and `map` is the only mutable access
@@ -10,21 +10,14 @@ use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, Param, Reparame
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::factors::{Factors, MapParts, ParamFactors, kron_apply};
+use crate::site::{Site, WeightLayout};
 use crate::{dropout, edit};
-
-/// Name of the down projection, `[r, in]`.
-pub const LORA_A: &str = "lora_A";
-/// Name of the up projection, `[out, r]`.
-pub const LORA_B: &str = "lora_B";
-/// Name of the DoRA magnitude, `[out]`.
-pub const MAGNITUDE: &str = "lora_magnitude_vector";
-/// Name of the bias of the up projection, `[out]`.
-pub const LORA_BIAS: &str = "lora_B_bias";
 
 /// Numbers that belong to one adapter of one layer and are not trained.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct AdapterSpec {
-    /// Rank of the factors.
+    /// Rank of the factors; for a LoKr of two full matrices the one that its scale is computed with.
     pub rank: usize,
     /// Numerator of the scale.
     pub alpha: f64,
@@ -42,31 +35,19 @@ impl AdapterSpec {
     }
 }
 
-/// How the adapted weight lies in memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WeightLayout {
-    /// `[in, out]`: Burn's `Linear`.
-    InOut,
-    /// `[out, in, ...]`, flattened to `[out, in * ...]`: Burn's convolutions.
-    OutIn,
-}
-
-/// One named adapter on one weight.
+/// One named adapter on one parameter.
 #[derive(Debug, Clone)]
 pub struct Adapter {
     pub(crate) name: String,
     pub(crate) spec: AdapterSpec,
-    pub(crate) layout: WeightLayout,
+    pub(crate) site: Site,
     /// Strength chosen at run time. A DoRA adapter of strength 0 still sets the magnitude, as in PEFT.
     pub(crate) weight: f64,
     /// Whether it takes part in the forward pass.
     pub(crate) active: bool,
     /// Identity of the layer in random streams.
     pub(crate) stream: u64,
-    pub(crate) lora_a: Param<Tensor<2>>,
-    pub(crate) lora_b: Param<Tensor<2>>,
-    pub(crate) magnitude: Option<Param<Tensor<1>>>,
-    pub(crate) bias: Option<Param<Tensor<1>>>,
+    pub(crate) factors: ParamFactors,
 }
 
 impl Adapter {
@@ -90,20 +71,28 @@ impl Adapter {
         self.active
     }
 
-    /// `scale * B A`, shape `[out, in]`.
-    pub fn delta(&self) -> Tensor<2> {
-        self.lora_b
-            .val()
-            .matmul(self.lora_a.val())
-            .mul_scalar(self.scale())
+    /// Whether it is a parameter trained in full, in place of the model's own.
+    pub(crate) fn is_whole(&self) -> bool {
+        matches!(self.factors, Factors::Whole(_))
     }
 
-    /// `result` plus what this adapter adds for the input `x`, without the dense `B A` (DoRA needs it for its norm).
+    /// The change of the weight with its scale, `[out, in]` (for LoRA `scale * B A`), before DoRA. A convolution's kernel is
+    /// flattened into `in`. `None` for a parameter that is trained in full.
+    pub fn delta(&self) -> Option<Tensor<2>> {
+        Some(self.factors.delta()?.mul_scalar(self.scale()))
+    }
+
+    fn magnitude(&self) -> Option<&Param<Tensor<1>>> {
+        self.factors.as_lora()?.magnitude.as_ref()
+    }
+
+    /// `result` plus what this adapter adds for the input `x`, without the dense change where there is a way (DoRA needs it
+    /// for its norm, LoHa for the product).
     ///
     /// # Shapes
     /// - `x`: `[..., in]`, `base`: `[in, out]`, `result`: `[..., out]`; returns `[..., out]`
     /// # Source
-    /// PEFT `lora.Linear.forward` and `DoraLinearLayer.forward`.
+    /// PEFT `lora.Linear.forward`, `DoraLinearLayer.forward`, `LoHaLayer.forward`, `LoKrLayer.forward`.
     pub(crate) fn forward<const D: usize>(
         &self,
         x: Tensor<D>,
@@ -112,19 +101,35 @@ impl Adapter {
         result: Tensor<D>,
     ) -> Tensor<D> {
         use burn::tensor::module::linear;
+        let lora = match &self.factors {
+            Factors::Lora(lora) => lora,
+            Factors::Loha { .. } => {
+                return match self.delta() {
+                    Some(delta) => result + linear(x, delta.transpose(), None),
+                    None => result,
+                };
+            }
+            Factors::Lokr { w1, w2 } => {
+                let shape = result.dims();
+                let x = x.clone().reshape([-1, x.dims()[D - 1] as i32]);
+                let update = kron_apply(x, w1, w2).mul_scalar(self.scale());
+                return result + update.reshape(shape);
+            }
+            Factors::Whole(_) => return result, // it is `base` already
+        };
         let (x, dropped) = match dropout::mask(self.spec.dropout, self.stream, &x) {
             Some(mask) => (x * mask, true),
             None => (x, false),
         };
-        let hidden = linear(x.clone(), self.lora_a.val().transpose(), None);
-        let lora_bias = self.bias.as_ref().map(|b| b.val());
+        let hidden = linear(x.clone(), lora.lora_a.val().transpose(), None);
+        let lora_bias = lora.bias.as_ref().map(|b| b.val());
         let update =
-            linear(hidden, self.lora_b.val().transpose(), lora_bias).mul_scalar(self.scale());
-        let Some(magnitude) = &self.magnitude else {
+            linear(hidden, lora.lora_b.val().transpose(), lora_bias).mul_scalar(self.scale());
+        let (Some(magnitude), Some(delta)) = (&lora.magnitude, self.delta()) else {
             return result + update;
         };
 
-        let direction = base.clone().inner() + self.delta().inner().transpose();
+        let direction = base.clone().inner() + delta.inner().transpose();
         let norm = direction.square().sum_dim(0).sqrt(); // [1, out], a constant for the gradient
         let norm = Tensor::<2>::from_inner(norm).flatten::<1>(0, 1);
         let factor: Tensor<D> = (magnitude.val() / norm).unsqueeze();
@@ -138,8 +143,11 @@ impl Adapter {
 
     /// The weight this adapter makes of `weight`, which is `[in, out]`; `base` is the weight without any adapter.
     fn apply(&self, weight: Tensor<2>, base: &Tensor<2>) -> Tensor<2> {
-        let delta = self.delta().transpose();
-        let Some(magnitude) = &self.magnitude else {
+        let Some(delta) = self.delta() else {
+            return weight;
+        };
+        let delta = delta.transpose();
+        let Some(magnitude) = self.magnitude() else {
             return weight + delta;
         };
         let direction = (base.clone() + delta.clone()).detach();
@@ -148,23 +156,9 @@ impl Adapter {
         (weight + delta) * factor
     }
 
-    fn each_param(&self, f: &mut impl FnMut(&str, ParamRef)) {
-        f(LORA_A, ParamRef::Matrix(&self.lora_a));
-        f(LORA_B, ParamRef::Matrix(&self.lora_b));
-        if let Some(m) = &self.magnitude {
-            f(MAGNITUDE, ParamRef::Vector(m));
-        }
-        if let Some(b) = &self.bias {
-            f(LORA_BIAS, ParamRef::Vector(b));
-        }
-    }
-
     fn map_params<M: Mapping>(self, m: &mut M) -> Self {
         Self {
-            lora_a: m.param(LORA_A, self.lora_a),
-            lora_b: m.param(LORA_B, self.lora_b),
-            magnitude: self.magnitude.map(|p| m.param(MAGNITUDE, p)),
-            bias: self.bias.map(|p| m.param(LORA_BIAS, p)),
+            factors: self.factors.map(&mut Mapped(m)),
             ..self
         }
     }
@@ -181,17 +175,26 @@ impl Adapter {
     }
 }
 
-enum ParamRef<'a> {
-    Matrix(&'a Param<Tensor<2>>),
-    Vector(&'a Param<Tensor<1>>),
-}
-
 /// A function over parameters of any rank.
 trait Mapping {
     fn param<const D: usize>(&mut self, name: &str, p: Param<Tensor<D>>) -> Param<Tensor<D>>;
 }
 
-/// All adapters of one weight, in the order they were added.
+/// A [`Mapping`] applied to every part of some factors.
+struct Mapped<'a, M>(&'a mut M);
+
+impl<M: Mapping> MapParts<Param<Tensor<2>>, Param<Tensor<1>>> for Mapped<'_, M> {
+    type Matrix = Param<Tensor<2>>;
+    type Vector = Param<Tensor<1>>;
+    fn matrix(&mut self, name: &'static str, part: Param<Tensor<2>>) -> Param<Tensor<2>> {
+        self.0.param(name, part)
+    }
+    fn vector(&mut self, name: &'static str, part: Param<Tensor<1>>) -> Param<Tensor<1>> {
+        self.0.param(name, part)
+    }
+}
+
+/// All adapters of one parameter, in the order they were added.
 #[derive(Debug, Clone)]
 pub struct Lora {
     pub(crate) adapters: Vec<Adapter>,
@@ -208,6 +211,18 @@ impl Lora {
         self.adapters.iter().filter(|a| a.is_active())
     }
 
+    /// The parameter, or what an active adapter has in place of it.
+    pub(crate) fn replaced<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
+        let whole = self.active().find_map(|adapter| match &adapter.factors {
+            Factors::Whole(value) => Some(value),
+            _ => None,
+        });
+        match whole {
+            Some(value) => value.val().reshape(base.shape()).cast(base.dtype()),
+            None => base,
+        }
+    }
+
     pub(crate) fn each(self, f: impl FnMut(Adapter) -> Adapter) -> Self {
         Self {
             adapters: self.adapters.into_iter().map(f).collect(),
@@ -218,26 +233,43 @@ impl Lora {
 const CONTAINER: &str = "Struct:Adapter";
 
 impl Module for Adapter {
-    fn collect_devices(&self, mut devices: Devices) -> Devices {
-        self.each_param(&mut |_, p| {
-            let d = std::mem::take(&mut devices);
-            devices = match p {
-                ParamRef::Matrix(p) => p.collect_devices(d),
-                ParamRef::Vector(p) => p.collect_devices(d),
-            };
-        });
-        devices
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        struct Collect(Devices);
+        impl MapParts<&Param<Tensor<2>>, &Param<Tensor<1>>> for Collect {
+            type Matrix = ();
+            type Vector = ();
+            fn matrix(&mut self, _: &'static str, part: &Param<Tensor<2>>) {
+                self.0 = part.collect_devices(std::mem::take(&mut self.0));
+            }
+            fn vector(&mut self, _: &'static str, part: &Param<Tensor<1>>) {
+                self.0 = part.collect_devices(std::mem::take(&mut self.0));
+            }
+        }
+        let mut collect = Collect(devices);
+        let _ = self.factors.as_ref().map(&mut collect);
+        collect.0
     }
 
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        self.each_param(&mut |name, p| {
-            visitor.enter_module(name, CONTAINER);
-            match p {
-                ParamRef::Matrix(p) => p.visit(visitor),
-                ParamRef::Vector(p) => p.visit(visitor),
+        struct Visit<'a, V>(&'a mut V);
+        impl<V: ModuleVisitor> Visit<'_, V> {
+            fn part(&mut self, name: &str, part: &impl Module) {
+                self.0.enter_module(name, CONTAINER);
+                part.visit(self.0);
+                self.0.exit_module(name, CONTAINER);
             }
-            visitor.exit_module(name, CONTAINER);
-        });
+        }
+        impl<V: ModuleVisitor> MapParts<&Param<Tensor<2>>, &Param<Tensor<1>>> for Visit<'_, V> {
+            type Matrix = ();
+            type Vector = ();
+            fn matrix(&mut self, name: &'static str, part: &Param<Tensor<2>>) {
+                self.part(name, part);
+            }
+            fn vector(&mut self, name: &'static str, part: &Param<Tensor<1>>) {
+                self.part(name, part);
+            }
+        }
+        let _ = self.factors.as_ref().map(&mut Visit(visitor));
     }
 
     fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
@@ -363,22 +395,27 @@ impl Module for Lora {
 impl Reparameterization for Lora {
     const NAME: &'static str = "lora";
 
-    /// `Param::val()` of an adapted weight: the dense `W + scale * B A`.
+    /// `Param::val()` of an adapted weight: the dense `W + scale * B A`, or the parameter that is trained in its place.
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
-        let Some(first) = self.active().next() else {
+        let base = self.replaced(base);
+        let changes = || self.active().filter(|adapter| !adapter.is_whole());
+        let Some(first) = changes().next() else {
             return base;
         };
         let shape = base.shape();
-        let base: Tensor<2> = match first.layout {
-            WeightLayout::InOut => base.reshape([shape[0] as i32, -1]),
-            WeightLayout::OutIn => base.reshape([shape[0] as i32, -1]).transpose(),
+        let rows = shape[0] as i32;
+        let base: Tensor<2> = match first.site.layout {
+            WeightLayout::InOut | WeightLayout::Table => base.reshape([rows, -1]),
+            WeightLayout::OutIn => base.reshape([rows, -1]).transpose(),
         };
-        let weight = self.active().fold(base.clone(), |weight, adapter| {
-            dropout::note_dense_path(adapter.spec.dropout, &adapter.name);
+        let weight = changes().fold(base.clone(), |weight, adapter| {
+            if first.site.layout != WeightLayout::Table {
+                dropout::note_dense_path(adapter.spec.dropout, &adapter.name);
+            }
             adapter.apply(weight, &base)
         });
-        match first.layout {
-            WeightLayout::InOut => weight.reshape(shape),
+        match first.site.layout {
+            WeightLayout::InOut | WeightLayout::Table => weight.reshape(shape),
             WeightLayout::OutIn => weight.transpose().reshape(shape),
         }
     }

@@ -1,24 +1,36 @@
 //! Adapters outside a model: per-layer factors, and their safetensors file in PEFT's form.
 //!
-//! Keys are `<prefix><layer>.lora_A.weight [r, in]`, `.lora_B.weight [out, r]`, `.lora_B.bias [out]` and
-//! `.lora_magnitude_vector [out]`. The prefix names the component (`transformer.` in a diffusers pipeline) or is empty. The
-//! configuration travels in the header as `lora_adapter_metadata`, one JSON object with `<prefix>r`, `<prefix>lora_alpha`
-//! and so on, which diffusers reads: every file we write says its alpha.
+//! | kind | keys after `<prefix><layer>` |
+//! |---|---|
+//! | LoRA | `.lora_A.weight [r, in]`, `.lora_B.weight [out, r]`, `.lora_B.bias [out]`, `.lora_magnitude_vector [out]` |
+//! | LoRA, convolution | `.lora_A.weight [r, in, kernel...]`, `.lora_B.weight [out, r, 1...]`, magnitude `[1, out, 1...]` |
+//! | LoRA, embedding | `.lora_embedding_A [r, entries]`, `.lora_embedding_B [out, r]` |
+//! | LoHa | `.hada_w1_a`, `.hada_w2_a [out, r]`, `.hada_w1_b`, `.hada_w2_b [r, in]` |
+//! | LoKr | `.lokr_w1 [a, b]` or `.lokr_w1_a [a, r]` and `.lokr_w1_b [r, b]`; `.lokr_w2` likewise |
+//! | `modules_to_save` | the parameter's own name and shape in PyTorch |
+//! | `bias` | `.bias`, of an adapted layer `.base_layer.bias` |
+//!
+//! The prefix names the component (`transformer.` in a diffusers pipeline) or is empty. The configuration travels in the
+//! header as `lora_adapter_metadata`, one JSON object with `<prefix>r`, `<prefix>lora_alpha` and so on, which diffusers
+//! reads: every file we write says its alpha.
 //!
 //! Source: diffusers 0.38 `loaders/lora_base.py` (`_pack_dict_with_prefix`, `LORA_ADAPTER_METADATA_KEY`), PEFT 0.19
 //! `save_and_load.py`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use serde_json::{Map, Value};
 
-use crate::adapter::{Adapter, AdapterSpec, LORA_A, LORA_B, LORA_BIAS, Lora, MAGNITUDE};
-use crate::config::{InitLoraWeights, LoraConfig, Targets};
+use crate::adapter::{Adapter, AdapterSpec, Lora};
+use crate::config::{InitLoraWeights, LoraConfig, PeftType, Targets, TrainBias};
 use crate::error::LoraError;
+use crate::factors::{Factors, LORA_A, LORA_B, LORA_BIAS, LoraFactors, MAGNITUDE, MapParts, Side};
 use crate::host::HostTensor;
+use crate::peft_form;
+use crate::site::{Site, WeightLayout};
 use crate::state::host;
 use crate::tensor_file::{TensorFile, serialize};
 
@@ -30,32 +42,55 @@ pub const METADATA_KEY: &str = "lora_adapter_metadata";
 pub struct ModuleAdapter {
     /// Rank, alpha and the rest that is not trained.
     pub spec: AdapterSpec,
-    /// Down projection, `[r, in]`.
-    pub lora_a: HostTensor,
-    /// Up projection, `[out, r]`.
-    pub lora_b: HostTensor,
-    /// DoRA magnitude, `[out]`.
-    pub magnitude: Option<HostTensor>,
-    /// Bias of the up projection, `[out]`.
-    pub bias: Option<HostTensor>,
+    /// What is trained.
+    pub factors: Factors<HostTensor>,
     /// DoRA, even if the magnitude is still to be computed from the base weight.
     pub use_dora: bool,
+    /// The layer is an embedding, whose factors have names of their own.
+    pub embedding: bool,
+}
+
+impl ModuleAdapter {
+    /// A LoRA of a linear layer or a convolution.
+    pub fn lora(spec: AdapterSpec, factors: LoraFactors<HostTensor>) -> Self {
+        Self {
+            spec,
+            use_dora: factors.magnitude.is_some(),
+            factors: Factors::Lora(factors),
+            embedding: false,
+        }
+    }
+
+    /// The factors, if this is a LoRA.
+    pub fn as_lora(&self) -> Option<&LoraFactors<HostTensor>> {
+        self.factors.as_lora()
+    }
+
+    pub(crate) fn has_magnitude(&self) -> bool {
+        self.as_lora().is_some_and(|lora| lora.magnitude.is_some())
+    }
+
+    fn has_bias(&self) -> bool {
+        self.as_lora().is_some_and(|lora| lora.bias.is_some())
+    }
 }
 
 /// One adapter outside a model: layer path to factors.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct AdapterFile {
     modules: BTreeMap<String, ModuleAdapter>,
-    /// The targets as configured, where known.
-    target_modules: Option<Targets>,
+    /// Parameters that are trained in full, by PyTorch's name and in its layout.
+    whole: BTreeMap<String, HostTensor>,
+    /// What the configuration says that factors do not show, where known: the other fields have their defaults.
+    selection: Option<LoraConfig>,
 }
 
 impl AdapterFile {
     /// An adapter from factors per layer.
-    pub fn new(modules: BTreeMap<String, ModuleAdapter>, target_modules: Option<Targets>) -> Self {
+    pub fn new(modules: BTreeMap<String, ModuleAdapter>) -> Self {
         Self {
             modules,
-            target_modules,
+            ..Self::default()
         }
     }
 
@@ -69,36 +104,69 @@ impl AdapterFile {
         self.modules
     }
 
-    /// The state of adapter `name` on `model`.
+    /// Parameters trained in full (`modules_to_save`, `bias`), by PyTorch's name and in its layout: a linear weight is
+    /// `[out, in]`.
+    pub fn whole(&self) -> &BTreeMap<String, HostTensor> {
+        &self.whole
+    }
+
+    /// The state of adapter `name` on `model`; `config` is the one it was made with, where known.
     ///
     /// # Errors
     /// No adapter of that name.
     pub fn from_model<M: Module>(
         model: &M,
         name: &str,
-        target_modules: Option<Targets>,
+        config: Option<&LoraConfig>,
     ) -> Result<Self, LoraError> {
         // A visitor sees parameters, not the adapter they belong to; a mapper's edit hook does.
-        let found = std::rc::Rc::new(std::cell::RefCell::new(BTreeMap::new()));
+        let found = std::rc::Rc::new(std::cell::RefCell::new(Self::default()));
         let (sink, wanted) = (found.clone(), name.to_string());
-        let _ = crate::edit::edit(model.clone(), move |path, lora: Lora| {
+        let _ = crate::edit::edit(model.clone(), move |_, lora: Lora| {
             if let Some(adapter) = lora.adapters().iter().find(|a| a.name() == wanted) {
-                let layer = path.strip_suffix(".weight").unwrap_or(path).to_string();
-                sink.borrow_mut().insert(layer, module_adapter(adapter));
+                sink.borrow_mut().insert(adapter);
             }
             lora
         });
-        let modules = found.take();
-        if modules.is_empty() {
+        let mut file = found.take();
+        if file.modules.is_empty() && file.whole.is_empty() {
             return Err(LoraError::UnknownAdapter {
                 name: name.into(),
                 attached: crate::edit::adapter_names(model),
             });
         }
-        Ok(Self {
-            modules,
-            target_modules,
-        })
+        file.selection = config.map(selection);
+        Ok(file)
+    }
+
+    fn insert(&mut self, adapter: &Adapter) {
+        let site = &adapter.site;
+        if let Factors::Whole(value) = &adapter.factors {
+            let tensor = value.val().reshape([site.shape[0] as i32, -1]);
+            let (tensor, shape) = match site.layout {
+                WeightLayout::InOut => (
+                    tensor.transpose(),
+                    site.shape.iter().rev().copied().collect(),
+                ),
+                WeightLayout::OutIn | WeightLayout::Table => (tensor, site.shape.clone()),
+            };
+            let tensor = HostTensor {
+                shape,
+                ..host::<2>(tensor)
+            };
+            self.whole.insert(site.key.clone(), tensor);
+            return;
+        }
+        let factors = adapter.factors.as_ref().map(&mut ToHost(site));
+        let module = ModuleAdapter {
+            spec: adapter.spec,
+            use_dora: factors
+                .as_lora()
+                .is_some_and(|lora| lora.magnitude.is_some()),
+            factors,
+            embedding: site.layout == WeightLayout::Table,
+        };
+        self.modules.insert(site.key.clone(), module);
     }
 
     /// Reads a file whose keys start with `prefix`.
@@ -118,8 +186,20 @@ impl AdapterFile {
     }
 
     fn from_tensors(file: &TensorFile, prefix: &str) -> Result<Self, LoraError> {
-        let metadata = metadata_config(file, prefix)?;
+        Self::parse(file, prefix, metadata_config(file, prefix)?.as_ref())
+    }
+
+    /// The adapter in `file`, as `config` describes it.
+    pub(crate) fn parse(
+        file: &TensorFile,
+        prefix: &str,
+        config: Option<&LoraConfig>,
+    ) -> Result<Self, LoraError> {
+        let saves = config.is_some_and(|config| {
+            !config.modules_to_save.is_empty() || config.bias != TrainBias::None
+        });
         let mut layers: BTreeMap<String, BTreeMap<&str, HostTensor>> = BTreeMap::new();
+        let mut whole = BTreeMap::new();
         for key in file.names() {
             let leftover = |reason: &str| LoraError::Leftover {
                 key: key.into(),
@@ -128,78 +208,28 @@ impl AdapterFile {
             let body = key
                 .strip_prefix(prefix)
                 .ok_or_else(|| leftover(&format!("its name does not start with `{prefix}`")))?;
-            let (layer, part) = [
-                ".lora_A.weight",
-                ".lora_B.weight",
-                ".lora_B.bias",
-                ".lora_magnitude_vector",
-            ]
+            let part = SUFFIXES
+                .into_iter()
+                .find_map(|suffix| body.strip_suffix(suffix).map(|layer| (layer, suffix)));
+            match part {
+                Some((layer, suffix)) => {
+                    let parts = layers.entry(layer.into()).or_default();
+                    parts.insert(suffix, file.read(key)?);
+                }
+                None if saves => {
+                    let name = body.replace(".base_layer.", ".");
+                    whole.insert(name, file.read(key)?);
+                }
+                None => return Err(leftover("its name is not that of an adapter parameter")),
+            }
+        }
+        let modules = layers
             .into_iter()
-            .find_map(|suffix| body.strip_suffix(suffix).map(|layer| (layer, suffix)))
-            .ok_or_else(|| leftover("its name is not that of an adapter parameter"))?;
-            layers
-                .entry(layer.into())
-                .or_default()
-                .insert(part, file.read(key)?);
-        }
-        let mut modules = BTreeMap::new();
-        for (layer, mut parts) in layers {
-            let mut take = |suffix: &str| {
-                parts.remove(suffix).ok_or_else(|| LoraError::Missing {
-                    key: format!("{prefix}{layer}{suffix}"),
-                    hint: Some("an adapted layer needs both factors".into()),
-                })
-            };
-            let (lora_a, lora_b) = (take(".lora_A.weight")?, take(".lora_B.weight")?);
-            let rank = match lora_a.shape.as_slice() {
-                &[rank, _] if rank > 0 => rank,
-                _ => {
-                    let key = format!("{prefix}{layer}.lora_A.weight");
-                    return Err(LoraError::Leftover {
-                        key,
-                        reason: format!("shape {:?} is no [r, in] matrix", lora_a.shape),
-                    });
-                }
-            };
-            let magnitude = parts.remove(".lora_magnitude_vector");
-            let bias = parts.remove(".lora_B.bias");
-            let spec = match &metadata {
-                None => AdapterSpec {
-                    rank,
-                    alpha: rank as f64,
-                    use_rslora: false,
-                    dropout: 0.0,
-                },
-                Some(config) => {
-                    let (stated, alpha) = config.resolve(&layer)?;
-                    if stated != rank {
-                        return Err(LoraError::Disagrees {
-                            key: format!("r of {layer}"),
-                            configured: format!("{stated} (header)"),
-                            stored: format!("{rank} (tensor)"),
-                        });
-                    }
-                    AdapterSpec {
-                        rank,
-                        alpha,
-                        use_rslora: config.use_rslora,
-                        dropout: config.lora_dropout,
-                    }
-                }
-            };
-            let use_dora = magnitude.is_some();
-            modules.insert(
-                layer,
-                ModuleAdapter {
-                    spec,
-                    lora_a,
-                    lora_b,
-                    magnitude,
-                    bias,
-                    use_dora,
-                },
-            );
-        }
+            .map(|(layer, parts)| {
+                let module = module(prefix, &layer, parts, config)?;
+                Ok((layer, module))
+            })
+            .collect::<Result<BTreeMap<_, _>, LoraError>>()?;
         if modules.is_empty() {
             return Err(LoraError::Config(format!(
                 "{} holds no adapter",
@@ -208,7 +238,8 @@ impl AdapterFile {
         }
         Ok(Self {
             modules,
-            target_modules: metadata.map(|config| config.target_modules),
+            whole,
+            selection: config.map(selection),
         })
     }
 
@@ -233,7 +264,7 @@ impl AdapterFile {
                 dropout: config.lora_dropout,
             };
         }
-        self.target_modules = Some(config.target_modules.clone());
+        self.selection = Some(selection(config));
         Ok(self)
     }
 
@@ -251,23 +282,14 @@ impl AdapterFile {
     /// # Errors
     /// The first such factor, by name.
     pub fn check_finite(&self) -> Result<(), LoraError> {
-        for (layer, module) in &self.modules {
-            let tensors = [
-                Some(&module.lora_a),
-                Some(&module.lora_b),
-                module.magnitude.as_ref(),
-                module.bias.as_ref(),
-            ];
-            for (tensor, name) in tensors
-                .into_iter()
-                .zip([LORA_A, LORA_B, MAGNITUDE, LORA_BIAS])
-            {
-                if let Some(index) = tensor.and_then(HostTensor::first_non_finite) {
-                    return Err(LoraError::NotFinite {
-                        key: format!("{layer}.{name}"),
-                        index,
-                    });
-                }
+        let factors = self.modules.iter().flat_map(|(layer, module)| {
+            let parts = module.factors.parts().into_iter();
+            parts.map(move |(name, tensor)| (format!("{layer}.{name}"), tensor))
+        });
+        let whole = self.whole.iter().map(|(key, tensor)| (key.clone(), tensor));
+        for (key, tensor) in factors.chain(whole) {
+            if let Some(index) = tensor.first_non_finite() {
+                return Err(LoraError::NotFinite { key, index });
             }
         }
         Ok(())
@@ -275,24 +297,32 @@ impl AdapterFile {
 
     /// Bytes of the file: sorted keys, f32, alpha in the header.
     pub fn to_bytes(&self, prefix: &str) -> Vec<u8> {
-        let mut tensors = BTreeMap::new();
-        for (layer, module) in &self.modules {
-            let mut put = |suffix: &str, tensor: &HostTensor| {
-                tensors.insert(format!("{prefix}{layer}{suffix}"), tensor.clone());
-            };
-            put(".lora_A.weight", &module.lora_a);
-            put(".lora_B.weight", &module.lora_b);
-            module.bias.iter().for_each(|t| put(".lora_B.bias", t));
-            module
-                .magnitude
-                .iter()
-                .for_each(|t| put(".lora_magnitude_vector", t));
-        }
+        let tensors = self.tensors(prefix);
         let metadata = BTreeMap::from([
             ("format".to_string(), "pt".to_string()),
             (METADATA_KEY.to_string(), self.metadata_json(prefix)),
         ]);
         serialize(&tensors, &metadata)
+    }
+
+    /// Tensors by their names in a file.
+    pub(crate) fn tensors(&self, prefix: &str) -> BTreeMap<String, HostTensor> {
+        let mut tensors = BTreeMap::new();
+        for (layer, module) in &self.modules {
+            for (name, tensor) in module.factors.parts() {
+                let suffix = suffix(name, module.embedding);
+                tensors.insert(format!("{prefix}{layer}{suffix}"), tensor.clone());
+            }
+        }
+        for (key, tensor) in &self.whole {
+            let adapted = key.strip_suffix(".bias");
+            let key = match adapted.filter(|layer| self.modules.contains_key(*layer)) {
+                Some(layer) => format!("{layer}.base_layer.bias"),
+                None => key.clone(),
+            };
+            tensors.insert(format!("{prefix}{key}"), tensor.clone());
+        }
+        tensors
     }
 
     /// The configuration that describes these factors, with patterns where layers differ.
@@ -319,13 +349,14 @@ impl AdapterFile {
                 .collect()
         };
         let first = self.modules.values().next();
+        let known = self.selection.clone().unwrap_or_else(|| LoraConfig {
+            target_modules: Targets::List(self.modules.keys().cloned().collect()),
+            ..LoraConfig::default()
+        });
         LoraConfig {
+            peft_type: self.peft_type(),
             r,
             lora_alpha,
-            target_modules: self
-                .target_modules
-                .clone()
-                .unwrap_or_else(|| Targets::List(self.modules.keys().cloned().collect())),
             rank_pattern: others(&|s| s.rank != r)
                 .into_iter()
                 .map(|(l, s)| (rooted(l), s.rank))
@@ -336,10 +367,18 @@ impl AdapterFile {
                 .collect(),
             use_rslora: first.is_some_and(|m| m.spec.use_rslora),
             use_dora: first.is_some_and(|m| m.use_dora),
-            lora_bias: first.is_some_and(|m| m.bias.is_some()),
+            lora_bias: first.is_some_and(ModuleAdapter::has_bias),
             lora_dropout: first.map_or(0.0, |m| m.spec.dropout),
-            ..LoraConfig::default()
+            ..known
         }
+    }
+
+    /// The kind of all factors.
+    pub fn peft_type(&self) -> PeftType {
+        let first = self.modules.values().next();
+        first
+            .and_then(|module| module.factors.peft_type())
+            .unwrap_or_default()
     }
 
     /// Checks that `config` would give the layers, ranks and scales stored here.
@@ -354,14 +393,36 @@ impl AdapterFile {
                 stored,
             })
         };
-        if let Some(stored) = &self.target_modules
-            && !stored.same_as(&config.target_modules)
-        {
+        if config.peft_type != self.peft_type() {
             return differ(
-                "target_modules".into(),
-                show(&config.target_modules),
-                show(stored),
+                "peft_type".into(),
+                config.peft_type.to_string(),
+                self.peft_type().to_string(),
             );
+        }
+        if let Some(stored) = &self.selection {
+            if !stored.target_modules.same_as(&config.target_modules) {
+                return differ(
+                    "target_modules".into(),
+                    show(&config.target_modules),
+                    show(&stored.target_modules),
+                );
+            }
+            let fields = |config: &LoraConfig| {
+                [
+                    ("layers_to_transform", show(&config.layers_to_transform)),
+                    ("layers_pattern", show(&config.layers_pattern)),
+                    ("modules_to_save", show(&config.modules_to_save)),
+                    ("bias", show(&config.bias)),
+                    ("decompose_both", show(&config.decompose_both)),
+                    ("decompose_factor", show(&config.decompose_factor)),
+                ]
+            };
+            for ((key, configured), (_, stored)) in fields(config).into_iter().zip(fields(stored)) {
+                if configured != stored {
+                    return differ(key.into(), configured, stored);
+                }
+            }
         }
         for (layer, module) in &self.modules {
             let (rank, alpha) = config.resolve(layer)?;
@@ -394,11 +455,11 @@ impl AdapterFile {
                     module.use_dora.to_string(),
                 );
             }
-            if config.lora_bias != module.bias.is_some() {
+            if config.lora_bias != module.has_bias() {
                 return differ(
                     "lora_bias".into(),
                     config.lora_bias.to_string(),
-                    module.bias.is_some().to_string(),
+                    module.has_bias().to_string(),
                 );
             }
             if config.lora_dropout != spec.dropout {
@@ -412,42 +473,199 @@ impl AdapterFile {
         Ok(())
     }
 
-    /// PEFT's fields, each key with the prefix; only names that PEFT's `LoraConfig` takes.
+    /// PEFT's fields, each key with the prefix; only names that PEFT's configuration takes.
     fn metadata_json(&self, prefix: &str) -> String {
-        let config = LoraConfig {
-            init_lora_weights: InitLoraWeights::Default,
-            ..self.config()
-        };
-        let Ok(Value::Object(fields)) = serde_json::to_value(&config) else {
-            return String::new();
-        };
-        let extra = [
-            ("bias", Value::from("none")),
-            ("peft_type", Value::from("LORA")),
-        ];
-        let fields: BTreeMap<String, Value> = fields
+        let fields: BTreeMap<String, Value> = peft_form::fields(&self.peft_config())
             .into_iter()
-            .chain(extra.map(|(key, value)| (key.to_string(), value)))
             .map(|(key, value)| (format!("{prefix}{key}"), value))
             .collect();
         serde_json::to_string_pretty(&fields).unwrap_or_default()
     }
-}
 
-fn show(targets: &Targets) -> String {
-    serde_json::to_string(targets).unwrap_or_default()
-}
-
-fn module_adapter(adapter: &Adapter) -> ModuleAdapter {
-    let vector = |p: &Param<Tensor<1>>| host(p.val());
-    ModuleAdapter {
-        spec: adapter.spec,
-        lora_a: host(adapter.lora_a.val()),
-        lora_b: host(adapter.lora_b.val()),
-        magnitude: adapter.magnitude.as_ref().map(vector),
-        bias: adapter.bias.as_ref().map(vector),
-        use_dora: adapter.magnitude.is_some(),
+    /// The configuration that a file says: factors that are stored are not to be initialised.
+    pub(crate) fn peft_config(&self) -> LoraConfig {
+        LoraConfig {
+            init_lora_weights: InitLoraWeights::Default,
+            ..self.config()
+        }
     }
+}
+
+/// The fields of `config` that factors do not show; the others at their defaults.
+fn selection(config: &LoraConfig) -> LoraConfig {
+    LoraConfig {
+        target_modules: config.target_modules.clone(),
+        exclude_modules: config.exclude_modules.clone(),
+        layers_to_transform: config.layers_to_transform.clone(),
+        layers_pattern: config.layers_pattern.clone(),
+        modules_to_save: config.modules_to_save.clone(),
+        bias: config.bias,
+        decompose_both: config.decompose_both,
+        decompose_factor: config.decompose_factor,
+        ..LoraConfig::default()
+    }
+}
+
+fn show(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+/// Ends of the names of adapter parameters.
+const SUFFIXES: [&str; 16] = [
+    ".lora_A.weight",
+    ".lora_B.weight",
+    ".lora_B.bias",
+    ".lora_magnitude_vector",
+    ".lora_embedding_A",
+    ".lora_embedding_B",
+    ".hada_w1_a",
+    ".hada_w1_b",
+    ".hada_w2_a",
+    ".hada_w2_b",
+    ".lokr_w1",
+    ".lokr_w1_a",
+    ".lokr_w1_b",
+    ".lokr_w2",
+    ".lokr_w2_a",
+    ".lokr_w2_b",
+];
+
+/// End of the name of the part `name`.
+fn suffix(name: &str, embedding: bool) -> String {
+    match (name, embedding) {
+        (LORA_A, true) => ".lora_embedding_A".into(),
+        (LORA_B, true) => ".lora_embedding_B".into(),
+        (LORA_A | LORA_B, false) => format!(".{name}.weight"),
+        (LORA_BIAS, _) => ".lora_B.bias".into(),
+        _ => format!(".{name}"),
+    }
+}
+
+/// Parts of a model's factors to what a file holds.
+struct ToHost<'a>(&'a Site);
+
+impl ToHost<'_> {
+    fn part<const D: usize>(&self, name: &str, part: &Param<Tensor<D>>) -> HostTensor {
+        let tensor = host(part.val());
+        let shape = self.0.file_shape(name, &tensor.shape);
+        HostTensor { shape, ..tensor }
+    }
+}
+
+impl MapParts<&Param<Tensor<2>>, &Param<Tensor<1>>> for ToHost<'_> {
+    type Matrix = HostTensor;
+    type Vector = HostTensor;
+    fn matrix(&mut self, name: &'static str, part: &Param<Tensor<2>>) -> HostTensor {
+        self.part(name, part)
+    }
+    fn vector(&mut self, name: &'static str, part: &Param<Tensor<1>>) -> HostTensor {
+        self.part(name, part)
+    }
+}
+
+/// One layer's factors from its tensors.
+fn module(
+    prefix: &str,
+    layer: &str,
+    mut parts: BTreeMap<&str, HostTensor>,
+    config: Option<&LoraConfig>,
+) -> Result<ModuleAdapter, LoraError> {
+    let key = |suffix: &str| format!("{prefix}{layer}{suffix}");
+    let kind = |head: &str| parts.keys().any(|suffix| suffix.starts_with(head));
+    let (embedding, loha, lokr) = (kind(".lora_embedding"), kind(".hada"), kind(".lokr"));
+    let mut take = |suffix: &str| {
+        parts.remove(suffix).ok_or_else(|| LoraError::Missing {
+            key: key(suffix),
+            hint: Some("an adapted layer needs both factors".into()),
+        })
+    };
+    let factors = if loha {
+        Factors::Loha {
+            w1: [take(".hada_w1_a")?, take(".hada_w1_b")?],
+            w2: [take(".hada_w2_a")?, take(".hada_w2_b")?],
+        }
+    } else if lokr {
+        let mut side = |full: &str, left: &str, right: &str| match take(full) {
+            Ok(full) => Ok(Side::Full(full)),
+            Err(missing) => match (take(left), take(right)) {
+                (Ok(left), Ok(right)) => Ok(Side::Product(left, right)),
+                (Err(_), Err(_)) => Err(missing),
+                (Err(missing), _) | (_, Err(missing)) => Err(missing),
+            },
+        };
+        Factors::Lokr {
+            w1: side(".lokr_w1", ".lokr_w1_a", ".lokr_w1_b")?,
+            w2: side(".lokr_w2", ".lokr_w2_a", ".lokr_w2_b")?,
+        }
+    } else {
+        let [down, up] = match embedding {
+            true => [".lora_embedding_A", ".lora_embedding_B"],
+            false => [".lora_A.weight", ".lora_B.weight"],
+        };
+        Factors::Lora(LoraFactors {
+            lora_a: take(down)?,
+            lora_b: take(up)?,
+            magnitude: take(".lora_magnitude_vector").ok(),
+            bias: take(".lora_B.bias").ok(),
+        })
+    };
+    if let Some(suffix) = parts.keys().next() {
+        return Err(LoraError::Leftover {
+            key: key(suffix),
+            reason: "the layer has factors of another kind".into(),
+        });
+    }
+    for (name, tensor) in factors.parts() {
+        if name != MAGNITUDE && name != LORA_BIAS && (tensor.shape.len() < 2 || tensor.numel() == 0)
+        {
+            return Err(LoraError::Leftover {
+                key: key(&suffix(name, embedding)),
+                reason: format!("shape {:?} is no matrix", tensor.shape),
+            });
+        }
+    }
+    let (found, kind) = (factors.rank(), factors.peft_type().unwrap_or_default());
+    let spec = match config {
+        None => {
+            let rank = found.unwrap_or(1);
+            AdapterSpec {
+                rank,
+                alpha: rank as f64,
+                use_rslora: false,
+                dropout: 0.0,
+            }
+        }
+        Some(config) => {
+            let differ = |what: &str, stated: String, found: String| {
+                Err(LoraError::Disagrees {
+                    key: format!("{what} of {layer}"),
+                    configured: format!("{stated} (header)"),
+                    stored: format!("{found} (tensor)"),
+                })
+            };
+            if config.peft_type != kind {
+                return differ("peft_type", config.peft_type.to_string(), kind.to_string());
+            }
+            let (rank, alpha) = config.resolve(layer)?;
+            if let Some(found) = found.filter(|found| *found != rank) {
+                return differ("r", rank.to_string(), found.to_string());
+            }
+            AdapterSpec {
+                rank,
+                alpha,
+                use_rslora: config.use_rslora,
+                dropout: config.lora_dropout,
+            }
+        }
+    };
+    Ok(ModuleAdapter {
+        spec,
+        use_dora: factors
+            .as_lora()
+            .is_some_and(|lora| lora.magnitude.is_some()),
+        factors,
+        embedding,
+    })
 }
 
 /// The configuration in the header, if there is one for `prefix`.
@@ -460,24 +678,13 @@ fn metadata_config(file: &TensorFile, prefix: &str) -> Result<Option<LoraConfig>
         source,
     };
     let all: Map<String, Value> = serde_json::from_str(text).map_err(json)?;
-    let known: BTreeSet<String> = match serde_json::to_value(LoraConfig {
-        exclude_modules: Some(Targets::List(Vec::new())),
-        ..LoraConfig::default()
-    }) {
-        Ok(Value::Object(fields)) => fields.into_iter().map(|(key, _)| key).collect(),
-        _ => BTreeSet::new(),
-    };
     let fields: Map<String, Value> = all
         .into_iter()
         .filter_map(|(key, value)| Some((key.strip_prefix(prefix)?.to_string(), value)))
-        .filter(|(key, value)| {
-            known.contains(key) && !value.is_null() && key != "init_lora_weights"
-        })
         .collect();
-    if fields.is_empty() {
-        return Ok(None);
+    let config = peft_form::from_fields(fields).map_err(json)?;
+    if let Some(config) = &config {
+        config.validate()?;
     }
-    let config: LoraConfig = serde_json::from_value(Value::Object(fields)).map_err(json)?;
-    config.validate()?;
-    Ok(Some(config))
+    Ok(config)
 }

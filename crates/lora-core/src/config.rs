@@ -9,14 +9,20 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::LoraError;
+pub use crate::selection::{OneOrMany, PeftType, TrainBias};
 
-/// Configuration of one adapter. Field names, defaults and semantics are PEFT's.
+/// Configuration of one adapter. Field names, defaults and semantics are PEFT's; one type stands for its `LoraConfig`,
+/// `LoHaConfig` and `LoKrConfig`, with the names of the first.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
+    /// Kind of the update. LoHa and LoKr scale by `lora_alpha / r` and take neither dropout nor the LoRA variants.
+    pub peft_type: PeftType,
     /// Rank of the factors.
     pub r: usize,
     /// Numerator of the scale: `scale = lora_alpha / r` (or `/ sqrt(r)` with [`use_rslora`](Self::use_rslora)).
+    /// PEFT's LoHa and LoKr call it `alpha`.
+    #[serde(alias = "alpha")]
     pub lora_alpha: f64,
     /// Which layers get an adapter: a list of names or dotted suffixes, one regular expression that must match the whole
     /// path, or `"all-linear"`.
@@ -24,6 +30,17 @@ pub struct LoraConfig {
     /// Layers that never get an adapter, even if a target matches. Same forms as `target_modules`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exclude_modules: Option<Targets>,
+    /// Only layers with these indices in their path (`model.layers.3.attn`), where `target_modules` is a list of endings.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers_to_transform: Option<OneOrMany<usize>>,
+    /// Names of the containers whose indices `layers_to_transform` means; any if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers_pattern: Option<OneOrMany<String>>,
+    /// Modules, by the end of their path, whose parameters are trained in full and kept in the adapter file.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub modules_to_save: Vec<String>,
+    /// Which biases of the model are trained and kept in the adapter file.
+    pub bias: TrainBias,
     /// Rank for layers whose path matches `^(.*\.)?(pattern)$`; the first match counts.
     pub rank_pattern: Patterns<usize>,
     /// `lora_alpha` for layers whose path matches, as in `rank_pattern`.
@@ -36,17 +53,28 @@ pub struct LoraConfig {
     pub lora_bias: bool,
     /// Probability of zeroing an element of the adapter's input, in training.
     pub lora_dropout: f64,
-    /// How fresh factors are drawn.
+    /// How fresh factors are drawn. PEFT's LoHa and LoKr call it `init_weights`.
+    #[serde(alias = "init_weights")]
     pub init_lora_weights: InitLoraWeights,
+    /// LoKr: factor the outer matrix too, where the rank is below half its longer side.
+    pub decompose_both: bool,
+    /// LoKr: size of the outer matrix where it divides the layer's, else the largest divisor up to it; -1 for the divisor
+    /// nearest to the square root.
+    pub decompose_factor: i64,
 }
 
 impl Default for LoraConfig {
     fn default() -> Self {
         Self {
+            peft_type: PeftType::Lora,
             r: 8,
             lora_alpha: 8.0,
             target_modules: Targets::List(Vec::new()),
             exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: None,
+            modules_to_save: Vec::new(),
+            bias: TrainBias::None,
             rank_pattern: Patterns::default(),
             alpha_pattern: Patterns::default(),
             use_rslora: false,
@@ -54,6 +82,8 @@ impl Default for LoraConfig {
             lora_bias: false,
             lora_dropout: 0.0,
             init_lora_weights: InitLoraWeights::Default,
+            decompose_both: false,
+            decompose_factor: -1,
         }
     }
 }
@@ -108,6 +138,69 @@ impl LoraConfig {
         }
         if self.use_dora && self.lora_bias {
             return fail("`use_dora` and `lora_bias` cannot be combined".into());
+        }
+        if self.layers_pattern.is_some() && self.layers_to_transform.is_none() {
+            return fail("`layers_pattern` needs `layers_to_transform`".into());
+        }
+        if self.layers_to_transform.is_some() && matches!(self.target_modules, Targets::Pattern(_))
+        {
+            return fail(
+                "`layers_to_transform` needs `target_modules` to be a list; put the indices into the regular expression"
+                    .into(),
+            );
+        }
+        if self.modules_to_save.iter().any(String::is_empty) {
+            return fail("`modules_to_save` has an empty entry; name a module".into());
+        }
+        self.validate_kind()
+    }
+
+    /// Checks that no setting belongs to another kind of adapter.
+    fn validate_kind(&self) -> Result<(), LoraError> {
+        let kind = self.peft_type;
+        let foreign = match kind {
+            PeftType::Lora => [
+                ("decompose_both", self.decompose_both),
+                ("decompose_factor", self.decompose_factor != -1),
+            ]
+            .to_vec(),
+            PeftType::Loha | PeftType::Lokr => [
+                ("use_rslora", self.use_rslora),
+                ("use_dora", self.use_dora),
+                ("lora_bias", self.lora_bias),
+                ("lora_dropout", self.lora_dropout > 0.0),
+                ("bias", self.bias != TrainBias::None),
+                (
+                    "decompose_both",
+                    kind == PeftType::Loha && self.decompose_both,
+                ),
+                (
+                    "decompose_factor",
+                    kind == PeftType::Loha && self.decompose_factor != -1,
+                ),
+            ]
+            .to_vec(),
+        };
+        if let Some((key, _)) = foreign.iter().find(|(_, is_set)| *is_set) {
+            return Err(LoraError::Config(format!(
+                "`{key}` has no meaning for `peft_type` {kind}; remove it"
+            )));
+        }
+        if kind != PeftType::Lora
+            && !matches!(
+                self.init_lora_weights,
+                InitLoraWeights::Default | InitLoraWeights::Random
+            )
+        {
+            return Err(LoraError::Config(format!(
+                "`init_lora_weights` must be true or false for `peft_type` {kind}"
+            )));
+        }
+        if self.decompose_factor == 0 || self.decompose_factor < -1 {
+            return Err(LoraError::Config(format!(
+                "`decompose_factor` is {}; it must be at least 1, or -1 to choose",
+                self.decompose_factor
+            )));
         }
         Ok(())
     }
@@ -237,7 +330,7 @@ fn full_match(pattern: &str) -> Result<fancy_regex::Regex, LoraError> {
     compile(&format!("^(?:{pattern})$"), pattern)
 }
 
-fn compile(regex: &str, pattern: &str) -> Result<fancy_regex::Regex, LoraError> {
+pub(crate) fn compile(regex: &str, pattern: &str) -> Result<fancy_regex::Regex, LoraError> {
     fancy_regex::Regex::new(regex).map_err(|error| LoraError::Regex {
         pattern: pattern.into(),
         reason: error.to_string(),

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 
-use crate::adapter::Lora;
+use crate::adapter::{Adapter, Lora};
 use crate::error::LoraError;
 
 type EditFn = Box<dyn FnMut(&str, Lora) -> Lora>;
@@ -97,10 +97,36 @@ pub fn adapter_names<M: Module>(model: &M) -> Vec<String> {
     names.names.into_iter().collect()
 }
 
+/// Parameters that an active adapter has replaced by its own, and the adapter's name.
+pub(crate) fn active_replacements<M: Module>(model: &M) -> BTreeMap<String, String> {
+    replacements(model, |adapter| adapter.active)
+        .into_iter()
+        .filter_map(|(path, names)| Some((path, names.into_iter().next()?)))
+        .collect()
+}
+
+/// Parameters that adapters have in full, with the names of those that `counts`.
+fn replacements<M: Module>(
+    model: &M,
+    counts: impl Fn(&Adapter) -> bool + 'static,
+) -> BTreeMap<String, Vec<String>> {
+    let found = std::rc::Rc::new(RefCell::new(BTreeMap::new()));
+    let sink = found.clone();
+    let _ = edit(model.clone(), move |path, lora| {
+        let whole = lora.adapters.iter().filter(|a| a.is_whole() && counts(a));
+        let names: Vec<String> = whole.map(|adapter| adapter.name.clone()).collect();
+        sink.borrow_mut().insert(path.to_string(), names);
+        lora
+    });
+    found.take()
+}
+
 /// Activates exactly the named adapters with the given weights; the others are kept, switched off and not trained.
 ///
+/// A weight scales what an adapter adds; parameters that it trains in full it replaces, whatever the weight.
+///
 /// # Errors
-/// A name that is not attached.
+/// A name that is not attached; two adapters that train the same parameter in full.
 pub fn set_adapters<M: Module>(model: M, weights: &[(&str, f64)]) -> Result<M, LoraError> {
     let attached = adapter_names(&model);
     if let Some((name, _)) = weights
@@ -116,6 +142,14 @@ pub fn set_adapters<M: Module>(model: M, weights: &[(&str, f64)]) -> Result<M, L
         .iter()
         .map(|(name, weight)| (name.to_string(), *weight))
         .collect();
+    let wanted = weights.clone();
+    let replaced = replacements(&model, move |adapter| wanted.contains_key(&adapter.name));
+    if let Some((path, names)) = replaced.iter().find(|(_, names)| names.len() > 1) {
+        return Err(LoraError::Config(format!(
+            "adapters {} all train `{path}` in full; activate one of them",
+            names.join(", ")
+        )));
+    }
     Ok(edit(model, move |_, lora| {
         lora.each(|mut adapter| {
             let weight = weights.get(&adapter.name);
@@ -154,7 +188,8 @@ pub fn detach<M: Module>(model: M) -> M {
     .materialize()
 }
 
-/// Adds the active adapters to the weights they sit on and removes all of them.
+/// Adds the active adapters to the weights they sit on, puts parameters that are trained in full in their places, and removes
+/// all adapters.
 pub fn merge<M: Module>(model: M) -> M {
     model.materialize()
 }

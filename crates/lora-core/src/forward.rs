@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 
 use crate::adapter::Lora;
 
-/// `x W + b + sum of scale * (dropout(x) Aᵀ) Bᵀ` over the active adapters.
+/// `x W + b + sum of scale * (dropout(x) Aᵀ) Bᵀ` over the active adapters, or what the other kinds add.
 ///
 /// Equals `layer.forward(x)` up to rounding, but neither forms `W + scale * B A` nor, in the backward pass, the gradient of
 /// `W`. A layer without adapters is computed as always.
@@ -15,9 +15,13 @@ use crate::adapter::Lora;
 pub fn linear<const D: usize>(layer: &Linear, x: Tensor<D>) -> Tensor<D> {
     use burn::tensor::module::linear as plain;
     let bias = layer.bias.as_ref().map(|bias| bias.val());
-    let base = layer.weight.base();
+    let lora = layer.weight.reparameterization::<Lora>();
+    let base = match lora {
+        None => layer.weight.base(),
+        Some(lora) => lora.replaced(layer.weight.base()),
+    };
     let result = plain(x.clone(), base.clone(), bias.clone());
-    match layer.weight.reparameterization::<Lora>() {
+    match lora {
         None => result,
         Some(lora) => lora.active().fold(result, |result, adapter| {
             adapter.forward(x.clone(), base.clone(), bias.clone(), result)

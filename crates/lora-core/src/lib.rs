@@ -17,7 +17,7 @@
 //! let source = AdapterSource::Fresh { seed: 42 };
 //! let model = Plan::new(&model, "default", Some(&config), source, ForwardPath::Dense)?.apply(model);
 //! // ... train `model` as any Burn model: only the adapter has gradients ...
-//! let file = AdapterFile::from_model(&model, "default", Some(config.target_modules))?.to_bytes("");
+//! let file = AdapterFile::from_model(&model, "default", Some(&config))?.to_bytes("");
 //! # assert!(AdapterFile::from_bytes("adapter.safetensors".as_ref(), file, "").is_ok());
 //! # Ok(())
 //! # }
@@ -25,9 +25,10 @@
 //!
 //! | file | idea |
 //! |---|---|
-//! | `config` | `LoraConfig`: which layers, which rank and alpha, by PEFT's rules |
+//! | `config`, `selection`, `peft_form` | `LoraConfig`: which layers, which rank and alpha, by PEFT's rules; as PEFT's JSON |
 //! | `attach` | `Plan`: checked first, attached after; factors are born from their source |
-//! | `adapter` | the adapter type on Burn's reparameterization |
+//! | `adapter`, `site` | the adapter type on Burn's reparameterization; what it sits on |
+//! | `factors`, `lycoris` | LoRA, LoHa, LoKr and parameters trained in full; how LoHa and LoKr start |
 //! | `forward`, `dropout` | the fast path; masks as a function of (seed, step, layer) |
 //! | `edit` | activate, weight, delete, detach, merge |
 //! | `state`, `adapter_file` | adapter-only state; its safetensors file in PEFT's form |
@@ -44,27 +45,36 @@ mod config;
 mod dropout;
 mod edit;
 mod error;
+mod factors;
 mod forward;
 mod gradients;
 pub mod host;
+mod lycoris;
 mod optimizer;
+mod peft_form;
 pub mod random;
 pub mod recompute;
 mod record;
+mod selection;
+mod site;
 mod state;
 pub mod tensor_file;
 
-pub use adapter::{Adapter, AdapterSpec, LORA_A, LORA_B, LORA_BIAS, Lora, MAGNITUDE, WeightLayout};
+pub use adapter::{Adapter, AdapterSpec, Lora};
 pub use adapter_file::{AdapterFile, METADATA_KEY, ModuleAdapter};
 pub use attach::{AdapterSource, DEFAULT_ADAPTER, ForwardPath, Plan};
-pub use config::{InitLoraWeights, LoraConfig, Matcher, Patterns, Targets};
+pub use config::{
+    InitLoraWeights, LoraConfig, Matcher, OneOrMany, Patterns, PeftType, Targets, TrainBias,
+};
 pub use dropout::DropoutScope;
 pub use edit::{adapter_names, delete_adapter, detach, merge, set_adapters};
 pub use error::LoraError;
+pub use factors::{Factors, LORA_A, LORA_B, LORA_BIAS, LoraFactors, MAGNITUDE, Side};
 pub use forward::linear;
 pub use gradients::Gradients;
 pub use optimizer::{OptimizerScalars, OptimizerState, PathOptimizer};
 pub use record::{AdaptersRestored, OptimizerRestored, Training, TrainingRecord};
+pub use site::WeightLayout;
 pub use state::{
     ParameterCount, adapter_state, count_parameters, host as host_tensor, trainable_parameters,
 };

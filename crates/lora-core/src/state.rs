@@ -6,6 +6,7 @@ use burn::module::{Module, ModuleVisitor, Param, Reparameterization};
 use burn::tensor::Tensor;
 
 use crate::adapter::Lora;
+use crate::factors::WHOLE;
 use crate::host::HostTensor;
 
 /// Parameters of a model.
@@ -66,8 +67,11 @@ impl<F, T> Walk<F, T> {
 
 impl<T, F: FnMut(&str, &[usize], bool) -> T> ModuleVisitor for Walk<F, T> {
     fn enter_module(&mut self, name: &str, container: &str) {
-        if container == "Reparameterization" && name == Lora::NAME {
-            self.adapted.insert(self.path.join("."));
+        if container == "Struct:Adapter"
+            && name != WHOLE
+            && let [parameter @ .., _, _] = self.path.as_slice()
+        {
+            self.adapted.insert(parameter.join("."));
         }
         self.path.push(name.into());
     }

@@ -156,7 +156,7 @@ proptest! {
         let config = LoraConfig { lora_alpha: alpha, use_dora: dora, lora_bias: bias && !dora, use_rslora: rslora, ..config() };
         let base = Mlp::new(8, &device);
         let model = attach(base.clone(), "default", &config, seed);
-        let file = AdapterFile::from_model(&model, "default", Some(config.target_modules.clone())).expect("attached");
+        let file = AdapterFile::from_model(&model, "default", Some(&config)).expect("attached");
         let bytes = file.to_bytes("transformer.");
         let read = AdapterFile::from_bytes("x.safetensors".as_ref(), bytes, "transformer.").expect("valid file");
         prop_assert_eq!(&read, &file);
@@ -234,8 +234,7 @@ fn a_file_that_disagrees_names_both_values() {
     let device = Device::flex();
     let base = Mlp::new(8, &device);
     let model = attach(base.clone(), "default", &config(), 1);
-    let file = AdapterFile::from_model(&model, "default", Some(config().target_modules))
-        .expect("attached");
+    let file = AdapterFile::from_model(&model, "default", Some(&config())).expect("attached");
     let plan = |config: &LoraConfig| {
         Plan::new(
             &base,
@@ -332,8 +331,7 @@ fn restored_in_the_only_order_training_goes_on_in_the_same_bits() {
     let device = Device::flex();
     let (straight, straight_optimizer) = trained(9);
     let (model, optimizer) = trained(4);
-    let file = AdapterFile::from_model(&model, "default", Some(config().target_modules))
-        .expect("attached");
+    let file = AdapterFile::from_model(&model, "default", Some(&config())).expect("attached");
     let record = TrainingRecord::new(file, optimizer.state(), 4u64);
     let Training {
         mut model,

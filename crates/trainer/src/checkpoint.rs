@@ -117,7 +117,7 @@ impl Snapshot {
 /// # Errors
 /// A weight that is NaN or infinite; the error names it.
 pub fn adapter_file(model: &FluxTransformer, lora: &LoraConfig) -> anyhow::Result<AdapterFile> {
-    let file = AdapterFile::from_model(model, DEFAULT_ADAPTER, Some(lora.target_modules.clone()))?;
+    let file = AdapterFile::from_model(model, DEFAULT_ADAPTER, Some(lora))?;
     file.check_finite()?;
     Ok(file)
 }

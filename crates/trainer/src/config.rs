@@ -230,6 +230,7 @@ impl LoraSection {
             lora_bias: false,
             lora_dropout: self.lora_dropout,
             init_lora_weights: self.init_lora_weights,
+            ..LoraConfig::default()
         }
     }
 }

@@ -6,14 +6,14 @@
 use std::collections::BTreeMap;
 
 use lora_core::host::HostTensor;
-use lora_core::{AdapterFile, AdapterSpec, ModuleAdapter};
+use lora_core::{AdapterFile, AdapterSpec, LoraFactors, ModuleAdapter, Side};
 
 use super::delta::{BaseWeight, group, group_delta};
 use super::error::LoraFormatError;
 use super::lycoris::to_low_rank;
 use super::shape::ModelShape;
 use super::tensor::TensorRef;
-use super::{Axis, Bias, Component, Factors, LoraSet, ModuleUpdate};
+use super::{Axis, Bias, Component, Factors, LoKr, LoraSet, Matrix, ModuleUpdate};
 
 /// A change of a base parameter, to be made before the adapter is attached.
 #[derive(Debug, Clone)]
@@ -98,7 +98,8 @@ impl LoraSet {
             let adapter = adapter(update)?;
             let bias_is_adapted = adapter
                 .as_ref()
-                .is_some_and(|adapter| adapter.bias.is_some());
+                .and_then(ModuleAdapter::as_lora)
+                .is_some_and(|lora| lora.bias.is_some());
             match (adapter, &update.factors) {
                 (Some(adapter), _) => {
                     modules.insert(path.clone(), adapter);
@@ -119,7 +120,7 @@ impl LoraSet {
                 });
             }
         }
-        Ok((AdapterFile::new(modules, None), residuals))
+        Ok((AdapterFile::new(modules), residuals))
     }
 
     /// A set that holds an adapter of one component.
@@ -132,19 +133,43 @@ impl LoraSet {
             let tensor = |suffix: &str, tensor: &HostTensor| {
                 TensorRef::host(&format!("{path}.{suffix}"), tensor.clone())
             };
-            let down = tensor("lora_A.weight", &module.lora_a);
-            let up = tensor("lora_B.weight", &module.lora_b);
-            let update = ModuleUpdate {
-                alpha: Some(module.spec.alpha).filter(|_| !module.spec.use_rslora),
-                bias: module
-                    .bias
-                    .as_ref()
-                    .map(|bias| Bias::Scaled(tensor("lora_B.bias", bias))),
-                magnitude: module.magnitude.as_ref().map(|values| super::Magnitude {
-                    values: tensor("lora_magnitude_vector", values),
-                    axis: Axis::Output,
-                }),
-                ..ModuleUpdate::low_rank(down, up, module.spec.scale())
+            let side = |name: &str, side: &Side<HostTensor>| match side {
+                Side::Full(full) => Matrix::Full(tensor(name, full)),
+                Side::Product(a, b) => Matrix::Product(
+                    tensor(&format!("{name}_a"), a),
+                    tensor(&format!("{name}_b"), b),
+                ),
+            };
+            let scale = module.spec.scale();
+            let update = match &module.factors {
+                lora_core::Factors::Lora(lora) => ModuleUpdate {
+                    alpha: Some(module.spec.alpha).filter(|_| !module.spec.use_rslora),
+                    bias: lora
+                        .bias
+                        .as_ref()
+                        .map(|bias| Bias::Scaled(tensor("lora_B.bias", bias))),
+                    magnitude: lora.magnitude.as_ref().map(|values| super::Magnitude {
+                        values: tensor("lora_magnitude_vector", values),
+                        axis: Axis::Output,
+                    }),
+                    ..ModuleUpdate::low_rank(
+                        tensor("lora_A.weight", &lora.lora_a),
+                        tensor("lora_B.weight", &lora.lora_b),
+                        scale,
+                    )
+                },
+                lora_core::Factors::Loha { w1, w2 } => {
+                    let a = [tensor("hada_w1_a", &w1[0]), tensor("hada_w2_a", &w2[0])];
+                    let b = [tensor("hada_w1_b", &w1[1]), tensor("hada_w2_b", &w2[1])];
+                    ModuleUpdate::of(Factors::LoHa { a, b }, scale)
+                }
+                lora_core::Factors::Lokr { w1, w2 } => {
+                    let (w1, w2) = (side("lokr_w1", w1), side("lokr_w2", w2));
+                    ModuleUpdate::of(Factors::LoKr(LoKr { w1, w2, rows: None }), scale)
+                }
+                lora_core::Factors::Whole(value) => {
+                    ModuleUpdate::of(Factors::Replace(tensor("weight", value)), 1.0)
+                }
             };
             (path.clone(), update)
         });
@@ -182,19 +207,19 @@ fn adapter(update: &ModuleUpdate) -> Result<Option<ModuleAdapter>, LoraFormatErr
         Some(Bias::Scaled(bias)) if magnitude.is_none() => Some(bias.load()?),
         _ => None,
     };
-    Ok(Some(ModuleAdapter {
-        spec: AdapterSpec {
-            rank,
-            alpha: stated.unwrap_or(update.scale * rank as f64),
-            use_rslora: false,
-            dropout: 0.0,
-        },
+    let spec = AdapterSpec {
+        rank,
+        alpha: stated.unwrap_or(update.scale * rank as f64),
+        use_rslora: false,
+        dropout: 0.0,
+    };
+    let factors = LoraFactors {
         lora_a: down.load()?,
         lora_b: up.load()?,
-        use_dora: magnitude.is_some(),
         magnitude,
         bias,
-    }))
+    };
+    Ok(Some(ModuleAdapter::lora(spec, factors)))
 }
 
 fn weight_residual(

@@ -220,8 +220,9 @@ fn dense_changes_are_residuals_and_low_rank_ones_adapters() {
     let (adapter, residuals) = set.to_adapter(Component::Transformer).expect("readable");
     let module = &adapter.modules()["transformer_blocks.0.ff.net.0.proj"];
     assert_eq!(module.spec.rank, 1);
+    let lora = module.as_lora().expect("low rank");
     assert_close(
-        &product(&module.lora_b, &module.lora_a, module.spec.scale()),
+        &product(&lora.lora_b, &lora.lora_a, module.spec.scale()),
         &product(&up.transposed(), &down, 3.0),
         "expanded",
     );
