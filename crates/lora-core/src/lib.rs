@@ -32,6 +32,7 @@
 //! | `forward`, `dropout` | the fast path; masks as a function of (seed, step, layer) |
 //! | `edit` | activate, weight, delete, detach, merge |
 //! | `state`, `adapter_file` | adapter-only state; its safetensors file in PEFT's form |
+//! | `peft_folder` | the folder that PEFT saves and loads |
 //! | `gradients`, `optimizer` | gradients and optimizer state by parameter path |
 //! | `recompute` | per-block recompute with the bits of plain autodiff |
 //! | `record` | the chain in which a run is restored |
@@ -51,6 +52,7 @@ mod gradients;
 pub mod host;
 mod lycoris;
 mod optimizer;
+mod peft_folder;
 mod peft_form;
 pub mod random;
 pub mod recompute;
