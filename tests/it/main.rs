@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod adapters;
 mod bad_input;
 mod formats;
 mod golden;

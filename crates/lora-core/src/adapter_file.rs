@@ -277,6 +277,33 @@ impl AdapterFile {
         self
     }
 
+    /// Multiplies the scale of LoHa and LoKr into their first factor, so that every reader means the same.
+    ///
+    /// PEFT scales by alpha over rank; LyCORIS, ComfyUI and ai-toolkit look for alpha in a tensor, and not at all where both
+    /// sides of a LoKr are full. Other adapters stay as they are.
+    #[must_use]
+    pub fn fold_scale(mut self) -> Self {
+        for module in self.modules.values_mut() {
+            let first = match &mut module.factors {
+                Factors::Loha { w1: [first, _], .. } => first,
+                Factors::Lokr {
+                    w1: Side::Full(first) | Side::Product(first, _),
+                    ..
+                } => first,
+                Factors::Lora(_) | Factors::Whole(_) => continue,
+            };
+            let scale = module.spec.scale();
+            let values = first.to_f32();
+            let scaled: Vec<f32> = values
+                .iter()
+                .map(|v| (f64::from(*v) * scale) as f32)
+                .collect();
+            *first = HostTensor::from_f32(first.shape.clone(), &scaled);
+            module.spec.alpha = module.spec.rank as f64;
+        }
+        self
+    }
+
     /// Checks every factor for NaN and infinity.
     ///
     /// # Errors

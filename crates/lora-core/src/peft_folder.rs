@@ -33,7 +33,11 @@ impl AdapterFile {
             LoraError::Config(format!("`{}` configures no adapter", path.display()))
         })?;
         config.validate()?;
-        Self::parse(&TensorFile::open(&dir.join(TENSORS))?, PREFIX, Some(&config))
+        Self::parse(
+            &TensorFile::open(&dir.join(TENSORS))?,
+            PREFIX,
+            Some(&config),
+        )
     }
 
     /// Writes the folder `dir`, which is created if need be.

@@ -70,9 +70,17 @@ impl Net {
     }
 
     /// `linear` computes the linear layers: the dense path or the fast one.
-    fn forward(&self, linear: &dyn Fn(&Linear, Tensor<2>) -> Tensor<2>, device: &Device) -> Tensor<2> {
+    fn forward(
+        &self,
+        linear: &dyn Fn(&Linear, Tensor<2>) -> Tensor<2>,
+        device: &Device,
+    ) -> Tensor<2> {
         let values = tensors("model.safetensors");
-        let tokens: Vec<i64> = values["tokens"].to_f32().iter().map(|v| *v as i64).collect();
+        let tokens: Vec<i64> = values["tokens"]
+            .to_f32()
+            .iter()
+            .map(|v| *v as i64)
+            .collect();
         let tokens = Tensor::<2, Int>::from_data(TensorData::new(tokens, [2, 3]), device);
         let image = TensorData::new(values["image"].to_f32(), [2, 4, 6, 6]);
         let image = Tensor::<4>::from_data(image, device);
@@ -113,18 +121,32 @@ impl ModuleMapper for Load {
         self.owner.pop();
     }
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let name = self.path.join(".").replace("gamma", "weight").replace("beta", "bias");
+        let name = self
+            .path
+            .join(".")
+            .replace("gamma", "weight")
+            .replace("beta", "bias");
         let value = &self.values[&format!("model.{name}")];
         let data = TensorData::new(value.to_f32(), value.shape.clone());
         let tensor = Tensor::<D>::from_data(data, &self.device);
-        let is_linear = self.owner.last().is_some_and(|owner| owner == "Struct:Linear");
-        let tensor = if is_linear && D == 2 { tensor.swap_dims(0, 1) } else { tensor };
+        let is_linear = self
+            .owner
+            .last()
+            .is_some_and(|owner| owner == "Struct:Linear");
+        let tensor = if is_linear && D == 2 {
+            tensor.swap_dims(0, 1)
+        } else {
+            tensor
+        };
         Param::initialized(param.id, tensor)
     }
 }
 
 fn fixtures() -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/peft"))
+    PathBuf::from(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../tests/fixtures/peft"
+    ))
 }
 
 fn tensors(name: &str) -> BTreeMap<String, HostTensor> {
@@ -148,7 +170,16 @@ fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 }
 
 const CASES: [&str; 10] = [
-    "lora", "rslora", "dora", "layers", "saved", "bias_all", "loha", "lokr", "lokr_both", "lokr_full",
+    "lora",
+    "rslora",
+    "dora",
+    "layers",
+    "saved",
+    "bias_all",
+    "loha",
+    "lokr",
+    "lokr_both",
+    "lokr_full",
 ];
 
 fn load(case: &str) -> AdapterFile {
@@ -167,7 +198,11 @@ fn attach(net: Net, file: AdapterFile, path: ForwardPath) -> Net {
 fn outputs_and_merged_weights_are_pefts() {
     let device = Device::flex();
     let net = Net::new(&device);
-    close(&values(net.dense(&device)), &tensors("model.safetensors")["output"].to_f32(), "base");
+    close(
+        &values(net.dense(&device)),
+        &tensors("model.safetensors")["output"].to_f32(),
+        "base",
+    );
     for case in CASES {
         let expected = tensors(&format!("{case}/expected.safetensors"));
         let adapted = attach(net.clone(), load(case), ForwardPath::Dense);
@@ -175,10 +210,18 @@ fn outputs_and_merged_weights_are_pefts() {
         close(&values(adapted.dense(&device)), &output, case);
         close(&values(adapted.fast(&device)), &output, case);
         let base = values(net.dense(&device));
-        assert_ne!(values(adapted.dense(&device)), base, "{case} changes the output");
+        assert_ne!(
+            values(adapted.dense(&device)),
+            base,
+            "{case} changes the output"
+        );
         let merged = merge(adapted.clone());
         assert!(adapter_names(&merged).is_empty());
-        close(&values(merged.dense(&device)), &expected["merged"].to_f32(), case);
+        close(
+            &values(merged.dense(&device)),
+            &expected["merged"].to_f32(),
+            case,
+        );
         let of_linear = |layer: &Linear| values(layer.weight.val().transpose());
         for (name, found) in [
             ("embed", values(merged.embed.weight.val())),
@@ -230,11 +273,23 @@ fn gradients_are_pefts() {
             for (name, before) in before {
                 let gradient = &expected[&format!("grad.{name}")];
                 assert_eq!(before.shape, gradient.shape, "{case} {name}");
-                let moved = before.to_f32().iter().zip(after[&name].to_f32()).map(|(a, b)| a - b).collect::<Vec<_>>();
-                close(&moved, &gradient.to_f32(), &format!("{case} {name}, fast {fast}"));
+                let moved = before
+                    .to_f32()
+                    .iter()
+                    .zip(after[&name].to_f32())
+                    .map(|(a, b)| a - b)
+                    .collect::<Vec<_>>();
+                close(
+                    &moved,
+                    &gradient.to_f32(),
+                    &format!("{case} {name}, fast {fast}"),
+                );
                 compared += 1;
             }
-            let trained = expected.keys().filter(|key| key.starts_with("grad.")).count();
+            let trained = expected
+                .keys()
+                .filter(|key| key.starts_with("grad."))
+                .count();
             assert_eq!(compared, trained, "{case}");
         }
     }
@@ -259,7 +314,11 @@ fn our_folders_hold_what_peft_saved() {
         let theirs = tensors(&format!("{case}/adapter_model.safetensors"));
         assert_eq!(own.names().count(), theirs.len(), "{case}");
         for (key, tensor) in theirs {
-            assert_eq!(own.read(&key).expect("the same key"), tensor, "{case} {key}");
+            assert_eq!(
+                own.read(&key).expect("the same key"),
+                tensor,
+                "{case} {key}"
+            );
         }
         assert_eq!(AdapterFile::load_peft(&dir).expect("ours"), file, "{case}");
         let bytes = file.to_bytes("net.");
@@ -275,7 +334,9 @@ fn a_grouped_convolution_of_peft_is_refused() {
         conv: Conv2d,
     }
     let device = Device::flex();
-    let conv = Conv2dConfig::new([4, 6], [3, 3]).with_groups(2).init(&device);
+    let conv = Conv2dConfig::new([4, 6], [3, 3])
+        .with_groups(2)
+        .init(&device);
     let path = fixtures().join("grouped.safetensors");
     let file = AdapterFile::load(&path, "base_model.model.").expect("an adapter");
     let error = Plan::new(
@@ -291,7 +352,11 @@ fn a_grouped_convolution_of_peft_is_refused() {
     );
 }
 
-fn train(net: &mut Net, optimizer: &mut PathOptimizer<burn::optim::AdamW>, steps: std::ops::Range<u64>) {
+fn train(
+    net: &mut Net,
+    optimizer: &mut PathOptimizer<burn::optim::AdamW>,
+    steps: std::ops::Range<u64>,
+) {
     let device = Device::flex().autodiff();
     for _ in steps {
         let mut gradients = Gradients::default();
@@ -322,7 +387,11 @@ fn every_kind_resumes_in_the_same_bits() {
         let (mut straight, mut optimizer) = fresh();
         let start = values(straight.dense(&device.clone().autodiff()).inner());
         if !config.use_dora {
-            close(&start, &tensors("model.safetensors")["output"].to_f32(), case);
+            close(
+                &start,
+                &tensors("model.safetensors")["output"].to_f32(),
+                case,
+            );
         }
         train(&mut straight, &mut optimizer, 0..5);
         let (mut stopped, mut half) = fresh();
@@ -332,7 +401,8 @@ fn every_kind_resumes_in_the_same_bits() {
             .to_bytes("");
         let state = half.state();
         let file = AdapterFile::from_bytes("x".as_ref(), bytes, "").expect("ours");
-        let state = OptimizerState::from_bytes("y".as_ref(), state.to_bytes(), state.scalars).expect("ours");
+        let state = OptimizerState::from_bytes("y".as_ref(), state.to_bytes(), state.scalars)
+            .expect("ours");
         let resumed = TrainingRecord::new(file, state, 2)
             .restore_adapters(base.clone(), "default", Some(&config), ForwardPath::Dense)
             .expect("fits")
@@ -344,8 +414,16 @@ fn every_kind_resumes_in_the_same_bits() {
         assert_eq!(adapter_state(&model), adapter_state(&straight), "{case}");
         assert_eq!(rest.state().tensors, optimizer.state().tensors, "{case}");
         for (path, tensor) in adapter_state(&straight) {
-            assert_ne!(tensor, adapter_state(&fresh().0)[&path], "{case} trains {path}");
+            assert_ne!(
+                tensor,
+                adapter_state(&fresh().0)[&path],
+                "{case} trains {path}"
+            );
         }
-        assert_eq!(values(detach(model).body.norm.gamma.val().inner()), frozen, "{case}");
+        assert_eq!(
+            values(detach(model).body.norm.gamma.val().inner()),
+            frozen,
+            "{case}"
+        );
     }
 }

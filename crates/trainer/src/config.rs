@@ -10,7 +10,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
 
-use lora_core::{InitLoraWeights, LoraConfig, Patterns, Targets};
+use lora_core::{InitLoraWeights, LoraConfig, OneOrMany, Patterns, PeftType, Targets};
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 use toml::de::{DeTable, DeValue};
@@ -150,10 +150,14 @@ impl Default for DatasetSection {
     }
 }
 
-/// Which layers are adapted, and how. Names and meanings are those of PEFT's `LoraConfig`.
+/// Which layers are adapted, and how. Names and meanings are those of PEFT's `LoraConfig`, `LoHaConfig` and `LoKrConfig`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraSection {
+    /// Kind of the update: "LORA", "LOHA" (element-wise product of two low-rank products) or "LOKR" (Kronecker product).
+    /// Default "LORA".
+    #[serde(skip_serializing_if = "is_lora")]
+    pub peft_type: PeftType,
     /// Rank of the update: columns of A, rows of B. Default 16.
     pub r: usize,
     /// Numerator of the scale `lora_alpha / r` (`lora_alpha / sqrt(r)` with `use_rslora`). Default 16.
@@ -164,6 +168,13 @@ pub struct LoraSection {
     /// Layers to leave alone though `target_modules` names them, in the same forms. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exclude_modules: Option<Targets>,
+    /// Only layers with these indices in their path, where `target_modules` is a list: a number or a list. PEFT finds no index
+    /// in a container at the root, so name FLUX's blocks in `target_modules` instead. Default: all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers_to_transform: Option<OneOrMany<usize>>,
+    /// Names of the containers whose indices `layers_to_transform` means. Default: any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers_pattern: Option<OneOrMany<String>>,
     /// Other ranks for the layers whose path matches the key. Default: none.
     #[serde(skip_serializing_if = "Patterns::is_empty")]
     pub rank_pattern: Patterns<usize>,
@@ -176,8 +187,17 @@ pub struct LoraSection {
     pub use_dora: bool,
     /// Probability in [0, 1) of dropping an input of the adapter. Default 0.
     pub lora_dropout: f64,
-    /// How A and B start: "gaussian", true (uniform A, zero B) or false (both random). Default "gaussian".
-    pub init_lora_weights: InitLoraWeights,
+    /// How A and B start: "gaussian", true (uniform A, zero B) or false (both random). LOHA and LOKR: true (no change at
+    /// first) or false. Default "gaussian", for LOHA and LOKR true.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init_lora_weights: Option<InitLoraWeights>,
+    /// LOKR: factor the outer matrix as well, where the rank is below half its longer side. Default false.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub decompose_both: bool,
+    /// LOKR: size of the outer matrix where it divides the layer's, else the largest divisor up to it; -1 for the divisor
+    /// nearest to the square root. Default -1.
+    #[serde(skip_serializing_if = "is_minus_one")]
+    pub decompose_factor: i64,
     /// LoRA file to continue from instead of fresh weights. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_from: Option<PathBuf>,
@@ -200,25 +220,43 @@ impl Default for LoraSection {
             "ff_context.net.2",
         ];
         Self {
+            peft_type: PeftType::Lora,
             r: 16,
             lora_alpha: 16.0,
             target_modules: Targets::List(targets.map(String::from).to_vec()),
             exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: None,
             rank_pattern: Patterns::default(),
             alpha_pattern: Patterns::default(),
             use_rslora: false,
             use_dora: false,
             lora_dropout: 0.0,
-            init_lora_weights: InitLoraWeights::Gaussian,
+            init_lora_weights: None,
+            decompose_both: false,
+            decompose_factor: -1,
             init_from: None,
         }
     }
+}
+
+fn is_lora(kind: &PeftType) -> bool {
+    *kind == PeftType::Lora
+}
+
+fn is_minus_one(value: &i64) -> bool {
+    *value == -1
 }
 
 impl LoraSection {
     /// The same as PEFT's configuration.
     pub fn config(&self) -> LoraConfig {
         LoraConfig {
+            peft_type: self.peft_type,
+            layers_to_transform: self.layers_to_transform.clone(),
+            layers_pattern: self.layers_pattern.clone(),
+            decompose_both: self.decompose_both,
+            decompose_factor: self.decompose_factor,
             r: self.r,
             lora_alpha: self.lora_alpha,
             target_modules: self.target_modules.clone(),
@@ -229,7 +267,10 @@ impl LoraSection {
             use_dora: self.use_dora,
             lora_bias: false,
             lora_dropout: self.lora_dropout,
-            init_lora_weights: self.init_lora_weights,
+            init_lora_weights: self.init_lora_weights.unwrap_or(match self.peft_type {
+                PeftType::Lora => InitLoraWeights::Gaussian,
+                PeftType::Loha | PeftType::Lokr => InitLoraWeights::Default,
+            }),
             ..LoraConfig::default()
         }
     }
@@ -468,7 +509,8 @@ impl Default for SampleSection {
 #[serde(default, deny_unknown_fields)]
 pub struct ExportSection {
     /// Formats: "diffusers" (`lora.safetensors`, always written), "peft", "kohya", "comfyui" (`lora-kohya.safetensors` and
-    /// so on, beside it). Default ["diffusers"].
+    /// so on, beside it). Default ["diffusers"]. With `lora.peft_type` LOHA or LOKR, `lora.safetensors` has LyCORIS keys under
+    /// diffusers' names, which ComfyUI and ai-toolkit read but diffusers does not, and "kohya" is refused.
     pub formats: Vec<ExportFormat>,
 }
 
@@ -720,6 +762,7 @@ impl RunConfig {
         self.lr_scheduler.check()?;
         self.train.check()?;
         self.checkpoint.check()?;
+        self.export.check(self.lora.peft_type)?;
         self.sample.as_ref().map_or(Ok(()), SampleSection::check)
     }
 }
@@ -813,6 +856,16 @@ impl LoraSection {
             return Err(("lora.target_modules", "must name at least one layer".into()));
         }
         BELOW_1.check("lora.lora_dropout", self.lora_dropout)?;
+        if self.peft_type != PeftType::Lora && self.init_from.is_some() {
+            let problem = format!(
+                "continues low-rank factors, which `peft_type` {} has none of: remove it",
+                self.peft_type
+            );
+            return Err(("lora.init_from", problem));
+        }
+        self.config()
+            .validate()
+            .map_err(|error| ("lora", format!("is not valid: {error}")))?;
         check_path("lora.init_from", self.init_from.as_deref())
     }
 }
@@ -828,6 +881,18 @@ impl OptimizerSection {
         if let Some(norm) = self.max_grad_norm {
             let rule = Rule("above 0, or \"none\" for no clipping", ABOVE_0.1);
             rule.check("optimizer.max_grad_norm", norm)?;
+        }
+        Ok(())
+    }
+}
+
+impl ExportSection {
+    fn check(&self, kind: PeftType) -> Result<(), Invalid> {
+        if kind != PeftType::Lora && self.formats.contains(&ExportFormat::Kohya) {
+            let problem = format!(
+                "cannot be \"kohya\" with lora.peft_type = \"{kind}\": it has query, key and value in one layer; use \"comfyui\" or \"peft\""
+            );
+            return Err(("export.formats", problem));
         }
         Ok(())
     }
@@ -1429,7 +1494,10 @@ seed = 1
             Some(Targets::List(vec!["proj_out".into()]))
         );
         assert_eq!(config.lora.rank_pattern.get("single.*"), Some(2));
-        assert_eq!(config.lora.init_lora_weights, InitLoraWeights::Default);
+        assert_eq!(
+            config.lora.init_lora_weights,
+            Some(InitLoraWeights::Default)
+        );
         assert_eq!(config.optimizer.max_grad_norm, None);
         assert_eq!(config.optimizer.weight_decay, 0.0);
         assert_eq!(

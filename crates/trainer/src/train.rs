@@ -12,7 +12,7 @@ use flux_model::pipeline::PipelineFolder;
 use flux_model::transformer::FluxTransformer;
 use lora_core::{
     AdapterSource, DEFAULT_ADAPTER, DropoutScope, ForwardPath, Gradients, LoraConfig,
-    PathOptimizer, Plan, Training, count_parameters,
+    PathOptimizer, PeftType, Plan, Training, count_parameters,
 };
 use serde::Serialize;
 use tracing::{info, warn};
@@ -566,8 +566,8 @@ impl<'a> Saver<'a> {
 
     /// The finished LoRA, beside the checkpoints.
     fn export(&self, training: &FluxTraining) -> anyhow::Result<PathBuf> {
-        let bytes = crate::checkpoint::adapter_file(&training.model, self.lora)?
-            .to_bytes(crate::checkpoint::TRANSFORMER_PREFIX);
+        let adapter = crate::checkpoint::adapter_file(&training.model, self.lora)?.fold_scale();
+        let bytes = adapter.to_bytes(crate::checkpoint::TRANSFORMER_PREFIX);
         let path = self.run.path().join("lora.safetensors");
         replace_file(&RealFs, &path, &bytes)?;
         for format in &self.config.export.formats {
@@ -581,9 +581,12 @@ impl<'a> Saver<'a> {
                 transformer: Some(training.model.config().clone()),
                 ..ModelShape::default()
             };
-            let adapter = crate::checkpoint::adapter_file(&training.model, self.lora)?;
-            let set = LoraSet::from_adapter(&adapter, Component::Transformer, shape);
             let out = crate::commands::beside(&path, format);
+            if format == LoraFormat::Peft && adapter.peft_type() != PeftType::Lora {
+                adapter.save_peft(&out)?;
+                continue;
+            }
+            let set = LoraSet::from_adapter(&adapter, Component::Transformer, shape);
             let report = write(&set, format, &out, &WriteOptions::default())
                 .with_context(|| format!("write {}", out.display()))?;
             for note in report.notes {

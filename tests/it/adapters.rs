@@ -1,0 +1,106 @@
+//! Runs that train other adapters than LoRA.
+
+use flux_lora_tests::{CONFIG, Workbench};
+use flux_model::lora::{ModelShape, delta, read};
+use lora_core::{AdapterFile, PeftType};
+
+/// The workbench's run, 8 steps of another kind; `lora_dropout` is LoRA's alone.
+fn bench(kind: &str) -> Workbench {
+    let bench = Workbench::new();
+    let section = format!(
+        "peft_type = \"{kind}\"\ntarget_modules = [\"attn.to_q\", \"attn.to_out.0\", \"ff.net.2\", \"proj_mlp\"]\n"
+    );
+    let config = CONFIG
+        .replace("lora_dropout = 0.1\n", &section)
+        .replace("steps = 40", "steps = 8");
+    bench.write_config(&(config + "\n[export]\nformats = [\"comfyui\", \"peft\"]\n"));
+    bench
+}
+
+#[test]
+fn loha_and_lokr_resume_exactly_and_every_export_means_the_same() {
+    for (kind, peft_type) in [("LOKR", PeftType::Lokr), ("LOHA", PeftType::Loha)] {
+        let bench = bench(kind);
+        bench.train_ok("straight", "flex", &[]);
+        let expected = bench.result("straight");
+        for step in [1, 5] {
+            let run = format!("resumed-{step}");
+            let checkpoint = format!("ckpt-{step:010}");
+            bench.copy_run("straight", &run, |name| {
+                name == "cache" || name == "metrics.jsonl" || name == checkpoint
+            });
+            bench.train_ok(&run, "flex", &["--resume"]);
+            bench
+                .result(&run)
+                .assert_same(&expected, &format!("{kind}, resumed after step {step}"));
+        }
+
+        let folder = bench.path("straight/lora-peft");
+        let trained = AdapterFile::load_peft(&folder).expect("a PEFT folder");
+        assert_eq!(trained.peft_type(), peft_type);
+        let path = bench.path("straight/ckpt-0000000008/lora.safetensors");
+        let saved = AdapterFile::load(&path, "transformer.").expect("a checkpoint");
+        assert_eq!(saved.modules(), trained.modules());
+
+        // alpha / r = 7 / 4 in every file, however it is said.
+        let set = |file: &str| {
+            let path = bench.path(&format!("straight/{file}"));
+            read(&path, &ModelShape::default()).unwrap_or_else(|error| panic!("{file}: {error}"))
+        };
+        let reference = set("lora-peft");
+        assert_eq!(reference.transformer.len(), trained.modules().len());
+        for file in ["lora.safetensors", "lora-comfyui.safetensors"] {
+            let found = set(file);
+            assert!(
+                found.transformer.keys().eq(reference.transformer.keys()),
+                "{file}"
+            );
+            for (module, update) in &reference.transformer {
+                let expected = delta(update, None).expect("readable");
+                let found = delta(&found.transformer[module], None).expect("readable");
+                let largest = expected.iter().fold(0f32, |max, v| max.max(v.abs()));
+                assert!(largest > 0.0, "{module} was trained");
+                for (a, b) in found.iter().zip(&expected) {
+                    assert!(
+                        (a - b).abs() <= 1e-5 * largest,
+                        "{file} {module}: {a} != {b}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_a_kind_or_a_format_cannot_do_is_said_before_training() {
+    let bench = bench("LOKR");
+    for (setting, message) in [
+        (
+            "lora.lora_dropout=0.1",
+            "`lora_dropout` has no meaning for `peft_type` LOKR",
+        ),
+        (
+            "lora.use_dora=true",
+            "`use_dora` has no meaning for `peft_type` LOKR",
+        ),
+        (
+            "lora.decompose_factor=0",
+            "`decompose_factor` is 0; it must be at least 1, or -1",
+        ),
+        ("export.formats=[\"kohya\"]", "use \"comfyui\" or \"peft\""),
+        (
+            "lora.init_from=\"x.safetensors\"",
+            "`peft_type` LOKR has none of",
+        ),
+        (
+            "lora.init_lora_weights=\"gaussian\"",
+            "must be true or false for `peft_type` LOKR",
+        ),
+    ] {
+        let output = bench.train("refused", "flex", &["--set", setting]);
+        let text = String::from_utf8_lossy(&output.stderr).to_string();
+        assert_eq!(output.status.code(), Some(2), "{setting}: {text}");
+        assert!(text.contains(message), "{setting}: {text}");
+        assert!(!bench.path("refused").exists(), "{setting} started a run");
+    }
+}
