@@ -457,17 +457,18 @@ impl Scan {
         let targets = self.targets(config)?;
         let mut whole = BTreeMap::new();
         for entry in &config.modules_to_save {
-            let before = whole.len();
-            let saved = self
+            let saved: Vec<_> = self
                 .parameters
                 .iter()
-                .filter(|(_, parameter)| is_saved(&parameter.key, entry));
-            whole.extend(saved.map(|(path, parameter)| (path.as_str(), parameter)));
-            if whole.len() == before {
+                .filter(|(_, parameter)| is_saved(&parameter.key, entry))
+                .map(|(path, parameter)| (path.as_str(), parameter))
+                .collect();
+            if saved.is_empty() {
                 return Err(LoraError::Config(format!(
-                    "`{entry}` of `modules_to_save` names no module of this model that another entry does not name"
+                    "`{entry}` of `modules_to_save` names no module of this model"
                 )));
             }
+            whole.extend(saved);
         }
         let layers = whole.keys().filter_map(|path| path.strip_suffix(".weight"));
         if let Some(layer) = layers.into_iter().find(|layer| targets.contains(layer)) {

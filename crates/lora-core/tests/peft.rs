@@ -327,6 +327,51 @@ fn our_folders_hold_what_peft_saved() {
     }
 }
 
+/// Factors that a fresh adapter leaves at zero, so that it changes nothing at first.
+const ZERO: [&str; 5] = [
+    "lora_B.weight",
+    "lora_embedding_A",
+    "hada_w2_b",
+    "lokr_w1",
+    "lokr_w1_a",
+];
+
+#[test]
+fn fresh_adapters_have_pefts_tensors() {
+    let net = Net::new(&Device::flex());
+    for case in CASES {
+        let config = LoraConfig {
+            init_lora_weights: InitLoraWeights::Default,
+            ..load(case).config()
+        };
+        let source = AdapterSource::Fresh { seed: 4 };
+        let net = Plan::new(&net, "default", Some(&config), source, ForwardPath::Dense)
+            .expect("valid")
+            .apply(net.clone());
+        let dir = tempfile::tempdir().expect("a folder");
+        let file = AdapterFile::from_model(&net, "default", Some(&config)).expect("attached");
+        file.save_peft(dir.path()).expect("written");
+        let ours = TensorFile::open(&dir.path().join("adapter_model.safetensors")).expect("ours");
+        let theirs = tensors(&format!("{case}/adapter_model.safetensors"));
+        assert!(ours.names().eq(theirs.keys()), "{case}");
+        for (key, tensor) in theirs {
+            let own = ours.read(&key).expect("the same key");
+            assert_eq!(own.shape, tensor.shape, "{case} {key}");
+            let is_adapter = ["lora_", "hada_", "lokr_"]
+                .iter()
+                .any(|part| key.contains(part));
+            if is_adapter {
+                let is_zero = own.to_f32().iter().all(|v| *v == 0.0);
+                assert_eq!(
+                    is_zero,
+                    ZERO.iter().any(|end| key.ends_with(end)),
+                    "{case} {key}"
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn a_grouped_convolution_of_peft_is_refused() {
     #[derive(Module, Debug)]
@@ -426,4 +471,156 @@ fn every_kind_resumes_in_the_same_bits() {
             "{case}"
         );
     }
+}
+
+#[test]
+fn two_adapters_cannot_train_one_parameter_at_once() {
+    let base = Net::new(&Device::flex().autodiff());
+    let with = |net: &Net, name: &str, seed| {
+        let config = LoraConfig {
+            target_modules: Targets::List(vec!["fc".into()]),
+            modules_to_save: vec!["head".into()],
+            ..LoraConfig::default()
+        };
+        let source = AdapterSource::Fresh { seed };
+        Plan::new(net, name, Some(&config), source, ForwardPath::Dense)
+            .map(|plan| plan.apply(net.clone()))
+    };
+    let one = with(&base, "a", 1).expect("free");
+    let error = with(&one, "b", 2).expect_err("taken").to_string();
+    assert!(
+        error.starts_with("adapter `a` trains `head.bias` in full as well"),
+        "{error}"
+    );
+    let both = with(&set_adapters(one, &[]).expect("attached"), "b", 2).expect("a is off");
+    let error = set_adapters(both.clone(), &[("a", 1.0), ("b", 1.0)])
+        .expect_err("both")
+        .to_string();
+    assert!(
+        error.contains("adapters a, b all train `head.bias` in full"),
+        "{error}"
+    );
+    let back = set_adapters(both, &[("a", 1.0)]).expect("one of them");
+    let trained = trainable_parameters(&back);
+    assert!(trained.contains_key("head.weight.lora.a.whole"));
+    assert!(!trained.contains_key("head.weight.lora.b.whole"));
+    // What is deleted can be attached anew.
+    let none = delete_adapter(delete_adapter(back, "a").expect("a"), "b").expect("b");
+    assert_eq!(adapter_names(&with(&none, "c", 3).expect("free")), ["c"]);
+}
+
+#[test]
+fn what_a_configuration_cannot_mean_is_refused() {
+    let net = Net::new(&Device::flex());
+    let refuse = |config: LoraConfig| {
+        let source = AdapterSource::Fresh { seed: 1 };
+        Plan::new(&net, "default", Some(&config), source, ForwardPath::Fast)
+            .expect_err("refused")
+            .to_string()
+    };
+    let list = |names: &[&str]| Targets::List(names.iter().map(|name| name.to_string()).collect());
+    let on = |names: &[&str]| LoraConfig {
+        target_modules: list(names),
+        ..LoraConfig::default()
+    };
+    let error = refuse(LoraConfig {
+        lora_dropout: 0.1,
+        ..on(&["conv"])
+    });
+    assert!(error.contains("`lora_dropout` needs a model that computes its layers with `lora_core::linear`, which `conv.weight` is not"), "{error}");
+    let error = refuse(LoraConfig {
+        lora_bias: true,
+        ..on(&["embed"])
+    });
+    assert_eq!(
+        error,
+        "`embed` is an embedding, which `lora_bias` does not adapt"
+    );
+    let error = refuse(LoraConfig {
+        peft_type: PeftType::Lokr,
+        ..on(&["embed"])
+    });
+    assert_eq!(
+        error,
+        "`embed` is an embedding, which `peft_type` LOKR does not adapt"
+    );
+    let error = refuse(LoraConfig {
+        peft_type: PeftType::Loha,
+        use_dora: true,
+        ..on(&["fc"])
+    });
+    assert_eq!(
+        error,
+        "`use_dora` has no meaning for `peft_type` LOHA; remove it"
+    );
+    let error = refuse(LoraConfig {
+        decompose_both: true,
+        ..on(&["fc"])
+    });
+    assert_eq!(
+        error,
+        "`decompose_both` has no meaning for `peft_type` LORA; remove it"
+    );
+    let error = refuse(LoraConfig {
+        layers_pattern: Some(OneOrMany::One("blocks".into())),
+        ..on(&["fc"])
+    });
+    assert_eq!(error, "`layers_pattern` needs `layers_to_transform`");
+    let error = refuse(LoraConfig {
+        modules_to_save: vec!["tail".into()],
+        ..on(&["fc"])
+    });
+    assert!(
+        error.starts_with("`tail` of `modules_to_save` names no module"),
+        "{error}"
+    );
+    // A stored adapter that another configuration would not give.
+    let stored = load("lokr");
+    let config = LoraConfig {
+        decompose_factor: 4,
+        ..stored.config()
+    };
+    let error = Plan::new(
+        &net,
+        "default",
+        Some(&config),
+        AdapterSource::File(stored),
+        ForwardPath::Fast,
+    );
+    let error = error.expect_err("disagrees").to_string();
+    assert!(
+        error.contains("`decompose_factor` is 4 in the configuration but -1 in the stored adapter"),
+        "{error}"
+    );
+    let stored = load("saved");
+    let config = LoraConfig {
+        modules_to_save: vec!["head".into()],
+        ..stored.config()
+    };
+    let error = Plan::new(
+        &net,
+        "default",
+        Some(&config),
+        AdapterSource::File(stored),
+        ForwardPath::Fast,
+    );
+    let error = error.expect_err("disagrees").to_string();
+    assert!(error.contains("`modules_to_save` is [\"head\"]"), "{error}");
+    // "all-linear" is linear layers, not every weight that can be adapted.
+    let config = LoraConfig {
+        target_modules: Targets::Pattern("all-linear".into()),
+        ..LoraConfig::default()
+    };
+    let source = AdapterSource::Fresh { seed: 1 };
+    let plan = Plan::new(&net, "default", Some(&config), source, ForwardPath::Fast).expect("valid");
+    assert_eq!(
+        plan.layers().collect::<Vec<_>>(),
+        [
+            "body.blocks.0.fc",
+            "body.blocks.0.out",
+            "body.blocks.1.fc",
+            "body.blocks.1.out",
+            "head"
+        ]
+    );
 }
