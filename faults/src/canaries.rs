@@ -36,6 +36,9 @@ pub fn run(rig: &Rig, tally: &mut Tally) -> Result<()> {
         let what = format!("{} under {name}", canary.unwrap_or("no canary"));
         let trial = attack(rig, canary, name);
         let trial = trial.and_then(|found| {
+            if let (Some(canary), Some(reason)) = (canary, found.failures().first()) {
+                eprintln!("  {canary} was noticed: {reason}");
+            }
             ensure!(
                 found.failed() == canary.is_some(),
                 "{}",

@@ -13,7 +13,7 @@ cargo xtask <command>
   bench step [flags of `flux-lora bench`]
   run COMMAND...                                     any other command of `flux-lora`
   test [--wgpu]                                      every test; --wgpu adds those that need a GPU or Mesa's llvmpipe
-  faults [--quick] [FAULT...]                        kills, full disks, flipped bits ...: what survives, bit for bit
+  faults [--quick] [--wgpu] [FAULT...]               kills, full disks, flipped bits ...: what survives, bit for bit
   ci                                                 what CI runs: fmt, clippy, docs, tests, CUDA type check
   golden                                             writes tests/golden/tiny-loss.txt anew
 
@@ -210,25 +210,43 @@ fn test(args: &[String]) -> Result {
     )
 }
 
-/// Attacks the release build; needs strace, and faketime for one row.
+/// Attacks the release build, and first the same with known faults; needs strace, and faketime for one row.
 fn faults(args: &[String]) -> Result {
-    let build = [
-        "build",
-        "--release",
-        "--locked",
-        "--package",
-        "flux-lora",
-        "--package",
-        "flux-lora-faults",
-    ];
-    step("build the program and its attacker", cargo().args(build))?;
+    let (wgpu, rest): (Vec<&String>, Vec<&String>) = args.iter().partition(|arg| *arg == "--wgpu");
+    let backends: &[&str] = if wgpu.is_empty() {
+        &["ndarray"]
+    } else {
+        &["ndarray", "wgpu"]
+    };
+    // The feature set of the tests: Burn is built once.
+    let features = features(backends);
+    let build = |what: &str, features: &str, targets: &[&str]| {
+        let common = ["build", "--release", "--workspace", "--locked"];
+        step(
+            what,
+            cargo()
+                .args(common)
+                .args(["--features", features])
+                .args(targets),
+        )
+    };
     let target = env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| PathBuf::from("target"), PathBuf::from)
         .join("release");
+    let (program, canary) = (target.join("flux-lora"), target.join("flux-lora-canary"));
+    build(
+        "build the program with known faults",
+        &format!("{features},flux-lora/canary"),
+        &["--bin", "flux-lora"],
+    )?;
+    std::fs::copy(&program, &canary).map_err(|error| format!("{}: {error}", canary.display()))?;
+    build("build the program and its attacker", &features, &["--bins"])?;
     run(Command::new(target.join("faults"))
         .arg("--program")
-        .arg(target.join("flux-lora"))
-        .args(args))
+        .arg(&program)
+        .arg("--canary-program")
+        .arg(&canary)
+        .args(rest))
 }
 
 fn ci() -> Result {

@@ -116,7 +116,11 @@ impl Data<'_> {
         device: &Device,
     ) -> anyhow::Result<Drawn> {
         let seed = config.train.seed;
-        let samples = self.order.samples(micro_step);
+        #[cfg(feature = "canary")]
+        let (micro_step, data_step) = crate::canary::steps(micro_step);
+        #[cfg(not(feature = "canary"))]
+        let data_step = micro_step;
+        let samples = self.order.samples(data_step);
         let stream = |name: &str, i: usize| Stream::new(seed, name, micro_step, i as u64);
         let (shift, scale) = (
             self.autoencoder.shift_factor.unwrap_or(0.0) as f32,

@@ -181,6 +181,8 @@ impl Opened {
         let adapters = AdapterFile::from_bytes(&dir.join(LORA), lora, TRANSFORMER_PREFIX)?;
         let optimizer =
             OptimizerState::from_bytes(&dir.join(OPTIMIZER), optimizer, state.optimizer.clone())?;
+        #[cfg(feature = "canary")]
+        let optimizer = crate::canary::resumed(optimizer);
         let record = TrainingRecord::new(adapters, optimizer, state.progress);
         Ok(Self {
             state,

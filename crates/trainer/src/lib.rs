@@ -20,6 +20,7 @@
 //! | `inspect`, `parity`, `bench`, `random_weights` | the other commands |
 //! | `device` | the only file that names a backend |
 //! | `progress` | bars and lines |
+//! | `canary` | known faults for the fault suite; not in what ships |
 
 pub mod adapters;
 pub mod backward;
@@ -27,6 +28,8 @@ pub mod batch;
 pub mod bench;
 pub mod bucket;
 pub mod cache;
+#[cfg(feature = "canary")]
+mod canary;
 pub mod checkpoint;
 pub mod cli;
 pub mod commands;

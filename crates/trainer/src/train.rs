@@ -257,6 +257,8 @@ fn step(
             .zip(&drawn.sigmas)
             .map(|(&s, sigma)| format!("{} (sigma {sigma})", names[s]));
         drawn_from.extend(described);
+        #[cfg(feature = "canary")]
+        let micro_loss = crate::canary::poison("loss", step + 1).map_or(micro_loss, |v| v as f32);
         if !micro_loss.is_finite() {
             bail!(
                 "the loss is {micro_loss} at step {}, for {}; the last checkpoint is untouched",
@@ -274,6 +276,11 @@ fn step(
             drawn_from.join(", ")
         )
     };
+    #[cfg(feature = "canary")]
+    let gradients = match crate::canary::poison("gradient", step + 1) {
+        Some(factor) => gradients.clip(0.0, factor),
+        None => gradients,
+    };
     let grad_norm = gradients.norm().with_context(place)?;
     let gradients = match config.optimizer.max_grad_norm {
         Some(max_norm) => gradients.clip(grad_norm, max_norm),
@@ -288,6 +295,8 @@ fn step(
         schedule.num_cycles,
     );
     let lr = config.optimizer.learning_rate * factor;
+    #[cfg(feature = "canary")]
+    let lr = crate::canary::poison("update", step + 1).unwrap_or(lr);
     // The model is taken out for the step: a failed step leaves no half-updated model behind that could be saved.
     training.model = training
         .optimizer

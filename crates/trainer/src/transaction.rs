@@ -631,6 +631,8 @@ fn read_entry(path: &Path, entry: &FileEntry, keep: bool) -> Result<Vec<u8>, Che
         }
     }
     let found = hex(hasher.finalize().as_slice());
+    #[cfg(feature = "canary")]
+    let found = crate::canary::checked(path, found, entry);
     if found != entry.sha256 {
         let path = path.to_path_buf();
         let expected = entry.sha256.clone();
