@@ -449,7 +449,11 @@ fn adapters_pass_through_lora_core() {
         (2, 6.0, false)
     );
     assert_eq!(
-        module.bias.as_ref().expect("of the up projection").to_f32(),
+        module
+            .as_lora()
+            .and_then(|lora| lora.bias.as_ref())
+            .expect("of the up projection")
+            .to_f32(),
         noise("c", 8)
     );
     let changes: Vec<_> = residuals
