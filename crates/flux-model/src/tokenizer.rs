@@ -16,6 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use lora_core::strict_json;
 use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::models::bpe::{BPE, Vocab};
@@ -35,6 +36,8 @@ use tokenizers::{
 const CLIP_WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 /// Merges of CLIP's 49152 tokens besides bytes and special tokens; the Python tokenizer reads no more.
 const CLIP_MERGES: usize = 49152 - 256 - 2;
+/// Largest file read, in bytes; T5's `tokenizer.json` takes 2.5 MB.
+const MAX_FILE: u64 = 64 << 20;
 /// Longest unigram piece accepted: the model keeps a tree as deep as its longest piece and frees it recursively.
 const MAX_PIECE_BYTES: usize = 512;
 
@@ -83,7 +86,7 @@ impl ClipTokenizer {
             Some(found) => found,
             None => {
                 let (file, merges_file) = (path.join("vocab.json"), path.join("merges.txt"));
-                let vocab = serde_json::from_slice(&read(&file)?).map_err(malformed(&file))?;
+                let vocab = strict_json::parse_json(&read(&file)?).map_err(malformed(&file))?;
                 let merges = parse_merges(&read(&merges_file)?);
                 let merges = merges.map_err(malformed(&merges_file))?;
                 let text = clip_pipeline(vocab, merges, unk);
@@ -266,7 +269,7 @@ impl Settings {
             _ => (path, Some(file).filter(|file| file.is_file())),
         };
         let value = |path: &Path| match path.is_file() {
-            true => serde_json::from_slice(&read(path)?).map_err(malformed(path)),
+            true => strict_json::parse_json(&read(path)?).map_err(malformed(path)),
             false => Ok(Value::Null),
         };
         let path = folder.join("tokenizer_config.json");
@@ -332,7 +335,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
         path: path.into(),
         source,
     };
-    std::fs::read(path).map_err(error)
+    strict_json::read_file(path, MAX_FILE).map_err(error)
 }
 
 fn malformed<E: Into<Cause>>(path: &Path) -> impl Fn(E) -> TokenizerError {
@@ -344,7 +347,7 @@ fn malformed<E: Into<Cause>>(path: &Path) -> impl Fn(E) -> TokenizerError {
 
 /// Builds the text pipeline of a `tokenizer.json`, deterministic and without anything around the tokens.
 fn parse_json(bytes: &[u8]) -> Result<Tokenizer, Cause> {
-    let mut json: Value = serde_json::from_slice(bytes)?;
+    let mut json: Value = strict_json::parse_json(bytes)?;
     for part in ["truncation", "padding", "post_processor", "decoder"] {
         json.get_mut(part).map(Value::take);
     }

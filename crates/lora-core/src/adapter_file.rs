@@ -32,6 +32,7 @@ use crate::host::HostTensor;
 use crate::peft_form;
 use crate::site::{Site, WeightLayout};
 use crate::state::host;
+use crate::strict_json::parse_json;
 use crate::tensor_file::{TensorFile, serialize};
 
 /// Header key under which diffusers keeps the PEFT configuration.
@@ -704,7 +705,7 @@ fn metadata_config(file: &TensorFile, prefix: &str) -> Result<Option<LoraConfig>
         what: format!("`{METADATA_KEY}` of {}", file.path().display()),
         source,
     };
-    let all: Map<String, Value> = serde_json::from_str(text).map_err(json)?;
+    let all: Map<String, Value> = parse_json(text.as_bytes()).map_err(json)?;
     let fields: Map<String, Value> = all
         .into_iter()
         .filter_map(|(key, value)| Some((key.strip_prefix(prefix)?.to_string(), value)))

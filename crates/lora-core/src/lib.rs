@@ -38,6 +38,7 @@
 //! | `record` | the chain in which a run is restored |
 //! | `random` | random numbers named by what they are for |
 //! | `host`, `tensor_file` | tensors on the host; strict safetensors reading |
+//! | `strict_json` | bounded reads, JSON without repeated keys |
 
 mod adapter;
 mod adapter_file;
@@ -60,6 +61,7 @@ mod record;
 mod selection;
 mod site;
 mod state;
+pub mod strict_json;
 pub mod tensor_file;
 
 pub use adapter::{Adapter, AdapterSpec, Lora};

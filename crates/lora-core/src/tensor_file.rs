@@ -13,17 +13,17 @@
 use std::borrow::Borrow;
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 
-use serde::de::{Error, MapAccess, SeqAccess, Visitor};
+use serde::Serialize;
+use serde::de::{Error, MapAccess};
 use serde::ser::{SerializeMap, Serializer};
-use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::host::{Dtype, HostTensor};
+use crate::strict_json::{Object, Skipped, Unique, quoted};
 
 /// Largest header the format allows, in bytes.
 const MAX_HEADER: u64 = 100_000_000;
@@ -81,7 +81,7 @@ pub enum FileError {
     #[error("`{path}`: {bytes} bytes follow the last tensor: remove them")]
     Trailing { path: PathBuf, bytes: u64 },
     /// One tensor is at fault.
-    #[error("`{path}`: tensor `{}` {problem}", name.escape_debug())]
+    #[error("`{path}`: tensor `{}` {problem}", quoted(name))]
     Tensor {
         path: PathBuf,
         name: String,
@@ -91,10 +91,16 @@ pub enum FileError {
     #[error("`{path}`: `weight_map` is empty: name the shard of each tensor")]
     EmptyIndex { path: PathBuf },
     /// A shard elsewhere than beside the index.
-    #[error("`{path}`: shard `{}` is outside the folder of the index: move it there", shard.escape_debug())]
+    #[error(
+        "`{path}`: shard `{}` is outside the folder of the index: move it there",
+        quoted(shard)
+    )]
     ShardOutside { path: PathBuf, shard: String },
     /// A shard that does not exist.
-    #[error("`{path}`: shard `{shard}` does not exist: download it next to the index")]
+    #[error(
+        "`{path}`: shard `{}` does not exist: download it next to the index",
+        quoted(shard)
+    )]
     NoShard { path: PathBuf, shard: String },
 }
 
@@ -108,7 +114,7 @@ pub enum TensorProblem {
     )]
     Name,
     /// A dtype this project does not read.
-    #[error("has the unknown dtype `{}`: convert it to BF16 or F32", dtype.escape_debug())]
+    #[error("has the unknown dtype `{}`: convert it to BF16 or F32", quoted(dtype))]
     Dtype { dtype: String },
     /// More elements than any memory holds.
     #[error("has a shape that overflows, {shape:?}: write the file again")]
@@ -147,13 +153,23 @@ pub enum TensorProblem {
     #[error("takes {bytes} bytes, more than can be allocated")]
     Memory { bytes: u64 },
     /// The shard lacks what the index places there.
-    #[error("is not in shard `{shard}`, where the index places it: download both again")]
+    #[error(
+        "is not in shard `{}`, where the index places it: download both again",
+        quoted(shard)
+    )]
     NotInShard { shard: String },
     /// The shard holds what the index does not have.
-    #[error("of shard `{shard}` is not in the index: download both again")]
+    #[error(
+        "of shard `{}` is not in the index: download both again",
+        quoted(shard)
+    )]
     NotInIndex { shard: String },
     /// Two shards hold it.
-    #[error("is in shard `{first}` and in shard `{second}`: remove one of them")]
+    #[error(
+        "is in shard `{}` and in shard `{}`: remove one of them",
+        quoted(first),
+        quoted(second)
+    )]
     TwoShards { first: String, second: String },
 }
 
@@ -837,50 +853,6 @@ fn parse_json<T: Object>(path: &Path, part: &'static str, bytes: &[u8]) -> Resul
     }
 }
 
-/// A JSON object of known structure, read key by key.
-trait Object: Default {
-    const REQUIRED: &[&str] = &[];
-
-    /// Reads the value of `key`.
-    fn read<'de, A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error>;
-}
-
-/// Reads an [`Object`] in which no key occurs twice; errors name the key.
-#[derive(Default)]
-struct Unique<T>(T);
-
-impl<'de, T: Object> Deserialize<'de> for Unique<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(Self::default())
-    }
-}
-
-impl<'de, T: Object> Visitor<'de> for Unique<T> {
-    type Value = Self;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Self, A::Error> {
-        let mut seen = BTreeSet::new();
-        while let Some(key) = map.next_key::<String>()? {
-            if seen.contains(&key) {
-                return Err(A::Error::custom(format_args!("duplicate key {key:?}")));
-            }
-            // The position at the end of `error` is recognised and kept.
-            self.0
-                .read(&key, &mut map)
-                .map_err(|error| A::Error::custom(format_args!("{key:?}: {error}")))?;
-            seen.insert(key);
-        }
-        match T::REQUIRED.iter().find(|&&key| !seen.contains(key)) {
-            Some(key) => Err(A::Error::missing_field(key)),
-            None => Ok(self),
-        }
-    }
-}
-
 #[derive(Default)]
 struct Header {
     metadata: BTreeMap<String, String>,
@@ -944,64 +916,6 @@ impl Object for Index {
             _ => Skipped = map.next_value()?,
         }
         Ok(())
-    }
-}
-
-/// Any JSON, checked for duplicate keys and depth, then dropped.
-#[derive(Default)]
-struct Skipped;
-
-impl Object for Skipped {
-    fn read<'de, A: MapAccess<'de>>(&mut self, _: &str, map: &mut A) -> Result<(), A::Error> {
-        *self = map.next_value()?;
-        Ok(())
-    }
-}
-
-impl<'de> Deserialize<'de> for Skipped {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Self)
-    }
-}
-
-impl<'de> Visitor<'de> for Skipped {
-    type Value = Self;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("JSON")
-    }
-
-    fn visit_unit<E>(self) -> Result<Self, E> {
-        Ok(self)
-    }
-
-    fn visit_bool<E>(self, _: bool) -> Result<Self, E> {
-        Ok(self)
-    }
-
-    fn visit_i64<E>(self, _: i64) -> Result<Self, E> {
-        Ok(self)
-    }
-
-    fn visit_u64<E>(self, _: u64) -> Result<Self, E> {
-        Ok(self)
-    }
-
-    fn visit_f64<E>(self, _: f64) -> Result<Self, E> {
-        Ok(self)
-    }
-
-    fn visit_str<E>(self, _: &str) -> Result<Self, E> {
-        Ok(self)
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self, A::Error> {
-        while seq.next_element::<Self>()?.is_some() {}
-        Ok(self)
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self, A::Error> {
-        Ok(Unique(self).visit_map(map)?.0)
     }
 }
 
@@ -1071,7 +985,7 @@ mod tests {
 
     /// The position of the problem is in the message, once.
     #[track_caller]
-    fn assert_malformed(outcome: Result<impl fmt::Debug, FileError>, expected: &str) {
+    fn assert_malformed(outcome: Result<impl std::fmt::Debug, FileError>, expected: &str) {
         let error = message(outcome.expect_err("bad JSON"));
         let position = error.strip_prefix(&format!("{expected} at line 1 column "));
         let is_number = |text: &str| text.parse::<usize>().is_ok();

@@ -17,6 +17,7 @@ use flux_model::pipeline::{PipelineFolder, TextEncoders};
 use image::imageops;
 use lora_core::host::HostTensor;
 use lora_core::host_tensor;
+use lora_core::strict_json::{parse_json, read_file};
 use lora_core::tensor_file::{TensorFile, serialize};
 use sha2::{Digest, Sha256};
 
@@ -393,6 +394,9 @@ fn write_entry<const N: usize>(
     write().with_context(|| format!("write cache entry {}", path.display()))
 }
 
+/// Largest file of remembered digests read, in bytes: some hundred thousand of them.
+const MAX_DIGESTS: u64 = 64 << 20;
+
 /// SHA-256 of large files, remembered by path, size and time of change so that a start does not read them all again.
 #[derive(Debug)]
 pub struct FileDigests {
@@ -404,9 +408,9 @@ impl FileDigests {
     /// The digests remembered in `folder`; none if there are none or they cannot be read.
     pub fn load(folder: &Path) -> Self {
         let path = folder.join("digests.json");
-        let known = fs::read(&path)
+        let known = read_file(&path, MAX_DIGESTS)
             .ok()
-            .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+            .and_then(|bytes| parse_json(&bytes).ok())
             .unwrap_or_default();
         Self { path, known }
     }

@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use burn::optim::AdamW;
 use flux_model::transformer::FluxTransformer;
+use lora_core::strict_json::parse_json;
 use lora_core::{
     AdapterFile, DEFAULT_ADAPTER, ForwardPath, LoraConfig, OptimizerScalars, OptimizerState,
     Training, TrainingRecord,
@@ -166,7 +167,7 @@ impl Opened {
             bytes(STATE)?,
         );
         let state_path = dir.join(STATE);
-        let state: State = serde_json::from_slice(state)
+        let state: State = parse_json(state)
             .with_context(|| format!("`{}` is not valid", state_path.display()))?;
         if state.progress.step != verified.manifest.step {
             bail!(

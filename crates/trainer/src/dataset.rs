@@ -14,6 +14,7 @@ use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::path::{Component, Path, PathBuf};
 
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Rgb, RgbImage};
+use lora_core::strict_json::parse_json;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -499,7 +500,7 @@ fn scan_listed(folder: &Path, caption_extension: &str) -> Result<Vec<Sample>, Da
         if !text.starts_with('{') {
             return Err(wrong("is not a JSON object".into())); // serde would take a list as well
         }
-        let row: Row = serde_json::from_str(text).map_err(|error| wrong(json_problem(&error)))?;
+        let row: Row = parse_json(text.as_bytes()).map_err(|error| wrong(json_problem(&error)))?;
 
         let quoted = one_line(&row.file_name);
         let leaves = || {

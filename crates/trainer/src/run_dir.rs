@@ -34,6 +34,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use fs4::{FileExt, TryLockError};
+use lora_core::strict_json::{parse_json, read_file};
 use serde::{Deserialize, Serialize};
 use tracing::{debug, info, warn};
 
@@ -47,6 +48,8 @@ use crate::vfs::{Vfs, create_dir_durably, discard, list, remove_tree, replace_fi
 pub(crate) const LATEST: &str = "LATEST";
 const LOCK: &str = "run.lock";
 const METRICS: &str = "metrics.jsonl";
+/// A metrics log larger than this is not one of ours: some ten million lines.
+const METRICS_LIMIT: u64 = 4 << 30;
 const CONFIG: &str = "config.toml";
 
 /// A run folder, for reading. To write, [`RunDir::lock`] it.
@@ -421,7 +424,7 @@ pub fn truncate_metrics(
     path: &Path,
     resumed: Option<u64>,
 ) -> Result<Truncated, CheckpointError> {
-    let text = match fs::read(path) {
+    let text = match read_file(path, METRICS_LIMIT) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
             return Ok(Truncated {
                 kept: 0,
@@ -567,9 +570,7 @@ struct MetricsStep {
 }
 
 fn metrics_step(line: &[u8]) -> Option<u64> {
-    serde_json::from_slice::<MetricsStep>(line)
-        .ok()
-        .map(|line| line.step)
+    parse_json::<MetricsStep>(line).ok().map(|line| line.step)
 }
 
 #[cfg(test)]

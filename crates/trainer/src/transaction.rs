@@ -28,6 +28,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use lora_core::strict_json::{parse_json, read_file};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -647,17 +648,13 @@ fn read_entry(path: &Path, entry: &FileEntry, keep: bool) -> Result<Vec<u8>, Che
 
 /// Reads a small file, refusing one that is not small before it is in memory.
 pub(crate) fn read_at_most(path: &Path, limit: u64) -> Result<Vec<u8>, CheckpointError> {
-    let file = File::open(path).map_err(io("read", path))?;
-    let mut bytes = Vec::new();
-    file.take(limit + 1)
-        .read_to_end(&mut bytes)
-        .map_err(io("read", path))?;
-    if bytes.len() as u64 > limit {
-        let path = path.to_path_buf();
-        let what = "it is far longer than it was written";
-        return Err(CheckpointError::Malformed { path, what });
-    }
-    Ok(bytes)
+    read_file(path, limit).map_err(|error| match error.kind() {
+        io::ErrorKind::FileTooLarge => CheckpointError::Malformed {
+            path: path.to_path_buf(),
+            what: "it is far longer than it was written",
+        },
+        _ => io("read", path)(error),
+    })
 }
 
 fn seal(manifest: &Manifest) -> Vec<u8> {
@@ -702,12 +699,12 @@ fn unseal(path: &Path, bytes: &[u8]) -> Result<Manifest, CheckpointError> {
     let text = format!("{body}\n}}");
     let Version {
         format_version: found,
-    } = serde_json::from_str(&text).map_err(json)?;
+    } = parse_json(text.as_bytes()).map_err(json)?;
     if found != FORMAT_VERSION {
         let path = path.to_path_buf();
         return Err(CheckpointError::Version { path, found });
     }
-    serde_json::from_str(&text).map_err(json)
+    parse_json(text.as_bytes()).map_err(json)
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lora_core::METADATA_KEY;
+use lora_core::strict_json::{parse_json, read_file};
 use lora_core::tensor_file::TensorFile;
 use serde_json::{Map, Value};
 
@@ -15,6 +16,8 @@ use super::peft::{PeftConfig, header_config};
 const PEFT_WEIGHTS: &str = "adapter_model.safetensors";
 const PEFT_CONFIG: &str = "adapter_config.json";
 const DIFFUSERS_WEIGHTS: &str = "pytorch_lora_weights.safetensors";
+/// Largest adapter configuration read, in bytes; one that names every module stays below one MiB.
+const MAX_CONFIG: u64 = 16 << 20;
 
 /// One file of the LoRA, with the configuration beside it.
 pub(super) struct Source {
@@ -31,7 +34,7 @@ impl Source {
         let mut header = BTreeMap::new();
         if let Some(text) = file.metadata().get(METADATA_KEY) {
             let fields: Map<String, Value> =
-                serde_json::from_str(text).map_err(|source| LoraFormatError::Json {
+                parse_json(text.as_bytes()).map_err(|source| LoraFormatError::Json {
                     path: path.into(),
                     part: METADATA_KEY,
                     source,
@@ -62,13 +65,12 @@ fn config_error(path: &Path) -> impl Fn(String) -> LoraFormatError {
 }
 
 fn read_config(path: &Path) -> Result<PeftConfig, LoraFormatError> {
-    let text = std::fs::read_to_string(path).map_err(LoraFormatError::io(path))?;
-    let fields: Map<String, Value> =
-        serde_json::from_str(&text).map_err(|source| LoraFormatError::Json {
-            path: path.into(),
-            part: "adapter configuration",
-            source,
-        })?;
+    let text = read_file(path, MAX_CONFIG).map_err(LoraFormatError::io(path))?;
+    let fields: Map<String, Value> = parse_json(&text).map_err(|source| LoraFormatError::Json {
+        path: path.into(),
+        part: "adapter configuration",
+        source,
+    })?;
     PeftConfig::parse(&fields).map_err(config_error(path))
 }
 
