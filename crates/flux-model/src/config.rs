@@ -5,6 +5,19 @@
 
 use serde::{Deserialize, Serialize};
 
+/// No width, count of tokens or channel of a known model comes near; products of two fit anywhere.
+const MAX_SIZE: usize = 1 << 20;
+/// No network is deeper.
+const MAX_LAYERS: usize = 1000;
+
+/// The first of these sizes that is 0 or absurd, in words.
+fn out_of_range(sizes: &[(&str, usize)]) -> Option<String> {
+    let (key, size) = sizes
+        .iter()
+        .find(|(_, size)| !(1..=MAX_SIZE).contains(size))?;
+    Some(format!("`{key}` is {size}, not between 1 and {MAX_SIZE}"))
+}
+
 /// FLUX.1 transformer. Source: diffusers `FluxTransformer2DModel.__init__`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -95,7 +108,7 @@ impl FluxConfig {
 
     /// What is wrong with this configuration, if anything.
     pub fn problem(&self) -> Option<String> {
-        let positive = [
+        let sizes = [
             ("in_channels", self.in_channels),
             ("out_channels", self.out_channels()),
             ("attention_head_dim", self.attention_head_dim),
@@ -103,20 +116,20 @@ impl FluxConfig {
             ("joint_attention_dim", self.joint_attention_dim),
             ("pooled_projection_dim", self.pooled_projection_dim),
         ];
-        if let Some((key, _)) = positive
-            .iter()
-            .find(|(_, value)| *value == 0 || *value > 1 << 20)
-        {
-            return Some(format!("`{key}` is out of range"));
+        if let Some(problem) = out_of_range(&sizes) {
+            return Some(problem);
         }
-        if self.num_layers > 1000 || self.num_single_layers > 1000 {
-            return Some("more than 1000 blocks".into());
+        if self.num_layers > MAX_LAYERS || self.num_single_layers > MAX_LAYERS {
+            return Some(format!("more than {MAX_LAYERS} blocks"));
         }
         if self.patch_size != 1 {
             return Some(format!("`patch_size` is {}; FLUX.1 has 1", self.patch_size));
         }
-        if self.axes_dims_rope.len() != 3 || self.axes_dims_rope.iter().any(|d| d % 2 != 0) {
-            return Some("`axes_dims_rope` must be three even numbers".into());
+        let is_axis = |width: &usize| width.is_multiple_of(2) && *width <= MAX_SIZE;
+        if self.axes_dims_rope.len() != 3 || !self.axes_dims_rope.iter().all(is_axis) {
+            return Some(format!(
+                "`axes_dims_rope` must be three even numbers up to {MAX_SIZE}"
+            ));
         }
         let sum: usize = self.axes_dims_rope.iter().sum();
         (sum != self.attention_head_dim).then(|| {
@@ -199,17 +212,24 @@ impl AutoencoderConfig {
         if self.block_out_channels.is_empty() || self.block_out_channels.len() > 8 {
             return Some("`block_out_channels` must name one to eight levels".into());
         }
-        if self.norm_num_groups == 0
-            || self.latent_channels == 0
-            || self.in_channels == 0
-            || self.out_channels == 0
-        {
-            return Some("a number of channels or groups is 0".into());
+        let mut sizes = vec![
+            ("norm_num_groups", self.norm_num_groups),
+            ("latent_channels", self.latent_channels),
+            ("in_channels", self.in_channels),
+            ("out_channels", self.out_channels),
+        ];
+        sizes.extend(
+            self.block_out_channels
+                .iter()
+                .map(|&channels| ("block_out_channels", channels)),
+        );
+        if let Some(problem) = out_of_range(&sizes) {
+            return Some(problem);
         }
         if let Some(channels) = self
             .block_out_channels
             .iter()
-            .find(|c| **c == 0 || *c % self.norm_num_groups != 0)
+            .find(|channels| !channels.is_multiple_of(self.norm_num_groups))
         {
             return Some(format!(
                 "{channels} channels cannot be split into {} groups",
@@ -219,8 +239,10 @@ impl AutoencoderConfig {
         if self.layers_per_block == 0 || self.layers_per_block > 100 {
             return Some("`layers_per_block` is out of range".into());
         }
-        (!self.scaling_factor.is_finite() || self.scaling_factor == 0.0)
-            .then(|| "`scaling_factor` is not usable".into())
+        let usable = self.scaling_factor.is_finite()
+            && self.scaling_factor != 0.0
+            && self.shift_factor.is_none_or(f64::is_finite);
+        (!usable).then(|| "`scaling_factor` or `shift_factor` is not usable".into())
     }
 }
 
@@ -289,13 +311,17 @@ impl ClipConfig {
     /// What is wrong with this configuration, if anything.
     pub fn problem(&self) -> Option<String> {
         let sizes = [
-            self.vocab_size,
-            self.hidden_size,
-            self.intermediate_size,
-            self.max_position_embeddings,
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("max_position_embeddings", self.max_position_embeddings),
+            ("num_attention_heads", self.num_attention_heads),
         ];
-        if sizes.contains(&0) || self.num_attention_heads == 0 || self.num_hidden_layers > 1000 {
-            return Some("a size is 0 or absurd".into());
+        if let Some(problem) = out_of_range(&sizes) {
+            return Some(problem);
+        }
+        if self.num_hidden_layers > MAX_LAYERS {
+            return Some(format!("more than {MAX_LAYERS} layers"));
         }
         (!self.hidden_size.is_multiple_of(self.num_attention_heads)).then(|| {
             format!(
@@ -371,14 +397,25 @@ impl T5Config {
             ));
         }
         let sizes = [
-            self.vocab_size,
-            self.d_model,
-            self.d_kv,
-            self.d_ff,
-            self.num_heads,
+            ("vocab_size", self.vocab_size),
+            ("d_model", self.d_model),
+            ("d_kv", self.d_kv),
+            ("d_ff", self.d_ff),
+            ("num_heads", self.num_heads),
+            (
+                "relative_attention_num_buckets",
+                self.relative_attention_num_buckets,
+            ),
+            (
+                "relative_attention_max_distance",
+                self.relative_attention_max_distance,
+            ),
         ];
-        if sizes.contains(&0) || self.num_layers > 1000 {
-            return Some("a size is 0 or absurd".into());
+        if let Some(problem) = out_of_range(&sizes) {
+            return Some(problem);
+        }
+        if self.num_layers > MAX_LAYERS {
+            return Some(format!("more than {MAX_LAYERS} layers"));
         }
         let (buckets, distance) = (
             self.relative_attention_num_buckets,

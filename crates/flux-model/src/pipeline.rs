@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
+use lora_core::strict_json::{parse_json, read_file};
 use serde::de::DeserializeOwned;
 
 use crate::autoencoder::Autoencoder;
@@ -19,6 +20,8 @@ use crate::tokenizer::{ClipTokenizer, T5Tokenizer};
 use crate::transformer::{FluxInput, FluxTransformer};
 use crate::weights::{Checkpoint, Layout};
 
+/// Largest `config.json` read, in bytes; real ones stay below 10 KiB.
+const MAX_CONFIG: u64 = 1 << 20;
 /// Tokens CLIP reads: its tokenizer pads and truncates to this.
 pub const CLIP_TOKENS: usize = 77;
 
@@ -171,7 +174,10 @@ impl PipelineFolder {
     /// # Errors
     /// A malformed or missing `scheduler_config.json`.
     pub fn scheduler(&self) -> Result<SchedulerConfig, WeightsError> {
-        read_json(&self.root.join("scheduler/scheduler_config.json"))
+        read_config(
+            &self.root.join("scheduler/scheduler_config.json"),
+            SchedulerConfig::problem,
+        )
     }
 }
 
@@ -252,16 +258,16 @@ pub fn load_t5(folder: &Path, device: &Device) -> Result<T5Encoder, WeightsError
     Checkpoint::open(folder)?.load(T5Encoder::new(&config, device), Layout::T5, device)
 }
 
-/// Parses a JSON file.
+/// Parses a small JSON file.
 ///
 /// # Errors
-/// A file that cannot be read or parsed.
+/// A file that cannot be read or parsed, repeats a key or is larger than 1 MiB.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, WeightsError> {
-    let bytes = std::fs::read(path).map_err(|source| WeightsError::Read {
+    let bytes = read_file(path, MAX_CONFIG).map_err(|source| WeightsError::Read {
         path: path.into(),
         source,
     })?;
-    serde_json::from_slice(&bytes).map_err(|source| WeightsError::Json {
+    parse_json(&bytes).map_err(|source| WeightsError::Json {
         path: path.into(),
         source,
     })

@@ -40,6 +40,30 @@ impl Default for SchedulerConfig {
 }
 
 impl SchedulerConfig {
+    /// What is wrong with this configuration, if anything.
+    pub fn problem(&self) -> Option<String> {
+        if !(1..=1_000_000).contains(&self.num_train_timesteps) {
+            return Some(format!(
+                "`num_train_timesteps` is {}, not between 1 and 1000000",
+                self.num_train_timesteps
+            ));
+        }
+        // `static_shift` divides by 1 + (shift - 1) sigma, with sigma up to 1.
+        if !(self.shift.is_finite() && self.shift > 0.0) {
+            return Some(format!("`shift` is {}, not above 0", self.shift));
+        }
+        let shifts = [self.base_shift, self.max_shift];
+        if !shifts.iter().all(|shift| shift.is_finite()) {
+            return Some("`base_shift` or `max_shift` is not finite".into());
+        }
+        (self.base_image_seq_len >= self.max_image_seq_len).then(|| {
+            format!(
+                "`base_image_seq_len` is {}, not below `max_image_seq_len`, {}",
+                self.base_image_seq_len, self.max_image_seq_len
+            )
+        })
+    }
+
     /// Shift exponent for an image of `image_tokens` tokens: linear in their number.
     pub fn mu(&self, image_tokens: usize) -> f64 {
         let slope = (self.max_shift - self.base_shift)
