@@ -10,6 +10,7 @@ use flux_model::pipeline::PipelineFolder;
 use flux_model::weights::Checkpoint;
 
 use crate::checkpoint::{Opened, State, is_checkpoint_folder};
+use crate::nearest::one_line;
 use crate::run_dir::RunDir;
 use crate::transaction::{Rejected, Verified, verify};
 
@@ -217,8 +218,7 @@ fn lora(text: &mut String, path: &Path) -> anyhow::Result<()> {
         writeln!(text, "  {component}.{module}")?;
     }
     for (key, value) in &set.metadata {
-        let shown: String = value.chars().take(200).collect();
-        writeln!(text, "metadata {key}: {}", shown.replace('\n', " "))?;
+        writeln!(text, "metadata {}: {}", one_line(key), one_line(value))?;
     }
     Ok(())
 }

@@ -6,6 +6,8 @@ use std::path::Path;
 const COMPARED_CHARS: usize = 64;
 /// Quoted text is cut here, so that an error stays a line.
 const QUOTED_CHARS: usize = 200;
+/// No message of ours is longer; one that quotes a file might be.
+const MESSAGE_CHARS: usize = 4000;
 
 /// The entry of `known` that `word` most likely stands for; `None` only if `known` is empty.
 ///
@@ -28,6 +30,14 @@ pub(crate) fn one_line(text: &str) -> String {
     match text.char_indices().nth(QUOTED_CHARS) {
         Some((end, _)) => format!("{}...", escaped(&text[..end])),
         None => escaped(text),
+    }
+}
+
+/// An error message for a terminal: whatever foreign text it quotes, no control characters and not without end.
+pub fn printable(message: &str) -> String {
+    match message.char_indices().nth(MESSAGE_CHARS) {
+        Some((end, _)) => format!("{}...", escaped(&message[..end])),
+        None => escaped(message),
     }
 }
 
