@@ -83,7 +83,7 @@ pub struct AdapterFile {
     /// Parameters that are trained in full, by PyTorch's name and in its layout.
     whole: BTreeMap<String, HostTensor>,
     /// What the configuration says that factors do not show, where known: the other fields have their defaults.
-    selection: Option<LoraConfig>,
+    selection: Option<Box<LoraConfig>>,
 }
 
 impl AdapterFile {
@@ -136,7 +136,7 @@ impl AdapterFile {
                 attached: crate::edit::adapter_names(model),
             });
         }
-        file.selection = config.map(selection);
+        file.selection = config.map(selection).map(Box::new);
         Ok(file)
     }
 
@@ -240,7 +240,7 @@ impl AdapterFile {
         Ok(Self {
             modules,
             whole,
-            selection: config.map(selection),
+            selection: config.map(selection).map(Box::new),
         })
     }
 
@@ -265,7 +265,7 @@ impl AdapterFile {
                 dropout: config.lora_dropout,
             };
         }
-        self.selection = Some(selection(config));
+        self.selection = Some(Box::new(selection(config)));
         Ok(self)
     }
 
@@ -377,10 +377,14 @@ impl AdapterFile {
                 .collect()
         };
         let first = self.modules.values().next();
-        let known = self.selection.clone().unwrap_or_else(|| LoraConfig {
-            target_modules: Targets::List(self.modules.keys().cloned().collect()),
-            ..LoraConfig::default()
-        });
+        let known = self
+            .selection
+            .as_deref()
+            .cloned()
+            .unwrap_or_else(|| LoraConfig {
+                target_modules: Targets::List(self.modules.keys().cloned().collect()),
+                ..LoraConfig::default()
+            });
         LoraConfig {
             peft_type: self.peft_type(),
             r,

@@ -71,13 +71,13 @@ pub(crate) fn fresh(
 fn factorization(n: usize, factor: i64) -> (usize, usize) {
     let limit = usize::try_from(factor).ok().filter(|factor| *factor > 0);
     if let Some(factor) = limit
-        && n % factor == 0
+        && n.is_multiple_of(factor)
     {
         return (factor, n / factor);
     }
     let mut best = (1, n);
     for m in (2..=limit.unwrap_or(n)).take_while(|m| m * m <= n) {
-        if n % m == 0 {
+        if n.is_multiple_of(m) {
             best = (m, n / m);
         }
     }

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use crate::adapter_file::AdapterFile;
 use crate::error::LoraError;
 use crate::peft_form;
+use crate::strict_json::parse_json;
 use crate::tensor_file::{TensorFile, serialize};
 
 const CONFIG: &str = "adapter_config.json";
@@ -27,7 +28,7 @@ impl AdapterFile {
             what: path.display().to_string(),
             source,
         };
-        let fields: Map<String, Value> = serde_json::from_slice(&text).map_err(json)?;
+        let fields: Map<String, Value> = parse_json(&text).map_err(json)?;
         let config = peft_form::from_fields(fields).map_err(json)?;
         let config = config.ok_or_else(|| {
             LoraError::Config(format!("`{}` configures no adapter", path.display()))

@@ -1555,6 +1555,13 @@ seed = 1
                     "rank_pattern",
                     "alpha_pattern",
                     "init_from",
+                    // Written only where they differ: configurations of runs that began before them keep their digest.
+                    "peft_type",
+                    "layers_to_transform",
+                    "layers_pattern",
+                    "init_lora_weights",
+                    "decompose_both",
+                    "decompose_factor",
                 ];
                 let written = table[section].get(key).is_some();
                 assert_eq!(written, !optional.contains(key), "{section}.{key}");

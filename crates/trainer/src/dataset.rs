@@ -1079,7 +1079,7 @@ mod tests {
     fn listed_bad_json() {
         assert_list_refused(
             format!("{ROW}\n\n{{\"file_name\": }}").as_bytes(),
-            "`DIR/metadata.jsonl` line 3: expected value at column 15",
+            "`DIR/metadata.jsonl` line 3: \"file_name\": expected value at column 15",
         );
         assert_list_refused(
             br#"["a.png", "a"]"#,
