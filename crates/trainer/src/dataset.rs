@@ -1091,7 +1091,7 @@ mod tests {
         );
         assert_list_refused(
             br#"{"file_name": "a.png", "text": "a", "text": "b"}"#,
-            "`DIR/metadata.jsonl` line 1: duplicate field `text` at column 42",
+            "`DIR/metadata.jsonl` line 1: duplicate key \"text\" at column 42",
         );
     }
 
