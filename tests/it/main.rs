@@ -6,5 +6,6 @@ mod adapters;
 mod bad_input;
 mod formats;
 mod golden;
+mod hostile;
 mod parity;
 mod resume;

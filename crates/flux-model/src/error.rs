@@ -27,7 +27,7 @@ pub enum WeightsError {
         what: String,
     },
     /// A JSON file does not parse.
-    #[error("`{}` is not valid: {source}", path.display())]
+    #[error("`{}` is not valid", path.display())]
     Json {
         /// The file.
         path: PathBuf,
