@@ -182,7 +182,7 @@ mod tests {
         );
         assert_eq!(
             problem(r#"[{"a": {"b": [null, {"c": 0, "\u0063": 1}]}}]"#),
-            r#""a": "b": duplicate key "c" at line 1 column 39"#
+            r#""a": "b": duplicate key "c" at line 1 column 37"#
         );
     }
 
