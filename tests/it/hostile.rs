@@ -450,7 +450,7 @@ fn loras() -> Vec<Case> {
             ("adapter_model.safetensors", weights),
             ("adapter_config.json", json),
         ];
-        case(files, read_lora_folder, format!("{says}"))
+        case(files, read_lora_folder, says.to_string())
     };
     let single = |bytes, says: &str| case(vec![("x.safetensors", bytes)], read_lora, says);
     let twice = r#"{"transformer.r": 2, "transformer.r": 4}"#;
@@ -1213,7 +1213,7 @@ fn the_program_says_one_printable_line_and_exits_with_1() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.safetensors");
     for json in [
-        format!("{{\"transformer.\u{1b}[2J\": 1, \"transformer.\u{1b}[2J\": 1}}"),
+        "{\"transformer.\u{1b}[2J\": 1, \"transformer.\u{1b}[2J\": 1}".to_string(),
         format!("{{\"{0}\": 1, \"{0}\": 1}}", "k".repeat(1 << 20)),
         format!("{{\"transformer.r\": \"{}\"}}", "\u{1b}[2J".repeat(1 << 18)),
     ] {
