@@ -187,9 +187,3 @@ pub fn detach<M: Module>(model: M) -> M {
     })
     .materialize()
 }
-
-/// Adds the active adapters to the weights they sit on, puts parameters that are trained in full in their places, and removes
-/// all adapters.
-pub fn merge<M: Module>(model: M) -> M {
-    model.materialize()
-}

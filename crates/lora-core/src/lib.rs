@@ -30,7 +30,8 @@
 //! | `adapter`, `site` | the adapter type on Burn's reparameterization; what it sits on |
 //! | `factors`, `lycoris` | LoRA, LoHa, LoKr and parameters trained in full; how LoHa and LoKr start |
 //! | `forward`, `dropout` | the fast path; masks as a function of (seed, step, layer) |
-//! | `edit` | activate, weight, delete, detach, merge |
+//! | `edit`, `combine`, `merge` | activate, weight, delete, detach; one adapter of several; into the base weights |
+//! | `linalg` | QR and SVD on the host |
 //! | `state`, `adapter_file` | adapter-only state; its safetensors file in PEFT's form |
 //! | `peft_folder` | the folder that PEFT saves and loads |
 //! | `gradients`, `optimizer` | gradients and optimizer state by parameter path |
@@ -43,6 +44,7 @@
 mod adapter;
 mod adapter_file;
 mod attach;
+mod combine;
 mod config;
 mod dropout;
 mod edit;
@@ -51,7 +53,9 @@ mod factors;
 mod forward;
 mod gradients;
 pub mod host;
+mod linalg;
 mod lycoris;
+mod merge;
 mod optimizer;
 mod peft_folder;
 mod peft_form;
@@ -67,15 +71,17 @@ pub mod tensor_file;
 pub use adapter::{Adapter, AdapterSpec, Lora};
 pub use adapter_file::{AdapterFile, METADATA_KEY, ModuleAdapter};
 pub use attach::{AdapterSource, DEFAULT_ADAPTER, ForwardPath, Plan};
+pub use combine::{Combination, add_weighted_adapter};
 pub use config::{
     InitLoraWeights, LoraConfig, Matcher, OneOrMany, Patterns, PeftType, Targets, TrainBias,
 };
 pub use dropout::DropoutScope;
-pub use edit::{adapter_names, delete_adapter, detach, merge, set_adapters};
+pub use edit::{adapter_names, delete_adapter, detach, set_adapters};
 pub use error::LoraError;
 pub use factors::{Factors, LORA_A, LORA_B, LORA_BIAS, LoraFactors, MAGNITUDE, Side};
 pub use forward::linear;
 pub use gradients::Gradients;
+pub use merge::{merge, safe_merge};
 pub use optimizer::{OptimizerScalars, OptimizerState, PathOptimizer};
 pub use record::{AdaptersRestored, OptimizerRestored, Training, TrainingRecord};
 pub use site::WeightLayout;
@@ -87,3 +93,5 @@ pub use state::{
 mod test_model;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_peft;

@@ -215,7 +215,7 @@ fn outputs_and_merged_weights_are_pefts() {
             base,
             "{case} changes the output"
         );
-        let merged = merge(adapted.clone());
+        let merged = merge(adapted.clone()).expect("mergeable");
         assert!(adapter_names(&merged).is_empty());
         close(
             &values(merged.dense(&device)),

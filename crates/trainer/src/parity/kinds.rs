@@ -625,7 +625,7 @@ fn lora_forward(case: &Case, device: &Device) -> anyhow::Result<Tensors> {
                 .with_context(|| format!("`{name}` ends in no number"))?,
             None => 1.0,
         };
-        let fused = merge(with(&model, weights(first, scale))?);
+        let fused = merge(with(&model, weights(first, scale))?)?;
         out.insert(name.into(), forward(case, &fused, device)?);
         if scale == 1.0 {
             let wanted = |key: &str| case.expected.info(&format!("fused.{key}")).is_some();
