@@ -8,4 +8,5 @@ mod formats;
 mod golden;
 mod hostile;
 mod parity;
+mod replay;
 mod resume;
