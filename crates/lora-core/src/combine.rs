@@ -67,7 +67,8 @@ impl AdapterFile {
     /// One adapter of several with weights, for every layer that any of them has.
     ///
     /// # Errors
-    /// No adapters, a weight that is not finite, anything but plain LoRAs of linear layers, unequal ranks in a linear combination.
+    /// No adapters, a weight or factor that is not finite, anything but plain LoRAs of linear layers, a layer of unequal sizes,
+    /// unequal ranks in a linear combination.
     pub fn combine(adapters: &[(&Self, f64)], combination: Combination) -> Result<Self, LoraError> {
         let fail = |text: String| Err(LoraError::Config(text));
         if adapters.is_empty() {
@@ -80,6 +81,9 @@ impl AdapterFile {
         }
         if let Combination::Svd { rank: Some(0) } = combination {
             return fail("the rank of a combination must be at least 1".into());
+        }
+        for (file, _) in adapters {
+            file.check_finite()?;
         }
         let combination = match adapters.len() {
             1 => Combination::Linear,
@@ -108,6 +112,12 @@ impl AdapterFile {
                         "`{layer}` is not a plain LoRA of a linear layer (LoHa, LoKr, DoRA, `lora_bias`, convolutions and embeddings cannot be combined); merge the adapters instead"
                     ));
                 };
+                if let Some(first) = parts.first().filter(|first| first.size() != part.size()) {
+                    let ([out, inputs], [other_out, other_inputs]) = (first.size(), part.size());
+                    return fail(format!(
+                        "`{layer}` is a layer [{out}, {inputs}] in one adapter and [{other_out}, {other_inputs}] in another: are they for the same model?"
+                    ));
+                }
                 parts.push(part);
             }
             let (a, b) = match combination {
@@ -160,6 +170,11 @@ struct Part {
 }
 
 impl Part {
+    /// Of the layer, `[out, in]`.
+    fn size(&self) -> [usize; 2] {
+        [self.b.rows, self.a.cols]
+    }
+
     /// `None` for anything but a plain LoRA of a linear layer.
     fn of(module: &ModuleAdapter, weight: f64) -> Option<Self> {
         let lora = module.as_lora()?;

@@ -146,6 +146,38 @@ fn what_cannot_be_combined_is_refused() {
         refuse(&[], Combination::Cat),
         "there are no adapters to combine"
     );
+    let one_layer = |out: usize, a: &[f32]| {
+        let inputs = a.len();
+        let spec = AdapterSpec {
+            rank: 1,
+            alpha: 1.0,
+            use_rslora: false,
+            dropout: 0.0,
+        };
+        let factors = LoraFactors {
+            lora_a: HostTensor::from_f32([1, inputs], a),
+            lora_b: HostTensor::from_f32([out, 1], &vec![1.0; out]),
+            magnitude: None,
+            bias: None,
+        };
+        let module = ModuleAdapter::lora(spec, factors);
+        AdapterFile::new(BTreeMap::from([("fc".to_string(), module)]))
+    };
+    let good = one_layer(3, &[1.0, 2.0]);
+    let both = |other: &AdapterFile, combination| {
+        AdapterFile::combine(&[(&good, 1.0), (other, 1.0)], combination)
+            .expect_err("refused")
+            .to_string()
+    };
+    let svd = Combination::Svd { rank: None };
+    for combination in [Combination::Linear, Combination::Cat, svd] {
+        assert_eq!(
+            both(&one_layer(3, &[1.0, 2.0, 3.0]), combination),
+            "`fc` is a layer [3, 2] in one adapter and [3, 3] in another: are they for the same model?"
+        );
+        assert!(both(&one_layer(4, &[1.0, 2.0]), combination).contains("[4, 2] in another"));
+        assert!(both(&one_layer(3, &[f32::NAN, 2.0]), combination).contains("fc.lora_A"));
+    }
 }
 
 #[test]
