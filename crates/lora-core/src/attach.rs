@@ -20,7 +20,7 @@ use crate::lycoris;
 use crate::random::{Stream, name_hash};
 use crate::selection::{LayerFilter, is_saved, keeps_adapters_off};
 use crate::site::{Site, WeightLayout};
-use crate::state::host;
+use crate::state::{each_parameter, host};
 
 /// The name PEFT gives an adapter when none is asked for.
 pub const DEFAULT_ADAPTER: &str = "default";
@@ -842,35 +842,20 @@ fn own_values<M: Module>(
     model: &M,
     wanted: &BTreeMap<&str, &Parameter>,
 ) -> BTreeMap<String, Whole> {
-    struct Values<'a> {
-        path: Vec<String>,
-        wanted: &'a BTreeMap<&'a str, &'a Parameter>,
-        found: BTreeMap<String, Whole>,
-    }
-    impl ModuleVisitor for Values<'_> {
-        fn enter_module(&mut self, name: &str, _: &str) {
-            self.path.push(name.into());
-        }
-        fn exit_module(&mut self, _: &str, _: &str) {
-            self.path.pop();
-        }
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let path = self.path.join(".");
-            if let Some(parameter) = self.wanted.get(path.as_str()) {
+    let mut found = BTreeMap::new();
+    each_parameter(
+        model,
+        |path| wanted.contains_key(path),
+        |path, values| {
+            if let Some(parameter) = wanted.get(path.as_str()) {
                 let whole = Whole {
                     site: parameter.whole_site(),
-                    values: host(param.base()).to_f32(),
+                    values: values.to_f32(),
                     device: parameter.device.clone(),
                 };
-                self.found.insert(path, whole);
+                found.insert(path, whole);
             }
-        }
-    }
-    let mut values = Values {
-        path: Vec::new(),
-        wanted,
-        found: BTreeMap::new(),
-    };
-    model.visit(&mut values);
-    values.found
+        },
+    );
+    found
 }

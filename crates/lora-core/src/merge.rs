@@ -11,13 +11,13 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::Tensor;
 
 use crate::adapter::Lora;
 use crate::edit::edit;
 use crate::error::LoraError;
-use crate::state::host;
+use crate::state::each_parameter;
 
 /// Adds the active adapters to the weights they sit on, a `lora_bias` to the layer's bias, puts parameters that are trained in
 /// full in their places, and removes all adapters.
@@ -64,7 +64,7 @@ pub fn merge<M: Module>(model: M) -> Result<M, LoraError> {
 /// # Errors
 /// NaN or infinity in a merged weight, by name; a `lora_bias` on a layer without bias.
 pub fn safe_merge<M: Module>(model: &M) -> Result<M, LoraError> {
-    let adapted = Rc::new(RefCell::new(BTreeSet::new()));
+    let adapted = Rc::new(RefCell::new(BTreeSet::<String>::new()));
     let sink = adapted.clone();
     let _ = edit(model.clone(), move |path, lora: Lora| {
         let layer = path.strip_suffix(".weight").unwrap_or(path);
@@ -73,13 +73,17 @@ pub fn safe_merge<M: Module>(model: &M) -> Result<M, LoraError> {
         lora
     });
     let merged = merge(model.clone())?;
-    let mut check = Check {
-        path: Vec::new(),
-        adapted: adapted.take(),
-        error: None,
-    };
-    merged.visit(&mut check);
-    match check.error {
+    let (adapted, mut error) = (adapted.take(), None);
+    each_parameter(
+        &merged,
+        |path| adapted.contains(path),
+        |key, values| {
+            if let (None, Some(index)) = (&error, values.first_non_finite()) {
+                error = Some(LoraError::NotFinite { key, index });
+            }
+        },
+    );
+    match error {
         None => Ok(merged),
         Some(error) => Err(error),
     }
@@ -104,30 +108,6 @@ impl ModuleMapper for AddBias {
                 let shape = own.shape();
                 own + bias.reshape(shape)
             }),
-        }
-    }
-}
-
-struct Check {
-    path: Vec<String>,
-    adapted: BTreeSet<String>,
-    error: Option<LoraError>,
-}
-
-impl ModuleVisitor for Check {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.into());
-    }
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let key = self.path.join(".");
-        if self.error.is_none()
-            && self.adapted.contains(&key)
-            && let Some(index) = host(param.val()).first_non_finite()
-        {
-            self.error = Some(LoraError::NotFinite { key, index });
         }
     }
 }

@@ -90,12 +90,27 @@ impl<T, F: FnMut(&str, &[usize], bool) -> T> ModuleVisitor for Walk<F, T> {
 
 /// Every parameter of every adapter by path (`to_q.weight.lora.default.lora_A`), as f32 on the host.
 pub fn adapter_state<M: Module>(model: &M) -> BTreeMap<String, HostTensor> {
-    #[derive(Default)]
-    struct Collect {
+    let mut state = BTreeMap::new();
+    let is_adapter = |path: &str| path.split('.').any(|part| part == Lora::NAME);
+    each_parameter(model, is_adapter, |path, values| {
+        state.insert(path, values);
+    });
+    state
+}
+
+/// Calls `f` with the path and the values of every wanted parameter, without what its adapters do to it; one is on the host at
+/// a time.
+pub(crate) fn each_parameter<M: Module>(
+    model: &M,
+    wanted: impl Fn(&str) -> bool,
+    f: impl FnMut(String, HostTensor),
+) {
+    struct Each<W, F> {
         path: Vec<String>,
-        state: BTreeMap<String, HostTensor>,
+        wanted: W,
+        f: F,
     }
-    impl ModuleVisitor for Collect {
+    impl<W: Fn(&str) -> bool, F: FnMut(String, HostTensor)> ModuleVisitor for Each<W, F> {
         fn enter_module(&mut self, name: &str, _: &str) {
             self.path.push(name.into());
         }
@@ -103,14 +118,17 @@ pub fn adapter_state<M: Module>(model: &M) -> BTreeMap<String, HostTensor> {
             self.path.pop();
         }
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if self.path.iter().any(|part| part == Lora::NAME) {
-                self.state.insert(self.path.join("."), host(param.val()));
+            let path = self.path.join(".");
+            if (self.wanted)(&path) {
+                (self.f)(path, host(param.base()));
             }
         }
     }
-    let mut collect = Collect::default();
-    model.visit(&mut collect);
-    collect.state
+    model.visit(&mut Each {
+        path: Vec::new(),
+        wanted,
+        f,
+    });
 }
 
 /// A tensor's values as f32 on the host.

@@ -575,19 +575,18 @@ fn what_a_configuration_cannot_mean_is_refused() {
         "{error}"
     );
     // A stored adapter that another configuration would not give.
+    let disagree = |stored: AdapterFile, config: LoraConfig| {
+        let source = AdapterSource::File(stored);
+        Plan::new(&net, "default", Some(&config), source, ForwardPath::Fast)
+            .expect_err("disagrees")
+            .to_string()
+    };
     let stored = load("lokr");
     let config = LoraConfig {
         decompose_factor: 4,
         ..stored.config()
     };
-    let error = Plan::new(
-        &net,
-        "default",
-        Some(&config),
-        AdapterSource::File(stored),
-        ForwardPath::Fast,
-    );
-    let error = error.expect_err("disagrees").to_string();
+    let error = disagree(stored, config);
     assert!(
         error.contains("`decompose_factor` is 4 in the configuration but -1 in the stored adapter"),
         "{error}"
@@ -597,14 +596,7 @@ fn what_a_configuration_cannot_mean_is_refused() {
         modules_to_save: vec!["head".into()],
         ..stored.config()
     };
-    let error = Plan::new(
-        &net,
-        "default",
-        Some(&config),
-        AdapterSource::File(stored),
-        ForwardPath::Fast,
-    );
-    let error = error.expect_err("disagrees").to_string();
+    let error = disagree(stored, config);
     assert!(error.contains("`modules_to_save` is [\"head\"]"), "{error}");
     // "all-linear" is linear layers, not every weight that can be adapted.
     let config = LoraConfig {
