@@ -14,7 +14,7 @@ cargo xtask <command>
   run COMMAND...                                     any other command of `flux-lora`
   test [--wgpu]                                      every test; --wgpu adds those that need a GPU or Mesa's llvmpipe
   faults [--quick] [--wgpu] [FAULT...]               kills, full disks, flipped bits ...: what survives, bit for bit
-  ci                                                 what CI runs: fmt, clippy, docs, tests, CUDA type check
+  ci                                                 what CI runs: fmt, cargo deny, clippy, docs, tests, CUDA type check
   golden                                             writes tests/golden/tiny-loss.txt anew
 
 `--device NAME` picks the backend and builds its cargo feature: flex (default), ndarray, wgpu, cuda.
@@ -265,6 +265,11 @@ fn ci() -> Result {
         cargo
     };
     step("format", cargo().args(["fmt", "--all", "--check"]))?;
+    // Not the advisories: their database is fetched from GitHub, which CI need not reach. By hand: `cargo deny check`.
+    step(
+        "licences, bans and sources of dependencies",
+        cargo().args(["deny", "--locked", "check", "licenses", "bans", "sources"]),
+    )?;
     step(
         "clippy and type check, CUDA included",
         checked("clippy")
