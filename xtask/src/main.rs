@@ -10,11 +10,11 @@ cargo xtask <command>
   train [CONFIG.toml] [flags of `flux-lora train`]   no configuration: the bundled quickstart
   sample [flags of `flux-lora sample`]
   parity [CASE...] [flags of `flux-lora parity`]     no case: all bundled cases
-  bench step [flags of `flux-lora bench`]
+  bench step|lora [flags of `flux-lora bench`]
   run COMMAND...                                     any other command of `flux-lora`
   test [--wgpu]                                      every test; --wgpu adds those that need a GPU or Mesa's llvmpipe
   faults [--quick] [--wgpu] [FAULT...]               kills, full disks, flipped bits ...: what survives, bit for bit
-  ci                                                 what CI runs: fmt, cargo deny, clippy, docs, tests, CUDA type check
+  ci                                                 what CI runs: fmt, cargo deny, clippy, docs, CUDA type check, tests, quick faults
   golden                                             writes tests/golden/tiny-loss.txt anew
 
 `--device NAME` picks the backend and builds its cargo feature: flex (default), ndarray, wgpu, cuda.
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
         "train" => train(rest),
         "sample" => program("sample", rest),
         "parity" => parity(rest),
-        "bench" => bench(rest),
+        "bench" => program("bench", rest),
         "run" => match rest.split_first() {
             Some((command, rest)) => program(command, rest),
             None => Err("run: name a command of flux-lora".into()),
@@ -161,13 +161,6 @@ fn bundled_cases(folder: &Path) -> Result<Vec<String>> {
     Ok(cases)
 }
 
-fn bench(args: &[String]) -> Result {
-    match args.split_first() {
-        Some((what, rest)) if what == "step" => program("bench", rest),
-        _ => Err("bench what? known: step".into()),
-    }
-}
-
 /// Every package that names backends, with these.
 fn features(backends: &[&str]) -> String {
     let packages = ["flux-lora", "flux-lora-tests", "flux-lora-examples"];
@@ -284,7 +277,8 @@ fn ci() -> Result {
             .arg("--no-deps")
             .args(common),
     )?;
-    test(&["--wgpu".to_string()])
+    test(&["--wgpu".to_string()])?;
+    faults(&["--quick", "--wgpu"].map(String::from))
 }
 
 fn golden() -> Result {

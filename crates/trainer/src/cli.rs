@@ -43,8 +43,9 @@ pub enum Command {
     Parity(ParityArgs),
     /// List what this binary can run on
     Devices,
-    /// Time one training step of a mid-size random model
-    Bench(BenchArgs),
+    /// Time what the benchmarks in the documentation time
+    #[command(subcommand)]
+    Bench(BenchCommand),
     /// Fill a pipeline folder that has configurations but no weights with random weights
     RandomWeights {
         /// Folder with model_index.json, configurations and tokenizers
@@ -166,8 +167,17 @@ pub struct ParityArgs {
 }
 
 /// `flux-lora bench`
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// One training step of a mid-size random model
+    Step(StepBenchArgs),
+    /// Inspect and convert a LoRA file of 2 GB, beside a plain copy of it
+    Lora(LoraBenchArgs),
+}
+
+/// `flux-lora bench step`
 #[derive(Debug, Args)]
-pub struct BenchArgs {
+pub struct StepBenchArgs {
     /// Device, as for train
     #[arg(long)]
     pub device: Option<String>,
@@ -177,4 +187,24 @@ pub struct BenchArgs {
     /// Run one variant in this process (recompute or plain); both, each in a process of its own, if absent
     #[arg(long)]
     pub variant: Option<String>,
+}
+
+/// `flux-lora bench lora`
+#[derive(Debug, Args)]
+pub struct LoraBenchArgs {
+    /// Rank on every linear layer of FLUX.1 dev; 192 makes 2.1 GB
+    #[arg(long, default_value_t = 192)]
+    pub rank: usize,
+    /// Times that everything is done
+    #[arg(long, default_value_t = 3)]
+    pub rounds: usize,
+    /// Where to put the file and what is written, 2 times its size in all; removed at the end
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub dir: PathBuf,
+    /// Only this work, in this process, on --file; prints seconds and peak MiB
+    #[arg(long, requires = "file", hide = true)]
+    pub work: Option<String>,
+    /// The file for --work
+    #[arg(long, requires = "work", hide = true)]
+    pub file: Option<PathBuf>,
 }

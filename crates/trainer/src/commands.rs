@@ -40,7 +40,7 @@ pub fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Inspect { path } => print!("{}", inspect::describe(&path)?),
         Command::Parity(args) => return parity::run(&args),
         Command::Devices => devices(),
-        Command::Bench(args) => bench::run(&args)?,
+        Command::Bench(command) => bench::run(&command)?,
         Command::RandomWeights { folder, out, seed } => {
             random_weights::fill(&folder, &out, seed)?;
             println!("pipeline with random weights: {}", out.display());

@@ -1,13 +1,12 @@
-//! `flux-lora bench`: one training step of a mid-size random model, with and without recompute.
+//! `flux-lora bench step`: one training step of a mid-size random model, with and without recompute.
 //!
 //! The model, adapter and inputs are those of the project's torch baseline: 122 M base parameters, 2.1 M in the adapter,
 //! 256 image and 128 text tokens, f32. Phases are wall time; GFLOP/s count the multiplications of linear layers and
 //! attention that the maths needs (recompute does more).
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use burn::optim::AdamWConfig;
 use burn::tensor::{Device, Tensor, TensorData};
 use flux_model::config::FluxConfig;
@@ -19,8 +18,9 @@ use lora_core::{
     Targets, count_parameters,
 };
 
+use super::{in_own_process, median, peak_rss_mib};
 use crate::backward::{MicroBatch, loss_and_gradients};
-use crate::cli::BenchArgs;
+use crate::cli::StepBenchArgs;
 use crate::config::LoraSection;
 use crate::device::{self, NamedDevice};
 
@@ -31,7 +31,7 @@ const TEXT_TOKENS: usize = 128;
 ///
 /// # Errors
 /// An unknown device or variant.
-pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
+pub fn run(args: &StepBenchArgs) -> anyhow::Result<()> {
     let name = args.device.as_deref().unwrap_or(device::default_name());
     if let Some(variant) = &args.variant {
         let recompute = match variant.as_str() {
@@ -42,21 +42,17 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         return step(&device::open(name)?, recompute, args.steps.max(1));
     }
     for variant in ["plain", "recompute"] {
-        let status = Command::new(std::env::current_exe()?)
-            .args([
-                "bench",
-                "--device",
-                name,
-                "--variant",
-                variant,
-                "--steps",
-                &args.steps.to_string(),
-            ])
-            .status()
-            .context("start the benchmark process")?;
-        if !status.success() {
-            bail!("variant {variant} failed");
-        }
+        let steps = args.steps.to_string();
+        let output = in_own_process(&[
+            "step",
+            "--device",
+            name,
+            "--variant",
+            variant,
+            "--steps",
+            &steps,
+        ])?;
+        print!("{output}");
     }
     Ok(())
 }
@@ -183,19 +179,4 @@ fn flops() -> f64 {
     let linears = blocks * 24.0 * s * d * d;
     let attention = blocks * 4.0 * s * s * d;
     2.0 * linears + 3.0 * attention
-}
-
-fn median(times: &[Duration]) -> f64 {
-    let mut times = times.to_vec();
-    times.sort();
-    times
-        .get(times.len() / 2)
-        .map_or(0.0, Duration::as_secs_f64)
-}
-
-/// Largest resident memory of this process, where the system tells it.
-fn peak_rss_mib() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
-    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1024)
 }

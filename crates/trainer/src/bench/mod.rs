@@ -1,0 +1,52 @@
+//! `flux-lora bench`: what the numbers in docs/benchmarks.md are measured with.
+
+mod lora;
+mod step;
+
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+
+use crate::cli::BenchCommand;
+
+/// Runs one benchmark and prints its figures.
+///
+/// # Errors
+/// An argument that does not fit, or what the measured work returns.
+pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
+    match command {
+        BenchCommand::Step(args) => step::run(args),
+        BenchCommand::Lora(args) => lora::run(args),
+    }
+}
+
+/// What `flux-lora bench` with these arguments prints, run in a process of its own so that peak memory belongs to it.
+fn in_own_process(args: &[&str]) -> anyhow::Result<String> {
+    let output = Command::new(std::env::current_exe()?)
+        .arg("bench")
+        .args(args)
+        .stderr(Stdio::inherit())
+        .output()
+        .context("start the benchmark process")?;
+    if !output.status.success() {
+        bail!("bench {} failed", args.join(" "));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Seconds; 0 if there are none.
+fn median(times: &[Duration]) -> f64 {
+    let mut times = times.to_vec();
+    times.sort();
+    times
+        .get(times.len() / 2)
+        .map_or(0.0, Duration::as_secs_f64)
+}
+
+/// Largest resident memory of this process, where the system tells it.
+fn peak_rss_mib() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1024)
+}
