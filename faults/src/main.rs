@@ -1,6 +1,6 @@
 //! Attacks on training runs.
 //!
-//! `faults --program PATH [--canary-program PATH] [--quick] [--seed N] [FAULT...]` drives the program `flux-lora` as a
+//! `faults --program PATH [--canary-program PATH] [--test-features F] [--quick] [--seed N] [FAULT...]` drives the program `flux-lora` as a
 //! user would, breaks what it stands on, and compares what the run ends in with a run that nothing happened to: adapter,
 //! moments and log of losses, byte for byte. An injection that did not fire is not counted, and too few that fired is a failure.
 //!
@@ -77,7 +77,8 @@ fn main() -> ExitCode {
 
 /// Options, and the faults to try; all of them if none is named.
 fn parse(mut words: impl Iterator<Item = String>) -> Result<(Options, Vec<Fault>)> {
-    let (mut program, mut canary_program, mut quick, mut seed) = (None, None, false, 2026);
+    let (mut program, mut canary_program, mut test_features) = (None, None, None);
+    let (mut quick, mut seed) = (false, 2026);
     let mut faults = Vec::new();
     while let Some(word) = words.next() {
         let mut value = || {
@@ -88,6 +89,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<(Options, Vec<Fault>
         match word.as_str() {
             "--program" => program = Some(value()?.into()),
             "--canary-program" => canary_program = Some(value()?.into()),
+            "--test-features" => test_features = Some(value()?),
             "--seed" => seed = value()?.parse().context("--seed takes a whole number")?,
             "--quick" => quick = true,
             name => match FAULTS.into_iter().find(|(known, _)| *known == name) {
@@ -102,6 +104,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<(Options, Vec<Fault>
     let options = Options {
         program: program.context("--program PATH is needed")?,
         canary_program,
+        test_features,
         quick,
         seed,
     };

@@ -70,6 +70,8 @@ pub struct Options {
     pub program: PathBuf,
     /// The same built with the feature `canary`.
     pub canary_program: Option<PathBuf>,
+    /// Cargo features with which the project's tests are built, for the one fault that is among them.
+    pub test_features: Option<String>,
     /// Fewer trials.
     pub quick: bool,
     /// Of all random choices.

@@ -239,6 +239,7 @@ fn faults(args: &[String]) -> Result {
         .arg(&program)
         .arg("--canary-program")
         .arg(&canary)
+        .args(["--test-features", &features])
         .args(rest))
 }
 

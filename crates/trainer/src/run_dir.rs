@@ -1692,6 +1692,7 @@ mod tests {
         let (result, states) = record(None).attack(0, 60);
         result.unwrap();
         assert!(states >= 2_000, "{states} states only");
+        println!("crash states: {states}"); // the fault suite counts them
     }
 
     /// The same at length, for the fault suite.
@@ -1701,6 +1702,7 @@ mod tests {
         let (result, states) = record(None).attack(0, 1500);
         result.unwrap();
         assert!(states >= 10_000, "{states} states only");
+        println!("crash states: {states}"); // the fault suite counts them
     }
 
     /// The canary: with any one fsync of the run left out, the simulation finds a broken promise.
