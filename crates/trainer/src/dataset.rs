@@ -213,13 +213,15 @@ pub enum DatasetError {
         problem: String,
     },
     /// An image that its decoder refuses.
-    #[error("cannot decode image `{}`", shown(path))]
+    #[error(
+        "cannot decode image `{}`: {cause}; replace it or save it again",
+        shown(path)
+    )]
     Decode {
         /// The image.
         path: PathBuf,
-        /// What the decoder says.
-        #[source]
-        source: ImageError,
+        /// What the decoder says, all of it: it is no `source`, which would be said twice.
+        cause: ImageError,
     },
 }
 
@@ -283,9 +285,15 @@ pub fn decode_image(
     bytes: &[u8],
     limits: &ImageLimits,
 ) -> Result<RgbImage, DatasetError> {
-    let cannot_decode = |source| DatasetError::Decode {
-        path: path.into(),
-        source,
+    let cannot_decode = |cause| match cause {
+        ImageError::Limits(_) => {
+            let megabytes = limits.max_decoded_bytes >> 20;
+            image_error(path, format!("takes more than {megabytes} MiB to decode"))
+        }
+        cause => DatasetError::Decode {
+            path: path.into(),
+            cause,
+        },
     };
     let format = image::guess_format(bytes).ok().filter(|format| {
         matches!(
@@ -1345,7 +1353,7 @@ mod tests {
         };
         let error = decode_image(Path::new("x"), &webp(), &limits).expect_err("over the limit");
         let line = line(Path::new("DIR"), &error);
-        assert_eq!(line, "cannot decode image `x`: Memory limit exceeded");
+        assert_eq!(line, "image `x` takes more than 0 MiB to decode");
     }
 
     #[test]
