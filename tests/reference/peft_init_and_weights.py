@@ -173,6 +173,32 @@ def splits(base, x, g, out):
     return out
 
 
+def split_dora(base, x, g, out):
+    settings = dict(r=3, lora_alpha=6.0, use_dora=True, init_lora_weights="pissa")
+    model = get_peft_model(copy.deepcopy(base), config(settings)).eval()
+    for layer in ("up", "down"):
+        module = getattr(model.base_model.model, layer)
+        out[f"pissa_dora.{layer}.lora_A"] = module.lora_A["default"].weight.detach().clone()
+        out[f"pissa_dora.{layer}.lora_B"] = module.lora_B["default"].weight.detach().clone()
+        with torch.no_grad():
+            for p in (module.lora_A["default"].weight, module.lora_B["default"].weight):
+                p.add_(0.2 * torch.randn(p.shape, generator=g))
+            magnitude = module.lora_magnitude_vector["default"].weight
+            out[f"pissa_dora.{layer}.magnitude"] = magnitude.detach().clone()
+            magnitude.mul_(1 + 0.3 * torch.randn(magnitude.shape, generator=g))
+    out["pissa_dora.forward"] = model(x)
+    model(x).square().sum().backward()
+    for layer in ("up", "down"):
+        module = getattr(model.base_model.model, layer)
+        for part, p in (
+            ("A", module.lora_A["default"].weight),
+            ("B", module.lora_B["default"].weight),
+            ("magnitude", module.lora_magnitude_vector["default"].weight),
+        ):
+            out[f"pissa_dora.{layer}.trained_{part}"] = p
+            out[f"pissa_dora.{layer}.gradient_{part}"] = p.grad
+
+
 def main():
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
@@ -189,6 +215,7 @@ def main():
     combinations(base, states, out)
     merges(base, states, x, out)
     out = splits(base, x, g, out)
+    split_dora(base, x, g, out)
     out = {k: v.detach().clone().contiguous() for k, v in out.items()}
     save_file(out, OUT / "expected.safetensors")
     print(sum(p.stat().st_size for p in OUT.iterdir()), "bytes")

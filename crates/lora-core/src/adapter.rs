@@ -10,7 +10,7 @@ use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, Param, Reparame
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::factors::{Factors, MapParts, ParamFactors, kron_apply};
+use crate::factors::{Factors, INITIAL_A, INITIAL_B, MapParts, ParamFactors, kron_apply};
 use crate::site::{Site, WeightLayout};
 use crate::{dropout, edit};
 
@@ -76,7 +76,7 @@ impl Adapter {
         matches!(self.factors, Factors::Whole(_))
     }
 
-    /// The change of the weight with its scale, `[out, in]` (for LoRA `scale * B A`), before DoRA. A convolution's kernel is
+    /// The change of the weight with its scale, `[out, in]` (for LoRA `scale * B A`, less its start), before DoRA. A convolution's kernel is
     /// flattened into `in`. `None` for a parameter that is trained in full.
     pub fn delta(&self) -> Option<Tensor<2>> {
         Some(self.factors.delta()?.mul_scalar(self.scale()))
@@ -117,6 +117,17 @@ impl Adapter {
             }
             Factors::Whole(_) => return result, // it is `base` already
         };
+        // What the adapter started from is a part of the base weight: no dropout.
+        let start = |x: Tensor<D>| {
+            lora.initial.as_ref().map(|initial| {
+                let hidden = linear(x, initial.lora_a.val().transpose(), None);
+                linear(hidden, initial.lora_b.val().transpose(), None).mul_scalar(self.scale())
+            })
+        };
+        let result = match start(x.clone()) {
+            None => result,
+            Some(start) => result - start,
+        };
         let (x, dropped) = match dropout::mask(self.spec.dropout, self.stream, &x) {
             Some(mask) => (x * mask, true),
             None => (x, false),
@@ -134,7 +145,10 @@ impl Adapter {
         let norm = Tensor::<2>::from_inner(norm).flatten::<1>(0, 1);
         let factor: Tensor<D> = (magnitude.val() / norm).unsqueeze();
         let unadapted = match (dropped, bias) {
-            (true, _) => linear(x, base, None),
+            (true, _) => match start(x.clone()) {
+                None => linear(x, base, None),
+                Some(start) => linear(x, base, None) - start,
+            },
             (false, Some(bias)) => result.clone() - bias.unsqueeze(),
             (false, None) => result.clone(),
         };
@@ -163,12 +177,12 @@ impl Adapter {
         }
     }
 
-    /// Switches gradients of every factor on or off.
+    /// Switches gradients of every factor on or off; what a LoRA started from has none.
     pub(crate) fn set_trainable(self, trainable: bool) -> Self {
         struct Set(bool);
         impl Mapping for Set {
-            fn param<const D: usize>(&mut self, _: &str, p: Param<Tensor<D>>) -> Param<Tensor<D>> {
-                p.set_require_grad(self.0)
+            fn param<const D: usize>(&mut self, n: &str, p: Param<Tensor<D>>) -> Param<Tensor<D>> {
+                p.set_require_grad(self.0 && n != INITIAL_A && n != INITIAL_B)
             }
         }
         self.map_params(&mut Set(trainable))

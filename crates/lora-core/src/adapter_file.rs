@@ -29,6 +29,7 @@ use crate::config::{InitLoraWeights, LoraConfig, PeftType, Targets, TrainBias};
 use crate::error::LoraError;
 use crate::factors::{Factors, LORA_A, LORA_B, LORA_BIAS, LoraFactors, MAGNITUDE, MapParts, Side};
 use crate::host::HostTensor;
+use crate::initial;
 use crate::peft_form;
 use crate::site::{Site, WeightLayout};
 use crate::state::host;
@@ -37,6 +38,9 @@ use crate::tensor_file::{TensorFile, serialize};
 
 /// Header key under which diffusers keeps the PEFT configuration.
 pub const METADATA_KEY: &str = "lora_adapter_metadata";
+/// Header key of the configuration under which factors that were split off the base weight are trained: the second half of
+/// each is what they started from, see [`Initial`](crate::Initial).
+const SPLIT_KEY: &str = "lora_core_split_adapter";
 
 /// Factors of one layer, as files store them.
 #[derive(Debug, Clone, PartialEq)]
@@ -73,6 +77,11 @@ impl ModuleAdapter {
 
     fn has_bias(&self) -> bool {
         self.as_lora().is_some_and(|lora| lora.bias.is_some())
+    }
+
+    /// How the factors were split off the base weight, if they were.
+    fn split(&self) -> Option<InitLoraWeights> {
+        Some(self.as_lora()?.initial.as_ref()?.method)
     }
 }
 
@@ -187,7 +196,24 @@ impl AdapterFile {
     }
 
     fn from_tensors(file: &TensorFile, prefix: &str) -> Result<Self, LoraError> {
-        Self::parse(file, prefix, metadata_config(file, prefix)?.as_ref())
+        let mut adapter = Self::parse(file, prefix, metadata_config(file, prefix)?.as_ref())?;
+        if let Some(text) = file.metadata().get(SPLIT_KEY) {
+            let config: LoraConfig =
+                parse_json(text.as_bytes()).map_err(|source| LoraError::Json {
+                    what: format!("`{SPLIT_KEY}` of {}", file.path().display()),
+                    source,
+                })?;
+            config.validate()?;
+            for (layer, module) in &mut adapter.modules {
+                *module = initial::cut(layer, module, &config)?.ok_or_else(|| {
+                    LoraError::Config(format!(
+                        "`{SPLIT_KEY}` in the header of {} does not describe the factors of `{layer}`; without that entry the file is a plain LoRA",
+                        file.path().display()
+                    ))
+                })?;
+            }
+        }
+        Ok(adapter)
     }
 
     /// The adapter in `file`, as `config` describes it.
@@ -305,6 +331,19 @@ impl AdapterFile {
         self
     }
 
+    /// The same update as a plain LoRA for the original model: where factors were split off the base weight, what they
+    /// started from is subtracted, which doubles the rank.
+    #[must_use]
+    pub fn to_plain(&self) -> Self {
+        let modules = self.modules.iter();
+        Self {
+            modules: modules
+                .map(|(layer, module)| (layer.clone(), initial::plain(module)))
+                .collect(),
+            ..self.clone()
+        }
+    }
+
     /// Checks every factor for NaN and infinity.
     ///
     /// # Errors
@@ -323,14 +362,17 @@ impl AdapterFile {
         Ok(())
     }
 
-    /// Bytes of the file: sorted keys, f32, alpha in the header.
+    /// Bytes of the file: [`to_plain`](Self::to_plain), sorted keys, f32, alpha in the header.
     pub fn to_bytes(&self, prefix: &str) -> Vec<u8> {
-        let tensors = self.tensors(prefix);
-        let metadata = BTreeMap::from([
+        let plain = self.to_plain();
+        let mut metadata = BTreeMap::from([
             ("format".to_string(), "pt".to_string()),
-            (METADATA_KEY.to_string(), self.metadata_json(prefix)),
+            (METADATA_KEY.to_string(), plain.metadata_json(prefix)),
         ]);
-        serialize(&tensors, &metadata)
+        if !self.modules.is_empty() && self.modules.values().all(|m| m.split().is_some()) {
+            metadata.insert(SPLIT_KEY.to_string(), show(&self.config()));
+        }
+        serialize(&plain.tensors(prefix), &metadata)
     }
 
     /// Tensors by their names in a file.
@@ -401,6 +443,7 @@ impl AdapterFile {
             use_dora: first.is_some_and(|m| m.use_dora),
             lora_bias: first.is_some_and(ModuleAdapter::has_bias),
             lora_dropout: first.map_or(0.0, |m| m.spec.dropout),
+            init_lora_weights: first.and_then(ModuleAdapter::split).unwrap_or_default(),
             ..known
         }
     }
@@ -492,6 +535,17 @@ impl AdapterFile {
                     "lora_bias".into(),
                     config.lora_bias.to_string(),
                     module.has_bias().to_string(),
+                );
+            }
+            let wanted = Some(config.init_lora_weights).filter(|init| init.splits_base());
+            if wanted != module.split() {
+                return differ(
+                    format!("init_lora_weights ({layer})"),
+                    config.init_lora_weights.to_string(),
+                    match module.split() {
+                        Some(method) => method.to_string(),
+                        None => "no part of the base weight".into(),
+                    },
                 );
             }
             if config.lora_dropout != spec.dropout {
@@ -639,6 +693,7 @@ fn module(
             lora_b: take(up)?,
             magnitude: take(".lora_magnitude_vector").ok(),
             bias: take(".lora_B.bias").ok(),
+            initial: None,
         })
     };
     if let Some(suffix) = parts.keys().next() {
@@ -714,6 +769,8 @@ fn metadata_config(file: &TensorFile, prefix: &str) -> Result<Option<LoraConfig>
         .into_iter()
         .filter_map(|(key, value)| Some((key.strip_prefix(prefix)?.to_string(), value)))
         .collect();
+    let what = format!("`{METADATA_KEY}` in {}", file.path().display());
+    peft_form::check_is_update(&fields, &what)?;
     let config = peft_form::from_fields(fields).map_err(json)?;
     if let Some(config) = &config {
         config.validate()?;

@@ -14,8 +14,12 @@ use crate::adapter_file::{AdapterFile, ModuleAdapter};
 use crate::config::{InitLoraWeights, LoraConfig, PeftType, Targets, TrainBias};
 use crate::edit::{active_replacements, adapter_names, edit};
 use crate::error::LoraError;
-use crate::factors::{Factors, LORA_A, LORA_B, LORA_BIAS, LoraFactors, MAGNITUDE, MapParts, Side};
+use crate::factors::{
+    Factors, INITIAL_A, INITIAL_B, LORA_A, LORA_B, LORA_BIAS, LoraFactors, MAGNITUDE, MapParts,
+    Side,
+};
 use crate::host::HostTensor;
+use crate::initial;
 use crate::lycoris;
 use crate::random::{Stream, name_hash};
 use crate::selection::{LayerFilter, is_saved, keeps_adapters_off};
@@ -107,7 +111,8 @@ impl Plan {
                     LoraError::Config("a fresh adapter needs a configuration".into())
                 })?;
                 let whole = scan.whole(config)?;
-                (fresh(&scan, config, seed)?, own_values(model, &whole))
+                let modules = fresh(model, &scan, config, seed)?;
+                (modules, own_values(model, &whole))
             }
             AdapterSource::File(file) => {
                 if let Some(config) = config {
@@ -224,8 +229,13 @@ struct ToModel<'a>(&'a Device);
 impl MapParts<&HostTensor, &HostTensor> for ToModel<'_> {
     type Matrix = Param<Tensor<2>>;
     type Vector = Param<Tensor<1>>;
-    fn matrix(&mut self, _: &'static str, part: &HostTensor) -> Param<Tensor<2>> {
-        Param::from_data(TensorData::new(part.to_f32(), matrix_size(part)), self.0)
+    fn matrix(&mut self, name: &'static str, part: &HostTensor) -> Param<Tensor<2>> {
+        let data = TensorData::new(part.to_f32(), matrix_size(part));
+        let param = Param::from_data(data, self.0);
+        match name {
+            INITIAL_A | INITIAL_B => param.set_require_grad(false),
+            _ => param,
+        }
     }
     fn vector(&mut self, _: &'static str, part: &HostTensor) -> Param<Tensor<1>> {
         Param::from_data(TensorData::new(part.to_f32(), [part.numel()]), self.0)
@@ -643,7 +653,7 @@ impl Scan {
             factors => {
                 for (name, tensor) in factors.parts() {
                     let dims: &[usize] = match name {
-                        LORA_A | "hada_w1_b" | "hada_w2_b" => &[rank, inputs],
+                        LORA_A | INITIAL_A | "hada_w1_b" | "hada_w2_b" => &[rank, inputs],
                         MAGNITUDE | LORA_BIAS => &[outputs],
                         _ => &[outputs, rank],
                     };
@@ -692,13 +702,26 @@ fn similarity(path: &str, pattern: &str) -> usize {
 }
 
 /// Fresh factors for every target.
-fn fresh(
+fn fresh<M: Module>(
+    model: &M,
     scan: &Scan,
     config: &LoraConfig,
     seed: u64,
 ) -> Result<BTreeMap<String, ModuleAdapter>, LoraError> {
+    let init = config.init_lora_weights;
+    let targets = scan.targets(config)?;
+    for site in targets
+        .iter()
+        .filter_map(|path| scan.weights[*path].site(path))
+    {
+        initial::check(config, &site)?;
+    }
+    let mut initials = match init.splits_base() {
+        true => initial::split_off(model, config, &targets, seed)?,
+        false => BTreeMap::new(),
+    };
     let mut modules = BTreeMap::new();
-    for path in scan.targets(config)? {
+    for path in targets {
         let (rank, alpha) = config.resolve(path)?;
         let Some(site) = scan.weights[path].site(path) else {
             continue;
@@ -743,7 +766,8 @@ fn fresh(
                 .collect()
         };
         let normal = |name: &str, n: usize| Stream::new(seed, name, 0, layer).normals(n);
-        let a = match config.init_lora_weights {
+        let initial = initials.remove(path);
+        let a = match init {
             // PEFT starts embeddings the other way round: A zero, B standard normal.
             InitLoraWeights::Random if embedding => normal("init_lora_a", rank * inputs),
             _ if embedding => vec![0.0; rank * inputs],
@@ -755,16 +779,19 @@ fn fresh(
                     .map(|v| v / rank as f32)
                     .collect()
             }
-            InitLoraWeights::Default | InitLoraWeights::Random => {
-                uniform("init_lora_a", rank * inputs, 1.0 / (inputs as f64).sqrt())
-            }
+            _ => uniform("init_lora_a", rank * inputs, 1.0 / (inputs as f64).sqrt()),
         };
-        let b = match config.init_lora_weights {
+        let b = match init {
             _ if embedding => normal("init_lora_b", outputs * rank),
             InitLoraWeights::Random => {
                 uniform("init_lora_b", outputs * rank, 1.0 / (rank as f64).sqrt())
             }
-            InitLoraWeights::Default | InitLoraWeights::Gaussian => vec![0.0; outputs * rank],
+            _ => vec![0.0; outputs * rank],
+        };
+        let (a, b) = match (init, &initial) {
+            (_, Some(initial)) => (initial.lora_a.to_f32(), initial.lora_b.to_f32()),
+            (InitLoraWeights::Orthogonal, _) => initial::orthogonal(&site, rank, seed),
+            _ => (a, b),
         };
         let lora_a = HostTensor::from_f32(site.file_shape(LORA_A, &[rank, inputs]), &a);
         let lora_b = HostTensor::from_f32(site.file_shape(LORA_B, &[outputs, rank]), &b);
@@ -777,6 +804,7 @@ fn fresh(
                 bias: config
                     .lora_bias
                     .then(|| HostTensor::from_f32([outputs], &vec![0.0; outputs])),
+                initial,
             }),
             use_dora: config.use_dora,
             embedding,
@@ -821,9 +849,11 @@ fn initial_magnitudes<M: Module>(
             let factor = |t: &HostTensor| {
                 Tensor::<2>::from_data(TensorData::new(t.to_f32(), matrix_size(t)), &device)
             };
-            let delta = factor(&lora.lora_b)
-                .matmul(factor(&lora.lora_a))
-                .mul_scalar(module.spec.scale());
+            let mut delta = factor(&lora.lora_b).matmul(factor(&lora.lora_a));
+            if let Some(initial) = &lora.initial {
+                delta = delta - factor(&initial.lora_b).matmul(factor(&initial.lora_a));
+            }
+            let delta = delta.mul_scalar(module.spec.scale());
             let norm = (weight + delta.transpose()).square().sum_dim(0).sqrt();
             self.norms.insert(path, host(norm.flatten::<1>(0, 1)));
         }

@@ -85,6 +85,10 @@ impl AdapterFile {
         for (file, _) in adapters {
             file.check_finite()?;
         }
+        let adapters: Vec<(Self, f64)> = adapters
+            .iter()
+            .map(|(file, weight)| (file.to_plain(), *weight))
+            .collect();
         let combination = match adapters.len() {
             1 => Combination::Linear,
             _ => combination,
@@ -103,7 +107,7 @@ impl AdapterFile {
         let mut modules = BTreeMap::new();
         for layer in layers {
             let mut parts: Vec<Part> = Vec::new();
-            for (file, weight) in adapters {
+            for (file, weight) in &adapters {
                 let Some(module) = file.modules().get(layer) else {
                     continue;
                 };
@@ -151,6 +155,7 @@ impl AdapterFile {
                 lora_b: tensor(&b),
                 magnitude: None,
                 bias: None,
+                initial: None,
             };
             modules.insert(layer.clone(), ModuleAdapter::lora(spec, factors));
         }

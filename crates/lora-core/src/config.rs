@@ -139,6 +139,20 @@ impl LoraConfig {
         if self.use_dora && self.lora_bias {
             return fail("`use_dora` and `lora_bias` cannot be combined".into());
         }
+        let init = self.init_lora_weights;
+        if self.lora_bias && !matches!(init, InitLoraWeights::Default | InitLoraWeights::Random) {
+            return fail(format!(
+                "`lora_bias` needs `init_lora_weights` true or false; it is {init}"
+            ));
+        }
+        let alphas = self.alpha_pattern.iter().map(|(_, alpha)| *alpha);
+        if init.splits_base()
+            && let Some(alpha) = alphas.chain([self.lora_alpha]).find(|alpha| *alpha <= 0.0)
+        {
+            return fail(format!(
+                "`init_lora_weights` {init} needs a positive `lora_alpha`; it is {alpha}"
+            ));
+        }
         if self.layers_pattern.is_some() && self.layers_to_transform.is_none() {
             return fail("`layers_pattern` needs `layers_to_transform`".into());
         }
@@ -216,6 +230,46 @@ pub enum InitLoraWeights {
     Gaussian,
     /// `false`: A and B both random, so that the adapter changes the model at once (for tests).
     Random,
+    /// `"orthogonal"`: both factors random and not zero, with `B A = 0`; the rank must be even.
+    Orthogonal,
+    /// `"pissa"`: the `r` largest singular triplets of the base weight (Meng et al. 2024, arXiv:2404.02948).
+    Pissa,
+    /// `"pissa_niter_N"`: the same by `N` rounds of subspace iteration, far cheaper and nearly the same.
+    PissaNiter(usize),
+    /// `"olora"`: the first `r` columns of Q and rows of R of the base weight (Büyükakyüz 2024, arXiv:2406.01775).
+    Olora,
+}
+
+impl InitLoraWeights {
+    /// Whether the factors start as a part of the base weight, which the adapter then takes away from it.
+    pub fn splits_base(self) -> bool {
+        matches!(self, Self::Pissa | Self::PissaNiter(_) | Self::Olora)
+    }
+
+    fn parse(name: &str) -> Option<Self> {
+        Some(match name {
+            "gaussian" => Self::Gaussian,
+            "orthogonal" => Self::Orthogonal,
+            "pissa" => Self::Pissa,
+            "olora" => Self::Olora,
+            _ => Self::PissaNiter(name.strip_prefix("pissa_niter_")?.parse().ok()?),
+        })
+    }
+}
+
+/// As the configuration spells it.
+impl fmt::Display for InitLoraWeights {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("true"),
+            Self::Random => f.write_str("false"),
+            Self::Gaussian => f.write_str("gaussian"),
+            Self::Orthogonal => f.write_str("orthogonal"),
+            Self::Pissa => f.write_str("pissa"),
+            Self::PissaNiter(n) => write!(f, "pissa_niter_{n}"),
+            Self::Olora => f.write_str("olora"),
+        }
+    }
 }
 
 impl Serialize for InitLoraWeights {
@@ -223,7 +277,7 @@ impl Serialize for InitLoraWeights {
         match self {
             Self::Default => serializer.serialize_bool(true),
             Self::Random => serializer.serialize_bool(false),
-            Self::Gaussian => serializer.serialize_str("gaussian"),
+            _ => serializer.collect_str(self),
         }
     }
 }
@@ -234,7 +288,7 @@ impl<'de> Deserialize<'de> for InitLoraWeights {
         impl Visitor<'_> for FlagOrName {
             type Value = InitLoraWeights;
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("true, false or \"gaussian\"")
+                f.write_str("true, false, \"gaussian\", \"orthogonal\", \"olora\", \"pissa\" or \"pissa_niter_N\" with a number N")
             }
             fn visit_bool<E: de::Error>(self, flag: bool) -> Result<Self::Value, E> {
                 Ok(if flag {
@@ -244,10 +298,8 @@ impl<'de> Deserialize<'de> for InitLoraWeights {
                 })
             }
             fn visit_str<E: de::Error>(self, name: &str) -> Result<Self::Value, E> {
-                match name {
-                    "gaussian" => Ok(InitLoraWeights::Gaussian),
-                    _ => Err(E::invalid_value(de::Unexpected::Str(name), &self)),
-                }
+                InitLoraWeights::parse(name)
+                    .ok_or_else(|| E::invalid_value(de::Unexpected::Str(name), &self))
             }
         }
         deserializer.deserialize_any(FlagOrName)

@@ -2,7 +2,7 @@
 //!
 //! | kind | change of the weight `[out, in]` | source |
 //! |---|---|---|
-//! | LoRA | `B A`, with `A: [r, in]`, `B: [out, r]` | Hu et al. 2021, arXiv:2106.09685 |
+//! | LoRA | `B A`, with `A: [r, in]`, `B: [out, r]`, less the `B₀ A₀` of its start if that is a part of the weight | Hu et al. 2021, arXiv:2106.09685 |
 //! | LoHa | `(w1_a w1_b) ⊙ (w2_a w2_b)`, the `a` `[out, r]`, the `b` `[r, in]` | Hyeon-Woo et al. 2021, arXiv:2108.06098 |
 //! | LoKr | `kron(w1, w2)`, either side a matrix or a product of rank `r` | Yeh et al. 2023, arXiv:2309.14859 |
 //! | whole | the parameter itself, trained in full (`modules_to_save`, `bias`) | |
@@ -13,7 +13,7 @@
 use burn::module::Param;
 use burn::tensor::Tensor;
 
-use crate::config::PeftType;
+use crate::config::{InitLoraWeights, PeftType};
 use crate::host::HostTensor;
 
 /// Name of the down projection, `[r, in]`.
@@ -24,6 +24,10 @@ pub const LORA_B: &str = "lora_B";
 pub const MAGNITUDE: &str = "lora_magnitude_vector";
 /// Name of the bias of the up projection, `[out]`.
 pub const LORA_BIAS: &str = "lora_B_bias";
+/// Name of the down projection that a LoRA started from, `[r, in]`.
+pub(crate) const INITIAL_A: &str = "initial_A";
+/// Name of the up projection that a LoRA started from, `[out, r]`.
+pub(crate) const INITIAL_B: &str = "initial_B";
 /// Name of a parameter that is trained in full.
 pub(crate) const WHOLE: &str = "whole";
 
@@ -61,6 +65,19 @@ pub struct LoraFactors<M, V = M> {
     pub magnitude: Option<V>,
     /// Bias of the up projection, `[out]`.
     pub bias: Option<V>,
+    /// What the factors started from, if they were split off the base weight.
+    pub initial: Option<Initial<M>>,
+}
+
+/// The part of the base weight that a LoRA started as; it is not trained, and the update is the difference from it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Initial<M> {
+    /// How it was split off.
+    pub method: InitLoraWeights,
+    /// Down projection, `[r, in]`.
+    pub lora_a: M,
+    /// Up projection, `[out, r]`.
+    pub lora_b: M,
 }
 
 /// One side of a Kronecker product.
@@ -106,6 +123,11 @@ impl<M, V> Factors<M, V> {
                 lora_b: f.matrix(LORA_B, lora.lora_b),
                 magnitude: lora.magnitude.map(|part| f.vector(MAGNITUDE, part)),
                 bias: lora.bias.map(|part| f.vector(LORA_BIAS, part)),
+                initial: lora.initial.map(|initial| Initial {
+                    method: initial.method,
+                    lora_a: f.matrix(INITIAL_A, initial.lora_a),
+                    lora_b: f.matrix(INITIAL_B, initial.lora_b),
+                }),
             }),
             Self::Loha {
                 w1: [w1_a, w1_b],
@@ -130,6 +152,11 @@ impl<M, V> Factors<M, V> {
                 lora_b: &lora.lora_b,
                 magnitude: lora.magnitude.as_ref(),
                 bias: lora.bias.as_ref(),
+                initial: lora.initial.as_ref().map(|initial| Initial {
+                    method: initial.method,
+                    lora_a: &initial.lora_a,
+                    lora_b: &initial.lora_b,
+                }),
             }),
             Self::Loha {
                 w1: [w1_a, w1_b],
@@ -212,7 +239,13 @@ impl ParamFactors {
     pub(crate) fn delta(&self) -> Option<Tensor<2>> {
         let product = |a: &Param<Tensor<2>>, b: &Param<Tensor<2>>| a.val().matmul(b.val());
         match self {
-            Self::Lora(lora) => Some(product(&lora.lora_b, &lora.lora_a)),
+            Self::Lora(lora) => {
+                let now = product(&lora.lora_b, &lora.lora_a);
+                Some(match &lora.initial {
+                    None => now,
+                    Some(initial) => now - product(&initial.lora_b, &initial.lora_a),
+                })
+            }
             Self::Loha {
                 w1: [w1_a, w1_b],
                 w2: [w2_a, w2_b],

@@ -29,6 +29,7 @@
 //! | `attach` | `Plan`: checked first, attached after; factors are born from their source |
 //! | `adapter`, `site` | the adapter type on Burn's reparameterization; what it sits on |
 //! | `factors`, `lycoris` | LoRA, LoHa, LoKr and parameters trained in full; how LoHa and LoKr start |
+//! | `initial` | LoRA factors that start as a part of the base weight (`pissa`, `olora`) or orthogonal |
 //! | `forward`, `dropout` | the fast path; masks as a function of (seed, step, layer) |
 //! | `edit`, `combine`, `merge` | activate, weight, delete, detach; one adapter of several; into the base weights |
 //! | `linalg` | QR and SVD on the host |
@@ -53,6 +54,7 @@ mod factors;
 mod forward;
 mod gradients;
 pub mod host;
+mod initial;
 mod linalg;
 mod lycoris;
 mod merge;
@@ -78,7 +80,7 @@ pub use config::{
 pub use dropout::DropoutScope;
 pub use edit::{adapter_names, delete_adapter, detach, set_adapters};
 pub use error::LoraError;
-pub use factors::{Factors, LORA_A, LORA_B, LORA_BIAS, LoraFactors, MAGNITUDE, Side};
+pub use factors::{Factors, Initial, LORA_A, LORA_B, LORA_BIAS, LoraFactors, MAGNITUDE, Side};
 pub use forward::linear;
 pub use gradients::Gradients;
 pub use merge::{merge, safe_merge};

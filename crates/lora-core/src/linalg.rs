@@ -1,8 +1,11 @@
-//! Dense linear algebra on the host in f64: thin QR and the singular value decomposition that the combination of adapters needs.
+//! Dense linear algebra on the host in f64: thin QR and the singular value decompositions that the combination of adapters,
+//! `pissa` and `olora` need.
 //!
 //! Every sum runs in one fixed order, whatever the number of threads, so equal input gives equal bits.
 
 use std::thread;
+
+use crate::random::Stream;
 
 /// A matrix, row-major.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +23,12 @@ impl Matrix {
 
     pub fn zeros(rows: usize, cols: usize) -> Self {
         Self::new(rows, cols, vec![0.0; rows * cols])
+    }
+
+    /// Independent standard normals.
+    pub fn normal(rows: usize, cols: usize, stream: &mut Stream) -> Self {
+        let values = (0..rows * cols).map(|_| stream.normal()).collect();
+        Self::new(rows, cols, values)
     }
 
     pub fn row(&self, i: usize) -> &[f64] {
@@ -191,6 +200,27 @@ impl Svd {
         let u = u.times(&q.transposed());
         Self { u, s, v }
     }
+
+    /// About the `rank` largest triplets: a random subspace of that size after `iterations` rounds of subspace iteration,
+    /// as torch's `svd_lowrank(q=rank, niter=iterations)` (Halko et al. 2009, arXiv:0909.4061, algorithm 5.1).
+    pub fn randomized(
+        matrix: &Matrix,
+        rank: usize,
+        iterations: usize,
+        stream: &mut Stream,
+    ) -> Self {
+        let transposed = matrix.transposed();
+        let basis = |m: Matrix| qr(&m).0;
+        let mut q = basis(matrix.times(&Matrix::normal(matrix.cols, rank, stream)));
+        for _ in 0..iterations {
+            q = basis(transposed.times(&q));
+            q = basis(matrix.times(&q));
+        }
+        let q = q.transposed();
+        let Self { u, s, v } = Self::complete(&q.times(matrix));
+        let u = u.times(&q);
+        Self { u, s, v }
+    }
 }
 
 /// One-sided Jacobi (Hestenes): rotates pairs of columns until all are orthogonal; their norms are the singular values.
@@ -253,21 +283,9 @@ fn rotate(m: &mut Matrix, i: usize, j: usize, c: f64, s: f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::random::Stream;
 
     fn stream() -> Stream {
         Stream::new(5, "linalg", 0, 0)
-    }
-
-    impl Matrix {
-        /// Independent standard normals.
-        pub fn normal(rows: usize, cols: usize, stream: &mut Stream) -> Self {
-            Self::new(
-                rows,
-                cols,
-                (0..rows * cols).map(|_| stream.normal()).collect(),
-            )
-        }
     }
 
     fn distance(a: &Matrix, b: &Matrix) -> f64 {
@@ -324,6 +342,23 @@ mod tests {
             let v = svd.v.transposed();
             assert!(distance(&v.transposed().times(&v), &identity(m.min(n))) < 1e-13);
             assert!(svd.s.windows(2).all(|s| s[0] >= s[1]));
+        }
+    }
+
+    #[test]
+    fn subspace_iteration_approaches_the_largest_triplets() {
+        let basis = |n| qr(&Matrix::normal(n, 12, &mut stream())).0.transposed();
+        let s: Vec<f64> = (0..12).map(|i| 0.5f64.powi(i)).collect();
+        for (rows, cols) in [(30, 18), (18, 30)] {
+            let (u, v) = (basis(rows), basis(cols));
+            let largest = |n| {
+                let (u, s, v) = (u.top(n), s[..n].to_vec(), v.top(n));
+                product(&Svd { u, s, v })
+            };
+            let matrix = largest(12);
+            let found = |n| product(&Svd::randomized(&matrix, 4, n, &mut stream()));
+            let error = |n| distance(&found(n), &largest(4));
+            assert!(error(0) > 1e-2 && error(1) < error(0) / 2.0 && error(16) < 1e-9);
         }
     }
 }

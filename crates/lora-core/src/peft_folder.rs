@@ -29,6 +29,7 @@ impl AdapterFile {
             source,
         };
         let fields: Map<String, Value> = parse_json(&text).map_err(json)?;
+        peft_form::check_is_update(&fields, &format!("`{}`", path.display()))?;
         let config = peft_form::from_fields(fields).map_err(json)?;
         let config = config.ok_or_else(|| {
             LoraError::Config(format!("`{}` configures no adapter", path.display()))
@@ -41,18 +42,20 @@ impl AdapterFile {
         )
     }
 
-    /// Writes the folder `dir`, which is created if need be.
+    /// Writes the folder `dir`, which is created if need be, with what [`to_plain`](Self::to_plain) gives.
     ///
     /// # Errors
     /// A file that cannot be written.
     pub fn save_peft(&self, dir: &Path) -> Result<(), LoraError> {
         std::fs::create_dir_all(dir).map_err(|source| io(dir, source))?;
-        let mut fields: BTreeMap<String, Value> =
-            peft_form::fields(&self.peft_config()).into_iter().collect();
+        let plain = self.to_plain();
+        let mut fields: BTreeMap<String, Value> = peft_form::fields(&plain.peft_config())
+            .into_iter()
+            .collect();
         fields.insert("inference_mode".into(), true.into());
         let config = serde_json::to_vec_pretty(&fields).unwrap_or_default();
         let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-        let tensors = serialize(&self.tensors(PREFIX), &metadata);
+        let tensors = serialize(&plain.tensors(PREFIX), &metadata);
         for (name, bytes) in [(CONFIG, config), (TENSORS, tensors)] {
             let path = dir.join(name);
             std::fs::write(&path, bytes).map_err(|source| io(&path, source))?;

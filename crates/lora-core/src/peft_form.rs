@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::config::{LoraConfig, OneOrMany, PeftType, Targets, TrainBias};
+use crate::error::LoraError;
 
 /// Our field, PEFT's name for it in LoHa and LoKr, and the kinds that have it.
 fn name_in(kind: PeftType, field: &str) -> Option<&str> {
@@ -25,6 +26,19 @@ pub(crate) fn fields(config: &LoraConfig) -> Map<String, Value> {
     all.into_iter()
         .filter_map(|(field, value)| Some((name_in(config.peft_type, &field)?.to_string(), value)))
         .collect()
+}
+
+/// Refuses factors that PEFT split off the base weight: they are no update of the original model. `what` holds them.
+pub(crate) fn check_is_update(fields: &Map<String, Value>, what: &str) -> Result<(), LoraError> {
+    const SPLITTING: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
+    match fields.get("init_lora_weights") {
+        Some(Value::String(init)) if SPLITTING.iter().any(|name| init.starts_with(name)) => {
+            Err(LoraError::Config(format!(
+                "`init_lora_weights` of {what} is {init}: the factors belong to a changed base weight; save the adapter again with PEFT's `path_initial_model_for_weight_conversion`"
+            )))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The configuration that PEFT's fields describe. What PEFT says about training alone (initialisation, dropouts that are not

@@ -1780,8 +1780,8 @@ seed = 1
             "`train.shift` in run.toml:2: invalid type: boolean `true`, expected a number or \"flux\"",
         );
         assert_refused(
-            "[lora]\ninit_lora_weights = \"pissa\"",
-            "`lora.init_lora_weights` in run.toml:2: invalid value: string \"pissa\", expected true, false or \"gaussian\"",
+            "[lora]\ninit_lora_weights = \"loftq\"",
+            "`lora.init_lora_weights` in run.toml:2: invalid value: string \"loftq\", expected true, false, \"gaussian\", \"orthogonal\", \"olora\", \"pissa\" or \"pissa_niter_N\" with a number N",
         );
     }
 

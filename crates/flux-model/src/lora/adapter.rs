@@ -129,6 +129,7 @@ impl LoraSet {
             shape,
             ..Self::default()
         };
+        let adapter = adapter.to_plain();
         let modules = adapter.modules().iter().map(|(path, module)| {
             let tensor = |suffix: &str, tensor: &HostTensor| {
                 TensorRef::host(&format!("{path}.{suffix}"), tensor.clone())
@@ -218,6 +219,7 @@ fn adapter(update: &ModuleUpdate) -> Result<Option<ModuleAdapter>, LoraFormatErr
         lora_b: up.load()?,
         magnitude,
         bias,
+        initial: None,
     };
     Ok(Some(ModuleAdapter::lora(spec, factors)))
 }
