@@ -1,8 +1,15 @@
-//! Runs that train other adapters than LoRA.
+//! Runs that train other adapters than LoRA, or start LoRA as a part of the base weights.
 
-use flux_lora_tests::{CONFIG, Workbench};
-use flux_model::lora::{ModelShape, delta, read};
-use lora_core::{AdapterFile, PeftType};
+use std::path::Path;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use flux_lora_tests::{CONFIG, Workbench, root};
+use flux_model::latent::{image_positions, text_positions};
+use flux_model::lora::{Component, ModelShape, delta, read};
+use flux_model::pipeline::load_transformer;
+use flux_model::transformer::{FluxInput, FluxTransformer};
+use lora_core::random::Stream;
+use lora_core::{AdapterFile, AdapterSource, ForwardPath, PeftType, Plan};
 
 /// The workbench's run, 8 steps of another kind; `lora_dropout` is LoRA's alone.
 fn bench(kind: &str) -> Workbench {
@@ -79,6 +86,103 @@ fn loha_and_lokr_resume_exactly_and_every_export_means_the_same() {
                     );
                 }
             }
+        }
+    }
+}
+
+/// The workbench's network, which no run writes to.
+fn base() -> FluxTransformer {
+    let path = root().join("tests/fixtures/parity/pipeline_dev/model/transformer");
+    load_transformer(&path, None, &Device::flex()).expect("the fixture")
+}
+
+fn with(file: AdapterFile) -> FluxTransformer {
+    let (model, source) = (base(), AdapterSource::File(file));
+    let plan = Plan::new(&model, "default", None, source, ForwardPath::Fast).expect("fits");
+    plan.apply(model)
+}
+
+/// What the network makes of one fixed input.
+fn output(model: &FluxTransformer) -> Vec<f32> {
+    let mut stream = Stream::new(1, "test", 0, 0);
+    let mut values = |shape: &[usize]| {
+        let values = stream.normals(shape.iter().product());
+        TensorData::new(values, shape)
+    };
+    let device = Device::flex();
+    let input = FluxInput {
+        img: Tensor::from_data(values(&[1, 16, 64]), &device),
+        txt: Tensor::from_data(values(&[1, 6, 40]), &device),
+        pooled: Tensor::from_data(values(&[1, 24]), &device),
+        sigma: vec![0.4],
+        guidance: vec![3.5],
+        positions: [text_positions(6), image_positions(8, 8)].concat(),
+    };
+    let output = model.forward(input).into_data();
+    output.try_into_vec().expect("f32")
+}
+
+/// The largest difference by the largest value.
+fn difference(a: &[f32], b: &[f32]) -> f32 {
+    let largest = |values: &mut dyn Iterator<Item = f32>| values.fold(0f32, |m, v| m.max(v.abs()));
+    largest(&mut a.iter().zip(b).map(|(a, b)| a - b)) / largest(&mut b.iter().copied())
+}
+
+#[test]
+fn factors_split_off_the_base_resume_exactly_and_are_exported_as_plain_loras() {
+    let untouched = output(&base());
+    for (init, splits) in [
+        ("pissa_niter_4", true),
+        ("pissa", true),
+        ("olora", true),
+        ("orthogonal", false),
+    ] {
+        let bench = Workbench::new();
+        let config = CONFIG
+            .replace(
+                "[lora]\n",
+                &format!("[lora]\ninit_lora_weights = \"{init}\"\n"),
+            )
+            .replace("steps = 40", "steps = 8");
+        bench
+            .write_config(&(config + "\n[export]\nformats = [\"comfyui\", \"kohya\", \"peft\"]\n"));
+        bench.train_ok("straight", "flex", &[]);
+        bench.copy_run("straight", "resumed", |name| {
+            name == "cache" || name == "metrics.jsonl" || name == "ckpt-0000000005"
+        });
+        bench.train_ok("resumed", "flex", &["--resume"]);
+        let expected = bench.result("straight");
+        bench.result("resumed").assert_same(&expected, init);
+
+        let saved = |step: &str| {
+            let path = bench.path(&format!("straight/ckpt-000000000{step}/lora.safetensors"));
+            AdapterFile::load(&path, "transformer.").expect("a checkpoint")
+        };
+        let mut modules = saved("8").into_modules().into_values();
+        assert!(modules.all(|module| module.as_lora().expect("LoRA").initial.is_some() == splits));
+        // The first step has a learning rate of a few 1e-4: the network is nearly the one it was split from.
+        let first = difference(&output(&with(saved("1"))), &untouched);
+        let trained = output(&with(saved("8")));
+        let last = difference(&trained, &untouched);
+        assert!(first < 0.2 * last && last > 1e-2, "{init}: {first} {last}");
+
+        let exported = |path: &Path| {
+            let set = read(path, &ModelShape::default()).expect("readable");
+            let (file, residuals) = set.to_adapter(Component::Transformer).expect("an adapter");
+            assert!(residuals.is_empty(), "{}", path.display());
+            output(&with(file))
+        };
+        for file in [
+            "lora.safetensors",
+            "lora-comfyui.safetensors",
+            "lora-kohya.safetensors",
+            "lora-peft",
+        ] {
+            let found = difference(
+                &exported(&bench.path(&format!("straight/{file}"))),
+                &trained,
+            );
+            assert!(found < 1e-5, "{init}: {file} is off by {found}");
         }
     }
 }

@@ -187,8 +187,9 @@ pub struct LoraSection {
     pub use_dora: bool,
     /// Probability in [0, 1) of dropping an input of the adapter. Default 0.
     pub lora_dropout: f64,
-    /// How A and B start: "gaussian", true (uniform A, zero B) or false (both random). LOHA and LOKR: true (no change at
-    /// first) or false. Default "gaussian", for LOHA and LOKR true.
+    /// How A and B start: "gaussian", true (uniform A, zero B), false (both random), "orthogonal", or as a part of the base
+    /// weight, which the update is then less: "pissa", "pissa_niter_N", "olora". LOHA and LOKR: true (no change at first) or
+    /// false. Default "gaussian", for LOHA and LOKR true.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_lora_weights: Option<InitLoraWeights>,
     /// LOKR: factor the outer matrix as well, where the rank is below half its longer side. Default false.
@@ -860,6 +861,14 @@ impl LoraSection {
             let problem = format!(
                 "continues low-rank factors, which `peft_type` {} has none of: remove it",
                 self.peft_type
+            );
+            return Err(("lora.init_from", problem));
+        }
+        if let Some(init) = self.init_lora_weights.filter(|init| init.splits_base())
+            && self.init_from.is_some()
+        {
+            let problem = format!(
+                "has factors of its own, which `lora.init_lora_weights` {init} would make anew: remove one of the two"
             );
             return Err(("lora.init_from", problem));
         }
