@@ -183,6 +183,86 @@ fn what_cannot_be_combined_is_refused() {
 }
 
 #[test]
+fn only_loras_of_linear_layers_are_combined() {
+    let folder = |case: &str| {
+        let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/peft");
+        AdapterFile::load_peft(&root.join(case)).expect(case)
+    };
+    let one = |case: &str, layer: &str| {
+        let module = folder(case).into_modules().remove(layer).expect(layer);
+        AdapterFile::new(BTreeMap::from([(layer.to_string(), module)]))
+    };
+    let combine = |file: &AdapterFile, with: usize| {
+        let both = [(file, 1.0), (file, 0.5)];
+        AdapterFile::combine(&both[..with], Combination::Cat)
+    };
+    assert!(combine(&one("lora", "body.blocks.0.fc"), 2).is_ok());
+    for (case, layer) in [
+        ("loha", "body.blocks.0.fc"),
+        ("lokr", "body.blocks.0.fc"),
+        ("dora", "body.blocks.0.fc"),
+        ("lora", "conv"),
+        ("lora", "embed"),
+    ] {
+        let file = one(case, layer);
+        for with in [1, 2] {
+            let error = combine(&file, with).expect_err("refused").to_string();
+            assert_eq!(
+                error,
+                format!(
+                    "`{layer}` is not a plain LoRA of a linear layer (LoHa, LoKr, DoRA, `lora_bias`, convolutions and embeddings cannot be combined); merge the adapters instead"
+                )
+            );
+        }
+    }
+    assert_eq!(
+        combine(&folder("saved"), 2)
+            .expect_err("refused")
+            .to_string(),
+        "`body.norm.bias` is trained in full, which cannot be combined; merge the adapters instead"
+    );
+    let plain = one("lora", "body.blocks.0.fc");
+    let weighted = |weight, rank| {
+        let adapters = [(&plain, 1.0), (&plain, weight)];
+        AdapterFile::combine(&adapters, Combination::Svd { rank })
+            .expect_err("refused")
+            .to_string()
+    };
+    assert_eq!(
+        weighted(f64::NAN, None),
+        "the weight of an adapter is NaN; it must be finite"
+    );
+    assert_eq!(
+        weighted(1.0, Some(0)),
+        "the rank of a combination must be at least 1"
+    );
+}
+
+#[test]
+fn a_lora_bias_has_nowhere_to_go_in_a_layer_without_bias() {
+    let device = Device::flex();
+    let layer = || {
+        let config = burn::nn::LinearConfig::new(4, 3).with_bias(false);
+        vec![config.init(&device)]
+    };
+    let config = LoraConfig {
+        r: 2,
+        lora_bias: true,
+        target_modules: Targets::Pattern("all-linear".into()),
+        ..LoraConfig::default()
+    };
+    let (model, source) = (layer(), AdapterSource::Fresh { seed: 1 });
+    let plan = Plan::new(&model, "default", Some(&config), source, ForwardPath::Fast);
+    let model = plan.expect("PEFT trains it too").apply(model);
+    for error in [merge(model.clone()).err(), safe_merge(&model).err()] {
+        assert_eq!(
+            error.expect("refused").to_string(),
+            "an adapter with `lora_bias` cannot be merged: the layer has no `0.bias`"
+        );
+    }
+}
+
+#[test]
 fn an_rslora_adapter_alone_combines_to_itself() {
     let (expected, device) = (Expected::new(), Device::flex());
     let config = LoraConfig {
