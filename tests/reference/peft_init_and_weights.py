@@ -1,6 +1,6 @@
 """What PEFT makes of adapters on a two-layer model: weighted combinations, merged weights, pissa and olora.
 
-torch 2.11.0, peft 0.19.1, seed 81. Writes ../fixtures/peft_combine; crates/lora-core/src/tests_peft.rs reads it.
+torch 2.11.0, peft 0.19.1, seed 81. Writes ../fixtures/peft_combine; crates/lora-core/src/tests_{peft,initial}.rs read it.
 Adapter files carry their configuration as `lora_adapter_metadata`, the rest is in expected.safetensors.
 """
 

@@ -96,4 +96,6 @@ mod test_model;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
+mod tests_initial;
+#[cfg(test)]
 mod tests_peft;
