@@ -53,6 +53,9 @@ shift = 1.5
 [checkpoint]
 every = 3
 keep = 2
+
+[export]
+formats = ["diffusers", "peft"]
 "#;
 
 /// A save after every step, and none deleted.
@@ -249,10 +252,12 @@ impl Rig {
     /// Compares a finished run with another; removes it.
     pub fn compare_with(&self, run: &Path, expected: &Bits) -> Result<Trial> {
         let differs = Bits::of(run)?.differs_from(expected);
-        for entry in fs::read_dir(run)? {
-            let name = entry?.file_name();
-            let name = name.to_string_lossy();
-            ensure!(!name.contains(".tmp"), "{name} is left in the finished run");
+        for folder in [run, &run.join("lora-peft")] {
+            for entry in fs::read_dir(folder)? {
+                let name = entry?.file_name();
+                let name = name.to_string_lossy();
+                ensure!(!name.contains(".tmp"), "{name} is left in the finished run");
+            }
         }
         fs::remove_dir_all(run)?;
         Ok(Trial::Ended(differs))
@@ -390,6 +395,7 @@ pub struct Bits {
     checkpoint_lora: Vec<u8>,
     optimizer: Vec<u8>,
     metrics: Vec<u8>,
+    peft: Vec<u8>,
 }
 
 impl Bits {
@@ -407,6 +413,7 @@ impl Bits {
             checkpoint_lora: read(last.join("lora.safetensors"))?,
             optimizer: read(last.join("optimizer.safetensors"))?,
             metrics: read(run.join("metrics.jsonl"))?,
+            peft: read(run.join("lora-peft/adapter_model.safetensors"))?,
         })
     }
 
@@ -416,6 +423,7 @@ impl Bits {
             ("optimizer.safetensors", self.optimizer == other.optimizer),
             ("the adapter", self.checkpoint_lora == other.checkpoint_lora),
             ("lora.safetensors", self.lora == other.lora),
+            ("lora-peft", self.peft == other.peft),
         ]
         .into_iter()
         .find_map(|(name, same)| (!same).then_some(name))

@@ -35,6 +35,7 @@
 //! | `linalg` | QR and SVD on the host |
 //! | `state`, `adapter_file` | adapter-only state; its safetensors file in PEFT's form |
 //! | `peft_folder` | the folder that PEFT saves and loads |
+//! | `replace` | a file is replaced whole or not at all |
 //! | `gradients`, `optimizer` | gradients and optimizer state by parameter path |
 //! | `recompute` | per-block recompute with the bits of plain autodiff |
 //! | `record` | the chain in which a run is restored |
@@ -64,6 +65,7 @@ mod peft_form;
 pub mod random;
 pub mod recompute;
 mod record;
+mod replace;
 mod selection;
 mod site;
 mod state;
@@ -86,6 +88,7 @@ pub use gradients::Gradients;
 pub use merge::{merge, safe_merge};
 pub use optimizer::{OptimizerScalars, OptimizerState, PathOptimizer};
 pub use record::{AdaptersRestored, OptimizerRestored, Training, TrainingRecord};
+pub use replace::replace_file;
 pub use site::WeightLayout;
 pub use state::{
     ParameterCount, adapter_state, count_parameters, host as host_tensor, trainable_parameters,

@@ -2,6 +2,7 @@
 //! `adapter_model.safetensors`, whose keys start with `base_model.model.`.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -9,6 +10,7 @@ use serde_json::{Map, Value};
 use crate::adapter_file::AdapterFile;
 use crate::error::LoraError;
 use crate::peft_form;
+use crate::replace::replace_file;
 use crate::strict_json::parse_json;
 use crate::tensor_file::{TensorFile, serialize};
 
@@ -42,7 +44,8 @@ impl AdapterFile {
         )
     }
 
-    /// Writes the folder `dir`, which is created if need be, with what [`to_plain`](Self::to_plain) gives.
+    /// Writes the folder `dir`, which is created if need be, with what [`to_plain`](Self::to_plain) gives; each file is
+    /// replaced whole or not at all.
     ///
     /// # Errors
     /// A file that cannot be written.
@@ -58,7 +61,8 @@ impl AdapterFile {
         let tensors = serialize(&plain.tensors(PREFIX), &metadata);
         for (name, bytes) in [(CONFIG, config), (TENSORS, tensors)] {
             let path = dir.join(name);
-            std::fs::write(&path, bytes).map_err(|source| io(&path, source))?;
+            replace_file(&path, |file| file.write_all(&bytes))
+                .map_err(|source| io(&path, source))?;
         }
         Ok(())
     }

@@ -266,6 +266,14 @@ impl RunDir {
                     },
                 };
                 scan.other.push(Rejected { path, reason });
+            } else if name == "lora-peft" && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                // The one thing here that is written file by file.
+                let files = list(&path)?.into_iter().filter(|file| {
+                    let name = file.file_name();
+                    let name = name.to_string_lossy();
+                    name.starts_with("adapter_") && name.contains(".tmp-")
+                });
+                scan.stale.extend(files.map(|file| file.path()));
             }
         }
         // `ckpt-N` sorts before `ckpt-N.old-*`, so among equal steps the one in place comes first.
@@ -1006,6 +1014,11 @@ mod tests {
         fs::write(run.join("LATEST.tmp-1-0"), b"ckpt").unwrap();
         fs::write(run.join("metrics.jsonl.tmp-1-0"), b"{").unwrap();
         fs::write(run.join("notes.tmp-1-0"), b"not ours").unwrap();
+        fs::create_dir(run.join("lora-peft")).unwrap();
+        let peft = |name: &str| run.join("lora-peft").join(name);
+        fs::write(peft("adapter_model.safetensors.tmp-1"), b"half").unwrap();
+        fs::write(peft("adapter_config.json"), b"whole").unwrap();
+        fs::write(peft("notes.tmp-1"), b"not ours").unwrap();
         lock.remove_stale(&quick_fs()).unwrap();
         let mut left: Vec<_> = list(run)
             .unwrap()
@@ -1015,8 +1028,16 @@ mod tests {
         left.sort();
         assert_eq!(
             left,
-            ["LATEST", "ckpt-0000000010", "notes.tmp-1-0", "run.lock"]
+            [
+                "LATEST",
+                "ckpt-0000000010",
+                "lora-peft",
+                "notes.tmp-1-0",
+                "run.lock"
+            ]
         );
+        assert!(!peft("adapter_model.safetensors.tmp-1").exists());
+        assert!(peft("adapter_config.json").exists() && peft("notes.tmp-1").exists());
         assert_eq!(newest(lock.run()), ((10, 1), vec![]));
     }
 

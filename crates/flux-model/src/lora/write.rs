@@ -17,9 +17,9 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use lora_core::METADATA_KEY;
 use lora_core::host::{Dtype, HostTensor};
 use lora_core::tensor_file::write_streaming;
+use lora_core::{METADATA_KEY, replace_file};
 use serde_json::{Map, Value, json};
 
 use super::emit::{Emitted, Output, Style, fused};
@@ -468,27 +468,13 @@ fn convert(output: &Output, dtype: Dtype) -> Result<HostTensor, LoraFormatError>
     Ok(tensor)
 }
 
-/// Writes a file beside its place, then renames it.
+/// Replaces the file at `path` whole or not at all.
 fn replace(
     path: &Path,
     write: impl FnOnce(&mut File) -> Result<(), Failure>,
 ) -> Result<(), LoraFormatError> {
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".tmp-{}", std::process::id()));
-    let beside = path.with_file_name(name);
-    let outcome = File::create(&beside)
-        .map_err(Failure::Io)
-        .and_then(|mut file| {
-            write(&mut file)?;
-            file.sync_all()?;
-            Ok(())
-        });
-    let outcome = outcome.and_then(|()| fs::rename(&beside, path).map_err(Failure::Io));
-    outcome.map_err(|failure| {
-        let _ = fs::remove_file(&beside); // the reason it failed matters more
-        match failure {
-            Failure::Io(source) => LoraFormatError::io(path)(source),
-            Failure::Format(error) => error,
-        }
+    replace_file(path, write).map_err(|failure| match failure {
+        Failure::Io(source) => LoraFormatError::io(path)(source),
+        Failure::Format(error) => error,
     })
 }
