@@ -222,5 +222,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             .expect("encode in memory");
         seeds.push(("image", bytes.into_inner()));
     }
+    let split =
+        r#"{"r": 1, "lora_alpha": 1, "init_lora_weights": "pissa", "target_modules": ["to_q"]}"#;
+    seeds.push(("adapter_config", chosen(3, split)));
     seeds
 }

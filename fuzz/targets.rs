@@ -192,7 +192,8 @@ fn lora_keys(folder: &Path, data: &[u8]) {
     }
 }
 
-/// `adapter_config.json` of a PEFT folder, or the same in the header of a diffusers file.
+/// `adapter_config.json` of a PEFT folder, the same in the header of a diffusers file, or our own entry of a header, which says
+/// where to cut factors that were split off the base weight.
 fn adapter_config(folder: &Path, data: &[u8]) {
     let (kind, text) = choose(data);
     let module = "transformer_blocks.0.attn.to_q";
@@ -212,7 +213,11 @@ fn adapter_config(folder: &Path, data: &[u8]) {
             assert_eq!(set.len(), 1);
         }
     } else if let Ok(text) = std::str::from_utf8(text) {
-        let metadata = BTreeMap::from([(lora_core::METADATA_KEY.to_string(), text.to_string())]);
+        let key = match kind % 4 {
+            1 => lora_core::METADATA_KEY,
+            _ => "lora_core_split_adapter",
+        };
+        let metadata = BTreeMap::from([(key.to_string(), text.to_string())]);
         let bytes = file("transformer.", &metadata);
         let path = folder.join("x.safetensors");
         put(&path, &bytes);

@@ -119,8 +119,7 @@ fn factors(
         dropout: 0.0,
     };
     let (inputs, outputs) = (weight.shape[0], weight.shape[1]);
-    let transposed = Matrix::new(inputs, outputs, weight.to_f64());
-    let weight = transposed.transposed(); // [out, in]
+    let weight = Matrix::new(inputs, outputs, weight.to_f64()); // PEFT's is its transpose
     let (a, b) = match method {
         InitLoraWeights::PissaNiter(n) => {
             let mut stream = Stream::new(seed, "init_pissa", 0, name_hash(layer));
@@ -128,8 +127,8 @@ fn factors(
         }
         InitLoraWeights::Pissa => roots(Svd::complete(&weight), &spec),
         _ => {
-            let (q, _) = qr(&transposed.top(rank).transposed()); // R of the whole weight begins with qᵀ W
-            (q.transposed().times(&weight), q)
+            let (q, _) = qr(&weight.top(rank).transposed()); // R of PEFT's weight begins with qᵀ times it
+            (weight.times(&q).transposed(), q)
         }
     };
     Ok(Initial {
@@ -139,13 +138,13 @@ fn factors(
     })
 }
 
-/// `A = √(S / scale) Vᵀ`, `B = U √(S / scale)` of the largest singular values.
+/// The largest triplets of a weight `[in, out]`, each of the two sides with the root of `S / scale`.
 fn roots(svd: Svd, spec: &AdapterSpec) -> (Matrix, Matrix) {
     let largest = svd.s[..spec.rank].iter();
     let roots: Vec<f64> = largest.map(|s| (s / spec.scale()).sqrt()).collect();
     (
-        svd.v.top(spec.rank).scale_rows(&roots),
-        svd.u.top(spec.rank).scale_rows(&roots).transposed(),
+        svd.u.top(spec.rank).scale_rows(&roots),
+        svd.v.top(spec.rank).scale_rows(&roots).transposed(),
     )
 }
 

@@ -174,6 +174,8 @@ fn a_split_adapter_trains_resumes_in_the_same_bits_and_leaves_the_base_alone() {
                 trainable_parameters(&start).len(),
                 if use_dora { 6 } else { 4 }
             );
+            let chosen = set_adapters(start.clone(), &[("default", 1.0)]).expect("attached");
+            assert_eq!(trainable_parameters(&chosen), trainable_parameters(&start));
             let mut optimizer = PathOptimizer::new(adamw());
             let straight = train(start.clone(), &mut optimizer, 6);
 
