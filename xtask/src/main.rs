@@ -200,7 +200,22 @@ fn test(args: &[String]) -> Result {
     step(
         "tests",
         cargo().arg("test").args(common).arg("--no-fail-fast"),
-    )
+    )?;
+    // These check themselves.
+    let examples = release_folder().join("examples");
+    ["resume", "other_model"].into_iter().try_for_each(|name| {
+        step(
+            &format!("example {name}"),
+            &mut Command::new(examples.join(name)),
+        )
+    })
+}
+
+/// Where cargo puts what it builds for release.
+fn release_folder() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| PathBuf::from("target"), PathBuf::from)
+        .join("release")
 }
 
 /// Attacks the release build, and first the same with known faults; needs strace, and faketime for one row.
@@ -223,9 +238,7 @@ fn faults(args: &[String]) -> Result {
                 .args(targets),
         )
     };
-    let target = env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| PathBuf::from("target"), PathBuf::from)
-        .join("release");
+    let target = release_folder();
     let (program, canary) = (target.join("flux-lora"), target.join("flux-lora-canary"));
     build(
         "build the program with known faults",
