@@ -23,7 +23,7 @@ use burn::tensor::{Device, Int, Tensor};
 use flux_lora_examples::{fresh_run, root};
 use lora_core::{
     AdapterFile, AdapterSource, ForwardPath, Gradients, LoraConfig, OptimizerState, PathOptimizer,
-    Plan, Targets, Training, TrainingRecord, count_parameters, detach, merge, set_adapters,
+    Plan, Training, TrainingRecord, count_parameters, detach, merge, set_adapters,
 };
 
 use crops::{Batch, Film, PATCH_VALUES, PATCHES, PHOTOS, Photographs, Split};
@@ -89,11 +89,12 @@ fn pretrain(mut model: Classifier, data: &Photographs, device: &Device) -> Resul
 type Run = Training<Classifier, AdamW, u64>;
 
 fn lora_config() -> LoraConfig {
-    let layers = ["patch", "query", "value", "linear_inner", "linear_outer"]; // endings of paths, as in PEFT
+    // Endings of paths, as in PEFT; `"all-linear".into()` would be all of them.
+    let layers = ["patch", "query", "value", "linear_inner", "linear_outer"];
     LoraConfig {
         r: 8,
         lora_alpha: 16.0,
-        target_modules: Targets::List(layers.map(String::from).into()),
+        target_modules: layers.into(),
         ..LoraConfig::default()
     }
 }

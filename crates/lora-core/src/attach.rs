@@ -166,7 +166,8 @@ impl Plan {
             .map(|path| path.strip_suffix(".weight").unwrap_or(path))
     }
 
-    /// Attaches. Base weights stop requiring gradients; other adapters stay as they are.
+    /// Attaches: the new adapter is active, with weight 1, and trained. Base weights stop requiring gradients; other adapters
+    /// stay as they are, active ones too.
     pub fn apply<M: Module>(self, model: M) -> M {
         let model = model.apply_reparameterization(&self);
         if self.occupied.is_empty() {

@@ -89,7 +89,7 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
-    /// Rank, alpha and the switches of the layer at `path`, by the patterns.
+    /// Rank and alpha of the layer at `path`, by the patterns.
     ///
     /// # Errors
     /// A pattern that is not a regular expression.
@@ -314,6 +314,18 @@ pub enum Targets {
     Pattern(String),
     /// A layer matches if its path equals an entry or ends with `.entry`.
     List(Vec<String>),
+}
+
+impl From<&str> for Targets {
+    fn from(pattern: &str) -> Self {
+        Self::Pattern(pattern.into())
+    }
+}
+
+impl<const N: usize> From<[&str; N]> for Targets {
+    fn from(entries: [&str; N]) -> Self {
+        Self::List(entries.map(String::from).into())
+    }
 }
 
 impl Targets {

@@ -126,8 +126,13 @@ fn replacements<M: Module>(
 /// A weight scales what an adapter adds; parameters that it trains in full it replaces, whatever the weight.
 ///
 /// # Errors
-/// A name that is not attached; two adapters that train the same parameter in full.
+/// A name that is not attached; a weight that is not finite; two adapters that train the same parameter in full.
 pub fn set_adapters<M: Module>(model: M, weights: &[(&str, f64)]) -> Result<M, LoraError> {
+    if let Some((name, weight)) = weights.iter().find(|(_, weight)| !weight.is_finite()) {
+        return Err(LoraError::Config(format!(
+            "the weight of adapter `{name}` is {weight}; it must be finite"
+        )));
+    }
     let attached = adapter_names(&model);
     if let Some((name, _)) = weights
         .iter()

@@ -17,13 +17,13 @@ use crate::config::{InitLoraWeights, PeftType};
 use crate::host::HostTensor;
 
 /// Name of the down projection, `[r, in]`.
-pub const LORA_A: &str = "lora_A";
+pub(crate) const LORA_A: &str = "lora_A";
 /// Name of the up projection, `[out, r]`.
-pub const LORA_B: &str = "lora_B";
+pub(crate) const LORA_B: &str = "lora_B";
 /// Name of the DoRA magnitude, `[out]`.
-pub const MAGNITUDE: &str = "lora_magnitude_vector";
+pub(crate) const MAGNITUDE: &str = "lora_magnitude_vector";
 /// Name of the bias of the up projection, `[out]`.
-pub const LORA_BIAS: &str = "lora_B_bias";
+pub(crate) const LORA_BIAS: &str = "lora_B_bias";
 /// Name of the down projection that a LoRA started from, `[r, in]`.
 pub(crate) const INITIAL_A: &str = "initial_A";
 /// Name of the up projection that a LoRA started from, `[out, r]`.

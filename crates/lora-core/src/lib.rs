@@ -82,14 +82,13 @@ pub use config::{
 pub use dropout::DropoutScope;
 pub use edit::{adapter_names, delete_adapter, detach, set_adapters};
 pub use error::LoraError;
-pub use factors::{Factors, Initial, LORA_A, LORA_B, LORA_BIAS, LoraFactors, MAGNITUDE, Side};
+pub use factors::{Factors, Initial, LoraFactors, Side};
 pub use forward::linear;
 pub use gradients::Gradients;
 pub use merge::{merge, safe_merge};
 pub use optimizer::{OptimizerScalars, OptimizerState, PathOptimizer};
 pub use record::{AdaptersRestored, OptimizerRestored, Training, TrainingRecord};
 pub use replace::replace_file;
-pub use site::WeightLayout;
 pub use state::{
     ParameterCount, adapter_state, count_parameters, host as host_tensor, trainable_parameters,
 };

@@ -4,7 +4,7 @@ use crate::factors::{LORA_A, LORA_B, MAGNITUDE};
 
 /// How a weight lies in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WeightLayout {
+pub(crate) enum WeightLayout {
     /// `[in, out]`: Burn's `Linear`.
     InOut,
     /// `[out, in, kernel...]`: Burn's convolutions. Of a grouped convolution, `in` are the inputs of one group.

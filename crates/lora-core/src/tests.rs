@@ -192,6 +192,11 @@ fn adapters_are_chosen_weighted_and_deleted_by_name() {
         values(set(&both, &[("a", 0.5)]).fast(x())),
         values(only("a", 1).fast(x()))
     );
+    let error = set_adapters(both.clone(), &[("a", f64::NAN)]).expect_err("not a number");
+    assert_eq!(
+        error.to_string(),
+        "the weight of adapter `a` is NaN; it must be finite"
+    );
     let left = delete_adapter(both.clone(), "b").expect("attached");
     assert_eq!(values(left.fast(x())), values(only("a", 1).fast(x())));
     let error = delete_adapter(left, "b").expect_err("gone").to_string();
