@@ -1,27 +1,6 @@
-//! LoRA for any [Burn](https://burn.dev) model: PEFT's configuration and files, adapter-only state, exact resume.
+#![doc = include_str!("../README.md")]
 //!
-//! An adapter (Hu et al. 2021, arXiv:2106.09685) sits on the parameter itself, through Burn's reparameterization, so no
-//! model has to be edited to carry one. There `Param::val()` gives the dense `W + scale * B A`, right everywhere; a model
-//! that computes its layers with [`linear`] gets `x W + b + scale * (x Aᵀ) Bᵀ` instead, without the dense sum and without
-//! a gradient for `W`.
-//!
-//! ```
-//! use burn::nn::LinearConfig;
-//! use burn::tensor::Device;
-//! use lora_core::{AdapterFile, AdapterSource, ForwardPath, LoraConfig, Plan, Targets};
-//!
-//! # fn main() -> Result<(), lora_core::LoraError> {
-//! let device = Device::flex().autodiff();
-//! let model = vec![LinearConfig::new(16, 32).init(&device), LinearConfig::new(32, 4).init(&device)]; // any module
-//! let config = LoraConfig { r: 4, target_modules: Targets::Pattern("all-linear".into()), ..LoraConfig::default() };
-//! let source = AdapterSource::Fresh { seed: 42 };
-//! let model = Plan::new(&model, "default", Some(&config), source, ForwardPath::Dense)?.apply(model);
-//! // ... train `model` as any Burn model: only the adapter has gradients ...
-//! let file = AdapterFile::from_model(&model, "default", Some(&config))?.to_bytes("");
-//! # assert!(AdapterFile::from_bytes("adapter.safetensors".as_ref(), file, "").is_ok());
-//! # Ok(())
-//! # }
-//! ```
+//! ## Files
 //!
 //! | file | idea |
 //! |---|---|
@@ -76,9 +55,7 @@ pub use adapter::{Adapter, AdapterSpec, Lora};
 pub use adapter_file::{AdapterFile, METADATA_KEY, ModuleAdapter};
 pub use attach::{AdapterSource, DEFAULT_ADAPTER, ForwardPath, Plan};
 pub use combine::{Combination, add_weighted_adapter};
-pub use config::{
-    InitLoraWeights, LoraConfig, Matcher, OneOrMany, Patterns, PeftType, Targets, TrainBias,
-};
+pub use config::{InitLoraWeights, LoraConfig, OneOrMany, Patterns, PeftType, Targets, TrainBias};
 pub use dropout::DropoutScope;
 pub use edit::{adapter_names, delete_adapter, detach, set_adapters};
 pub use error::LoraError;
