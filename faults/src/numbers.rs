@@ -31,8 +31,22 @@ pub fn nan(rig: &Rig, tally: &mut Tally) -> Result<()> {
             tally.count(format!("learning rate {rate} after {steps:?}"), trial);
         }
     }
-    tally.expect(15);
-    tally.note = "9 poisoned base models and checkpoints, 6 diverging runs".into();
+    // Finite in all they do: only the size of the loss tells, or that nothing is learned any more.
+    let explodes = [
+        "lora.target_modules=\"all-linear\"",
+        "optimizer.learning_rate=1",
+    ];
+    tally.count(
+        "a loss that explodes",
+        guarded(rig, &explodes, "has diverged"),
+    );
+    let collapses = ["optimizer.learning_rate=1e3"];
+    tally.count(
+        "a run that collapses",
+        guarded(rig, &collapses, "has collapsed"),
+    );
+    tally.expect(17);
+    tally.note = "9 poisoned base models and checkpoints, 6 runs of which nothing was saved, 2 that only the guard stops".into();
     Ok(())
 }
 
@@ -86,7 +100,7 @@ fn poison_last(path: &Path, poison: f32) -> Result<()> {
     Ok(())
 }
 
-/// Must stop, naming step and samples; what is saved is finite, and the run goes on from before the mistake.
+/// Must stop, naming step and samples; nothing of it is saved, and the run goes on from before the mistake.
 fn diverging(rig: &Rig, rate: &str, steps: &[u64]) -> Result<Trial> {
     let run = match steps {
         [] => rig.fresh("run"),
@@ -97,7 +111,9 @@ fn diverging(rig: &Rig, rate: &str, steps: &[u64]) -> Result<Trial> {
     let ended = rig.run(rig.train(&run, &args))?;
     ended.refused(&["at step ", ".png", "the last checkpoint is untouched"])?;
     only_finite(rig, &run)?;
-    rig.newest_step(&run)?;
+    // Warm-up: the first step of a run has learning rate 0.
+    let (newest, good) = (rig.newest_step(&run)?, steps.first().unwrap_or(&1));
+    ensure!(newest == Some(*good), "the newest checkpoint is {newest:?}");
     let [step] = steps else {
         return Ok(Trial::Survived);
     };
@@ -105,6 +121,25 @@ fn diverging(rig: &Rig, rate: &str, steps: &[u64]) -> Result<Trial> {
     rig.run(rig.train(&run, &["--resume", &back.display().to_string()]))?
         .ok()?;
     rig.compare(&run)
+}
+
+/// Must be stopped by the guard, and go on without it.
+fn guarded(rig: &Rig, settings: &[&str], says: &str) -> Result<Trial> {
+    let common = ["train.steps=8", "checkpoint.every=8", "checkpoint.keep=2"];
+    let args = |more: &[&'static str]| -> Vec<String> {
+        let all = settings.iter().chain(&common).chain(more);
+        all.map(|set| format!("--set={set}")).collect()
+    };
+    let train = |more: &[&'static str]| {
+        let (run, args) = (rig.fresh("run"), args(more));
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        (rig.run(rig.train(&run, &args)), run)
+    };
+    let (ended, run) = train(&[]);
+    ended?.refused(&[says, "optimizer.learning_rate", "at step ", ".png"])?;
+    ensure!(checkpoints(&run)?.is_empty(), "it was saved");
+    train(&["train.divergence_factor=none"]).0?.ok()?;
+    Ok(Trial::Survived)
 }
 
 /// Every checkpoint is whole and holds numbers only.

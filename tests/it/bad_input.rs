@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::{Command, Output};
 
-use flux_lora_tests::{Workbench, copy, program, root};
+use flux_lora_tests::{Workbench, checkpoints, copy, program, root};
 
 const FEW: [&str; 4] = [
     "--set",
@@ -25,8 +25,8 @@ fn error(out: &Output, code: i32) -> String {
     lines[0].to_string()
 }
 
-fn assert_says(message: &str, parts: &[&str]) {
-    for part in parts {
+fn assert_says(message: &str, parts: &[impl AsRef<str>]) {
+    for part in parts.iter().map(AsRef::as_ref) {
         assert!(message.contains(part), "`{part}` is not in: {message}");
     }
 }
@@ -186,33 +186,73 @@ fn what_would_break_exactness_is_refused_with_the_flag_that_accepts_it() {
     let message = error(&resume(&[]), 1);
     assert_says(&message, &["0.png", "--adopt-data"]);
 
+    // Accepted, each is an event.
     let more = [
         "--resume",
         "--adopt-data",
-        "--set",
-        "train.steps=6",
-        "--set",
-        "lr_scheduler.warmup_steps=1",
-        "--set",
-        "optimizer.learning_rate=0.001",
+        "--adopt-config",
+        "--set=train.steps=6",
+        "--set=lr_scheduler.warmup_steps=1",
+        "--set=optimizer.learning_rate=0.001",
+        "--set=checkpoint.every=2",
+        "--set=train.batch_size=1",
     ];
     bench.train_ok("run", "flex", &more);
+    let events = [
+        "`checkpoint.every` was 1 and is now 2",
+        "`optimizer.learning_rate` was 0.002 and is now 0.001",
+        "`train.batch_size` was 2 and is now 1",
+        "`train.steps` was 4 and is now 6",
+        "data changed: changed caption of 0.png",
+    ];
+    let state = fs::read(bench.path("run/ckpt-0000000006/state.json")).unwrap();
+    let state: serde_json::Value = serde_json::from_slice(&state).unwrap();
+    let stored = state["events"].as_array().unwrap().iter();
+    let stored: Vec<_> = stored
+        .map(|event| (event["step"].as_u64(), event["what"].as_str().unwrap()))
+        .collect();
+    assert_eq!(stored, events.map(|event| (Some(4), event)));
     let inspect = Command::new(program())
         .arg("inspect")
         .arg(bench.path("run"))
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&inspect.stdout);
+    assert_says(&text, &["step:         6 of 6"]);
     assert_says(
         &text,
+        &events.map(|event| format!("event:        after step 4: {event}")),
+    );
+}
+
+#[test]
+fn a_run_that_diverges_is_stopped_and_not_saved() {
+    let bench = Workbench::new();
+    let explodes = [
+        &FEW[..],
+        &["--set", "lora.target_modules=[\"proj_out\"]"],
+        &["--set", "optimizer.learning_rate=1e3"],
+    ]
+    .concat();
+    let message = error(&bench.train("run", "flex", &explodes), 1);
+    assert_says(
+        &message,
         &[
-            "step:         6 of 6",
-            "event:",
-            "`train.steps` was 4 and is now 6",
-            "data changed",
-            "optimizer.learning_rate",
+            "the run has diverged",
+            "`train.divergence_factor` allows 10 times the ",
+            "after the update at step 2, for ",
+            ".png (sigma ",
         ],
     );
+    // Warm-up: the first step has learning rate 0.
+    assert_eq!(checkpoints(&bench.path("run")), ["ckpt-0000000001"]);
+
+    let collapses = ["--resume", "--set", "optimizer.learning_rate=1e4"];
+    let message = error(&bench.train("other", "flex", &collapses), 1);
+    assert_says(&message, &["every gradient is 0", "at step ", ".png"]);
+    let off = [&collapses[..], &["--set", "train.divergence_factor=none"]].concat();
+    let message = error(&bench.train("other", "flex", &off), 1);
+    assert_says(&message, &["the loss is NaN after the update at step "]);
 }
 
 #[test]

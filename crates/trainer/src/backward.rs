@@ -47,6 +47,11 @@ pub fn loss_and_gradients(
     }
 }
 
+/// The loss alone, of a model without autodiff.
+pub fn loss_of(model: &FluxTransformer, batch: MicroBatch) -> f32 {
+    loss(model.forward(batch.input), batch.target, &batch.weights).into_scalar()
+}
+
 /// Mean over the batch of the weighted squared error of each sample.
 fn loss(velocity: Tensor<3>, target: Tensor<3>, weights: &[f32]) -> Tensor<1> {
     let [batch, tokens, channels] = target.dims();
@@ -165,4 +170,22 @@ fn stem_is_trainable<M: Module>(model: &M) -> bool {
             .iter()
             .any(|stem| path.starts_with(stem))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+    use crate::loss::loss_of_zero;
+
+    #[test]
+    fn the_loss_of_zero_is_the_loss_of_a_network_that_predicts_it() {
+        let target: Vec<f32> = (0..24).map(|i| (i as f32 * 0.7).sin() * 3.0).collect();
+        let weights = [0.5, 2.0];
+        let tensor = Tensor::from_data(TensorData::new(target.clone(), [2, 3, 4]), &Device::flex());
+        let found = loss(tensor.zeros_like(), tensor, &weights).into_scalar::<f32>();
+        let expected = loss_of_zero(&target, &weights);
+        assert!((f64::from(found) - expected).abs() < 1e-6 * expected);
+    }
 }

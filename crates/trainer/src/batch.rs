@@ -16,7 +16,7 @@ use lora_core::random::Stream;
 use crate::backward::MicroBatch;
 use crate::cache::Cache;
 use crate::config::RunConfig;
-use crate::loss::{draw_sigma, loss_weight};
+use crate::loss::{draw_sigma, loss_of_zero, loss_weight};
 
 /// The order in which samples are seen.
 #[derive(Debug)]
@@ -100,6 +100,8 @@ pub struct Drawn {
     pub samples: Vec<usize>,
     /// Their noise levels.
     pub sigmas: Vec<f32>,
+    /// See [`loss_of_zero`].
+    pub loss_of_zero: f64,
 }
 
 impl Data<'_> {
@@ -192,10 +194,11 @@ impl Data<'_> {
             guidance: vec![config.train.guidance as f32; batch],
             positions,
         };
-        let weights = sigmas
+        let weights: Vec<f32> = sigmas
             .iter()
             .map(|&sigma| loss_weight(config.train.loss_weighting, sigma))
             .collect();
+        let loss_of_zero = loss_of_zero(&target, &weights);
         Ok(Drawn {
             batch: MicroBatch {
                 input,
@@ -204,6 +207,7 @@ impl Data<'_> {
             },
             samples,
             sigmas,
+            loss_of_zero,
         })
     }
 }

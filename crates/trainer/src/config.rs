@@ -34,7 +34,7 @@ const MAX_SEQUENCE_LENGTH: usize = 512;
 ///
 /// Steps already taken keep their meaning. Any other change would silently make the resumed run differ from one that was
 /// never stopped.
-const MAY_CHANGE_ON_RESUME: [&str; 11] = [
+const MAY_CHANGE_ON_RESUME: [&str; 12] = [
     // Where things are; what they hold is compared by digest.
     "model.path",
     "model.transformer",
@@ -42,6 +42,8 @@ const MAY_CHANGE_ON_RESUME: [&str; 11] = [
     "dataset.path",
     // Another way to the same bits.
     "train.recompute",
+    // Stops a run, and changes none.
+    "train.divergence_factor",
     "train.steps",
     "optimizer.learning_rate",
     "lr_scheduler.",
@@ -387,6 +389,11 @@ pub struct TrainSection {
     /// Keep only each block's input and compute its activations again in the backward pass: less memory, more time.
     /// Default true.
     pub recompute: bool,
+    /// The run is stopped as diverged when a loss exceeds this many times the loss of predicting 0 for the same samples, or
+    /// every gradient is 0; "none" stops only where a number is not finite. An update about to be saved is tried on its last
+    /// micro-batch first, which costs one forward pass a save. Default 10.
+    #[serde(with = "number_or_none")]
+    pub divergence_factor: Option<f64>,
 }
 
 impl Default for TrainSection {
@@ -405,6 +412,7 @@ impl Default for TrainSection {
             shift: TimestepShift::default(),
             loss_weighting: LossWeighting::default(),
             recompute: true,
+            divergence_factor: Some(10.0),
         }
     }
 }
@@ -938,6 +946,13 @@ impl TrainSection {
         if let TimestepShift::Constant(shift) = self.shift {
             Rule("above 0, or \"flux\"", ABOVE_0.1).check("train.shift", shift)?;
         }
+        if let Some(factor) = self.divergence_factor {
+            let rule = Rule(
+                "above 1, or \"none\" to go on whatever the loss",
+                |factor| factor > 1.0 && factor.is_finite(),
+            );
+            rule.check("train.divergence_factor", factor)?;
+        }
         Ok(())
     }
 }
@@ -1468,6 +1483,7 @@ sigmoid_scale = 2.0
 shift = "flux"
 loss_weighting = "sigma_sqrt"
 recompute = false
+divergence_factor = "none"
 
 [checkpoint]
 every = 5
@@ -1827,6 +1843,7 @@ train.logit_std = 0 -> must be above 0, found 0
 train.mode_scale = 2 -> must be between -1 and 1.75, found 2
 train.sigmoid_scale = 0 -> must be above 0, found 0
 train.shift = 0 -> must be above 0, or "flux", found 0
+train.divergence_factor = 1 -> must be above 1, or "none" to go on whatever the loss, found 1
 checkpoint.every = 0 -> must be at least 1, found 0
 checkpoint.keep = 1 -> must be at least 2, so that one is left when the newest is damaged, found 1
 sample.prompts = [] -> required, but not given: list at least one prompt

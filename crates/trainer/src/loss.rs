@@ -21,6 +21,18 @@ pub fn loss_weight(weighting: LossWeighting, sigma: f32) -> f32 {
     }
 }
 
+/// The loss of a network that predicts 0 everywhere: the scale that losses of these samples are measured by.
+///
+/// `target` holds the samples of a batch one after the other, `weights` a weight for each.
+pub fn loss_of_zero(target: &[f32], weights: &[f32]) -> f64 {
+    let squares = target.chunks(target.len() / weights.len()).zip(weights);
+    let squares = squares.map(|(target, &weight)| {
+        let sum: f64 = target.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+        f64::from(weight) * sum
+    });
+    squares.sum::<f64>() / target.len() as f64
+}
+
 /// The scheme's density in `(0, 1)` from one raw draw: a standard normal for `logit_normal` and `sigmoid`, uniform for the
 /// others.
 pub fn density(train: &TrainSection, raw: f64) -> f64 {

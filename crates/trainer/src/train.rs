@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
+use burn::module::Module;
 use burn::optim::{AdamW, AdamWConfig};
 use flux_model::lora::{Component, LoraFormat, LoraSet, ModelShape, WriteOptions, write};
 use flux_model::pipeline::PipelineFolder;
@@ -18,8 +19,8 @@ use serde::Serialize;
 use tracing::{info, warn};
 
 use crate::adapters;
-use crate::backward::loss_and_gradients;
-use crate::batch::{Data, Order};
+use crate::backward::{loss_and_gradients, loss_of};
+use crate::batch::{Data, Drawn, Order};
 use crate::cache::{Cache, FileDigests};
 use crate::checkpoint::{
     Event, FluxTraining, Opened, Progress, Snapshot, State, manifest_fields, restore,
@@ -213,6 +214,7 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
                 .step
                 .is_multiple_of(config.checkpoint.every)
         {
+            check_update(&training, config, &data, &names, &device)?;
             saver.save(&training)?;
         }
         previews.render_if_due(&training, &report, &device)?;
@@ -239,10 +241,12 @@ fn step(
     let step = training.progress.step;
     let accumulation = config.train.gradient_accumulation_steps;
     let first = step * accumulation as u64;
+    let guard = config.train.divergence_factor;
     let mut gradients = Gradients::default();
     let (mut loss, mut drawn_from) = (0.0, Vec::new());
     for micro_step in first..first + accumulation as u64 {
         let drawn = data.draw(config, micro_step, &device.device)?;
+        drawn_from.extend(describe(&drawn, names));
         let scope = DropoutScope::enter(config.train.seed, micro_step);
         let (micro_loss, micro_gradients) = loss_and_gradients(
             &training.model,
@@ -251,17 +255,11 @@ fn step(
             config.train.recompute,
         );
         scope.finish()?;
-        let described = drawn
-            .samples
-            .iter()
-            .zip(&drawn.sigmas)
-            .map(|(&s, sigma)| format!("{} (sigma {sigma})", names[s]));
-        drawn_from.extend(described);
         #[cfg(feature = "canary")]
         let micro_loss = crate::canary::poison("loss", step + 1).map_or(micro_loss, |v| v as f32);
-        if !micro_loss.is_finite() {
+        if let Some(fault) = fault_of(micro_loss, drawn.loss_of_zero, guard) {
             bail!(
-                "the loss is {micro_loss} at step {}, for {}; the last checkpoint is untouched",
+                "{fault} at step {}, for {}; the last checkpoint is untouched",
                 step + 1,
                 drawn_from.join(", ")
             );
@@ -282,6 +280,12 @@ fn step(
         None => gradients,
     };
     let grad_norm = gradients.norm().with_context(place)?;
+    if grad_norm == 0.0 && guard.is_some() {
+        bail!(
+            "the run has collapsed (every gradient is 0, so nothing is learned; a lower `optimizer.learning_rate` may help) {}",
+            place()
+        );
+    }
     let gradients = match config.optimizer.max_grad_norm {
         Some(max_norm) => gradients.clip(grad_norm, max_norm),
         None => gradients,
@@ -311,6 +315,53 @@ fn step(
         grad_norm,
         lr,
     })
+}
+
+/// The samples of a micro-batch, for people.
+fn describe(drawn: &Drawn, names: &[&str]) -> Vec<String> {
+    let samples = drawn.samples.iter().zip(&drawn.sigmas);
+    samples
+        .map(|(&sample, sigma)| format!("{} (sigma {sigma})", names[sample]))
+        .collect()
+}
+
+/// What is wrong with a loss, if anything: it is no number, or more than `factor` times the loss of predicting 0.
+///
+/// That loss is of the same samples and noise, so the verdict depends on nothing that came before: a resumed run stops
+/// where the uninterrupted one would.
+fn fault_of(loss: f32, loss_of_zero: f64, factor: Option<f64>) -> Option<String> {
+    if !loss.is_finite() {
+        return Some(format!("the loss is {loss}"));
+    }
+    let factor = factor?;
+    (f64::from(loss) > factor * loss_of_zero).then(|| {
+        format!(
+            "the run has diverged (the loss is {loss}; `train.divergence_factor` allows {factor} times the {loss_of_zero:.3} of predicting 0; a lower `optimizer.learning_rate` may help)"
+        )
+    })
+}
+
+/// Tries an update that is about to be saved on the last micro-batch it was made from: one too large shows in a loss, and
+/// that of the next step would come after the save.
+fn check_update(
+    training: &FluxTraining,
+    config: &RunConfig,
+    data: &Data<'_>,
+    names: &[&str],
+    device: &NamedDevice,
+) -> anyhow::Result<()> {
+    let step = training.progress.step;
+    let last = step * config.train.gradient_accumulation_steps as u64 - 1;
+    let drawn = data.draw(config, last, &device.device)?;
+    let drawn_from = describe(&drawn, names);
+    let loss = loss_of(&training.model.valid(), drawn.batch);
+    if let Some(fault) = fault_of(loss, drawn.loss_of_zero, config.train.divergence_factor) {
+        bail!(
+            "{fault} after the update at step {step}, for {}; the last checkpoint is untouched",
+            drawn_from.join(", ")
+        );
+    }
+    Ok(())
 }
 
 /// A run that has made no step.
@@ -640,4 +691,26 @@ fn summary(config: &RunConfig, training: &FluxTraining, data: &Data<'_>, device:
         from_step = training.progress.step,
         "data"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loss_is_judged_by_the_loss_of_predicting_0() {
+        assert_eq!(fault_of(20.0, 2.0, Some(10.0)), None);
+        let fault = fault_of(20.1, 2.0, Some(10.0)).unwrap_or_default();
+        assert!(
+            fault.contains(
+                "diverged (the loss is 20.1; `train.divergence_factor` allows 10 times the 2.000"
+            ),
+            "{fault}"
+        );
+        assert_eq!(fault_of(f32::MAX, 2.0, None), None);
+        // A loss that is no number stops every run.
+        let said = |loss, factor| fault_of(loss, 2.0, factor).unwrap_or_default();
+        assert_eq!(said(f32::INFINITY, None), "the loss is inf");
+        assert_eq!(said(f32::NAN, Some(10.0)), "the loss is NaN");
+    }
 }
