@@ -1873,6 +1873,14 @@ sample.width = 100000 -> must be a multiple of 16 between 16 and 8192, found 100
     }
 
     #[test]
+    fn factors_of_a_file_are_not_made_anew() {
+        assert_refused(
+            "[lora]\ninit_from = \"x.safetensors\"\ninit_lora_weights = \"pissa_niter_4\"",
+            "`lora.init_from` in run.toml:2: has factors of its own, which `lora.init_lora_weights` pissa_niter_4 would make anew: remove one of the two",
+        );
+    }
+
+    #[test]
     fn a_default_can_be_out_of_range_too() {
         let error = read_with("", &["dataset.resolution=32"]).expect_err("the step is larger");
         assert_eq!(
