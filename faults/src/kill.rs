@@ -1,4 +1,4 @@
-//! SIGKILL: at random moments, inside a save, and at every system call of a save.
+//! SIGKILL: at random moments, inside a save, at every system call of a save, and on every backend of the program.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use crate::rig::{Process, Rig, STEPS, checkpoints, lines};
+use crate::rig::{Bits, Process, Rig, STEPS, checkpoints, lines};
 use crate::tally::{Tally, Trial};
 use crate::trace;
 
@@ -156,5 +156,46 @@ pub fn syscall(rig: &Rig, tally: &mut Tally) -> Result<()> {
         chosen.len(),
         calls.len()
     );
+    Ok(())
+}
+
+/// On each backend that the program was built for: killed, resumed, killed again, against a run of that backend.
+pub fn backends(rig: &Rig, tally: &mut Tally) -> Result<()> {
+    let mut tried = Vec::new();
+    let steps = rig.count(12, STEPS as usize);
+    let mut devices = vec![("flex", steps, 20), ("ndarray", steps, 20)];
+    if !rig.options.quick {
+        devices.push(("wgpu", 6, 3)); // minutes, where it is software
+    }
+    for (device, steps, all) in devices {
+        let (last, steps) = (steps - 2, format!("--set=train.steps={steps}"));
+        let every = "--set=checkpoint.every=2";
+        let args = ["--device", device, &steps, every, "--resume"];
+        let straight = rig.fresh("straight");
+        let ended = rig.run(rig.train(&straight, &args))?;
+        if ended.err.contains("is not in this binary") {
+            continue;
+        }
+        ended.ok()?;
+        let expected = Bits::of(&straight)?;
+        let kills = rig.count(3, all);
+        let trial = (|| {
+            let run = rig.fresh("run");
+            for _ in 0..kills {
+                let mut process = Process::start(rig.train(&run, &args))?;
+                // A step or two beyond what is there, so that many kills fit into a run.
+                let wanted = last.min(lines(&run) + rig.below(3) as usize);
+                process.wait_until(|| lines(&run) >= wanted)?;
+                sleep(Duration::from_micros(rig.below(20_000)));
+                ensure!(process.kill()?, "the run is faster than the kill");
+            }
+            rig.run(rig.train(&run, &args))?.ok()?;
+            rig.compare_with(&run, &expected)
+        })();
+        tally.count_as(kills, device, trial);
+        tried.push(format!("{kills} kills of a run on {device}"));
+    }
+    tally.expect(rig.count(3, 20));
+    tally.note = tried.join(", ");
     Ok(())
 }

@@ -8,7 +8,7 @@
 //! |---|---|
 //! | `rig` | the tiny run, copies of it, the program; `tally`: a row of the table |
 //! | `trace` | the system calls of a process, and how to make one of them fail |
-//! | `kill` | `sigkill-random`, `sigkill-syscall` |
+//! | `kill` | `sigkill-random`, `sigkill-syscall`, `backends` |
 //! | `disk` | `errno`, `disk-full`, `sync-order`, `power-loss` |
 //! | `damage` | `bit-flip`, `truncation`, `fallback` |
 //! | `process` | `lock`, `signals`, `clock` |
@@ -39,9 +39,10 @@ use crate::tally::Tally;
 pub type Fault = (&'static str, fn(&Rig, &mut Tally) -> Result<()>);
 
 /// In the order of the table.
-pub const FAULTS: [Fault; 20] = [
+pub const FAULTS: [Fault; 21] = [
     ("sigkill-random", kill::random),
     ("sigkill-syscall", kill::syscall),
+    ("backends", kill::backends),
     ("errno", disk::errno),
     ("disk-full", disk::full),
     ("sync-order", disk::sync_order),
