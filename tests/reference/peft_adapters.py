@@ -4,7 +4,7 @@ One small model (embedding, convolutions, linear layers in numbered blocks, a no
 factors that are all random, saved by PEFT itself, and beside it inputs, output, merged output and the gradient of
 `sum(output^2)` for every trained tensor, under the names of the adapter file.
 
-    python tests/reference/peft_adapters.py              write tests/fixtures/peft
+    python tests/reference/peft_adapters.py              write crates/lora-core/tests/fixtures/peft
     python tests/reference/peft_adapters.py --load DIR   check that PEFT loads what the Rust test wrote to DIR (see peft.rs)
 
 Versions: torch 2.11, peft 0.19.1.
@@ -22,7 +22,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures" / "peft"
+FIXTURES = pathlib.Path(__file__).parents[2] / "crates/lora-core/tests/fixtures/peft"
 
 
 class Block(nn.Module):

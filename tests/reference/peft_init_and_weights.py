@@ -1,6 +1,6 @@
 """What PEFT makes of adapters on a two-layer model: weighted combinations, merged weights, pissa and olora.
 
-torch 2.11.0, peft 0.19.1, seed 81. Writes ../fixtures/peft_combine; crates/lora-core/src/tests_{peft,initial}.rs read it.
+torch 2.11.0, peft 0.19.1, seed 81. Writes crates/lora-core/tests/fixtures/peft_combine; crates/lora-core/src/tests_{peft,initial}.rs read it.
 Adapter files carry their configuration as `lora_adapter_metadata`, the rest is in expected.safetensors.
 """
 
@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-OUT = Path(__file__).parent.parent / "fixtures" / "peft_combine"
+OUT = Path(__file__).parents[2] / "crates/lora-core/tests/fixtures/peft_combine"
 WIDTH = 12
 
 

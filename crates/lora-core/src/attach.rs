@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::{Module, ModuleVisitor, Param, Reparameterization, Reparameterizer};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use crate::adapter::{Adapter, AdapterSpec, Lora};
 use crate::adapter_file::{AdapterFile, ModuleAdapter};
@@ -314,6 +314,8 @@ struct Parameter {
     /// As PyTorch calls it: `norm.weight` where Burn says `norm.gamma`.
     key: String,
     device: Device,
+    /// Where it has one yet; else it will be the device's default.
+    dtype: Option<DType>,
 }
 
 impl Parameter {
@@ -389,6 +391,7 @@ impl ModuleVisitor for Scan {
             shape: param.lazy_shape().to_vec(),
             key: [module.to_vec(), vec![name.into()]].concat().join("."),
             device: param.lazy_device(),
+            dtype: param.is_initialized().then(|| param.base().dtype()),
             owner,
         };
         if last == "weight" {
@@ -609,6 +612,11 @@ impl Scan {
             .weights
             .get(path)
             .ok_or_else(|| leftover("the model has no such layer"))?;
+        if let Some(dtype) = weight.dtype.filter(|dtype| *dtype != DType::F32) {
+            return Err(leftover(&format!(
+                "the layer's weight is {dtype:?}, and adapters need F32: load the model as f32"
+            )));
+        }
         let site = weight.site(path).ok_or_else(|| {
             leftover(&format!(
                 "a weight of shape {:?} cannot be adapted",

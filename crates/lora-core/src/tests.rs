@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::Module;
+use burn::module::{Module, Param};
 use burn::optim::AdamWConfig;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 use proptest::prelude::*;
 
 use crate::test_model::{Mlp, distance, input, values};
@@ -89,6 +89,27 @@ fn a_step_moves_every_factor_and_no_base_weight() {
         assert_ne!(tensor, before.1[&path], "{path}");
     }
     assert_eq!(trainable_parameters(&model).len(), 4);
+}
+
+#[test]
+fn a_base_weight_that_is_not_f32_is_an_error() {
+    let mut model = Mlp::new(8, &Device::flex().autodiff());
+    let half = model.up.weight.val().inner().cast(DType::F16);
+    model.up.weight = Param::from_tensor(Tensor::from_inner(half));
+    let source = AdapterSource::Fresh { seed: 1 };
+    let error = Plan::new(
+        &model,
+        "default",
+        Some(&config()),
+        source,
+        ForwardPath::Fast,
+    )
+    .expect_err("f16")
+    .to_string();
+    assert_eq!(
+        error,
+        "tensor `up.lora_A` has no place in this model: the layer's weight is F16, and adapters need F32: load the model as f32"
+    );
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::test_model::{Mlp, distance, values};
 use crate::*;
 
 fn path(name: &str) -> PathBuf {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/peft_combine");
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft_combine");
     root.join(format!("{name}.safetensors"))
 }
 
@@ -184,7 +184,7 @@ fn what_cannot_be_combined_is_refused() {
 #[test]
 fn only_loras_of_linear_layers_are_combined() {
     let folder = |case: &str| {
-        let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/peft");
+        let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft");
         AdapterFile::load_peft(&root.join(case)).expect(case)
     };
     let one = |case: &str, layer: &str| {

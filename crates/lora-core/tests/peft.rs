@@ -1,6 +1,6 @@
 //! Adapters of every kind against PEFT 0.19.1: its files, its outputs, its gradients, its merged weights.
 //!
-//! `tests/reference/peft_adapters.py` made `tests/fixtures/peft`: per case an adapter with random factors, as PEFT saved it,
+//! `tests/reference/peft_adapters.py` made `fixtures/peft`: per case an adapter with random factors, as PEFT saved it,
 //! and what PEFT computed with it. Everything is f32 on both sides; sums of a few hundred products differ in the last bits,
 //! so values agree to 1e-5 of the largest one.
 //!
@@ -143,10 +143,7 @@ impl ModuleMapper for Load {
 }
 
 fn fixtures() -> PathBuf {
-    PathBuf::from(concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../../tests/fixtures/peft"
-    ))
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/peft"))
 }
 
 fn tensors(name: &str) -> BTreeMap<String, HostTensor> {
