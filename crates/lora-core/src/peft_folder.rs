@@ -2,7 +2,6 @@
 //! `adapter_model.safetensors`, whose keys start with `base_model.model.`.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};

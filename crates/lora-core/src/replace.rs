@@ -1,7 +1,7 @@
 //! A file that is replaced whole or not at all.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::path::Path;
 
 /// Writes a file beside its place, makes it durable, then renames it.
@@ -9,18 +9,26 @@ use std::path::Path;
 /// Whatever happens, `path` holds all of the old or all of the new; a process that is killed leaves `NAME.tmp-PID` at most.
 ///
 /// # Errors
-/// What `write` returns, or the file system; what was there before stays.
+/// What `write` returns, or the file system, also where it stored less than it said; what was there before stays.
 pub fn replace_file<E: From<io::Error>>(
     path: &Path,
-    write: impl FnOnce(&mut File) -> Result<(), E>,
+    write: impl FnOnce(&mut dyn Write) -> Result<(), E>,
 ) -> Result<(), E> {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(format!(".tmp-{}", std::process::id()));
     let beside = path.with_file_name(name);
     let written = (|| {
-        let mut file = File::create(&beside)?;
-        write(&mut file)?;
-        file.sync_all()?;
+        let mut out = Counted {
+            file: File::create(&beside)?,
+            bytes: 0,
+        };
+        write(&mut out)?;
+        out.file.sync_all()?;
+        let stored = out.file.metadata()?.len();
+        if stored != out.bytes {
+            let problem = format!("{} bytes were written, but {stored} are there", out.bytes);
+            return Err(io::Error::other(problem).into());
+        }
         Ok(fs::rename(&beside, path)?)
     })();
     if let Err(error) = written {
@@ -28,6 +36,24 @@ pub fn replace_file<E: From<io::Error>>(
         return Err(error);
     }
     Ok(sync_folder(path)?)
+}
+
+/// A file, and how many bytes it says it took.
+struct Counted {
+    file: File,
+    bytes: u64,
+}
+
+impl Write for Counted {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let taken = self.file.write(bytes)?;
+        self.bytes += taken as u64;
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
 }
 
 /// Makes the name of a file survive a power loss.
@@ -45,8 +71,6 @@ fn sync_folder(_path: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use super::*;
 
     #[test]

@@ -13,7 +13,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -443,8 +443,8 @@ fn write_file(
         .iter()
         .map(|output| (output.key.as_str(), output))
         .collect();
-    replace(path, |file| {
-        write_streaming(file, &layout, metadata, |key| {
+    replace(path, |mut file| {
+        write_streaming(&mut file, &layout, metadata, |key| {
             let output = by_key[key];
             convert(output, output_dtype(output, options)).map_err(Failure::Format)
         })
@@ -471,7 +471,7 @@ fn convert(output: &Output, dtype: Dtype) -> Result<HostTensor, LoraFormatError>
 /// Replaces the file at `path` whole or not at all.
 fn replace(
     path: &Path,
-    write: impl FnOnce(&mut File) -> Result<(), Failure>,
+    write: impl FnOnce(&mut dyn io::Write) -> Result<(), Failure>,
 ) -> Result<(), LoraFormatError> {
     replace_file(path, write).map_err(|failure| match failure {
         Failure::Io(source) => LoraFormatError::io(path)(source),
