@@ -1,0 +1,300 @@
+//! Reading the configuration: where each key was written, `--set`, unknown keys, errors of one line.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Component, Path, PathBuf};
+
+use serde::Deserialize;
+use serde::de::{self, Deserializer, Visitor};
+use toml::de::{DeTable, DeValue};
+use toml::{Table, Value};
+
+use super::*;
+use crate::nearest::{nearest, one_line, shown};
+
+/// Where each key was written, for errors.
+pub(super) struct Origins<'a> {
+    file: &'a Path,
+    /// Line of each section and of each `section.key` in the file.
+    lines: BTreeMap<String, usize>,
+    /// Each `section.key` that was given by `--set`.
+    pub(super) set: BTreeSet<String>,
+}
+
+impl<'a> Origins<'a> {
+    pub(super) fn new(text: &str, file: &'a Path) -> Self {
+        let mut lines = BTreeMap::new();
+        if let Ok(document) = DeTable::parse(text) {
+            for (section, value) in document.get_ref() {
+                lines.insert(
+                    section.get_ref().to_string(),
+                    line_of(text, section.span().start),
+                );
+                if let DeValue::Table(keys) = value.get_ref() {
+                    for key in keys.keys() {
+                        let name = format!("{}.{}", section.get_ref(), key.get_ref());
+                        lines.insert(name, line_of(text, key.span().start));
+                    }
+                }
+            }
+        }
+        Self {
+            file,
+            lines,
+            set: BTreeSet::new(),
+        }
+    }
+
+    /// Where `key` (`section` or `section.key`) was written, with its preposition; the file alone for what was not.
+    pub(super) fn place(&self, key: &str) -> String {
+        if self.set.contains(key) {
+            return " in --set".into();
+        }
+        match self.lines.get(key) {
+            Some(line) => format!(" in {}:{line}", shown(self.file)),
+            None => format!(" in {}", shown(self.file)),
+        }
+    }
+}
+
+pub(super) fn parse(text: &str, file: &Path) -> Result<Table, ConfigError> {
+    toml::from_str(text).map_err(|error| {
+        let start = error.span().map_or(0, |span| span.start.min(text.len()));
+        let before = text.get(..start).unwrap_or(text);
+        let column = before.rsplit('\n').next().unwrap_or("").chars().count() + 1;
+        ConfigError::Syntax {
+            path: file.to_path_buf(),
+            line: line_of(text, start),
+            column,
+            problem: one_line(error.message()),
+        }
+    })
+}
+
+/// Line of the byte at `offset`, from 1.
+fn line_of(text: &str, offset: usize) -> usize {
+    let before = &text.as_bytes()[..offset.min(text.len())];
+    before.iter().filter(|&&byte| byte == b'\n').count() + 1
+}
+
+/// Splits `section.key=value`; the key may go deeper, with TOML's quoting.
+pub(super) fn parse_override(text: &str) -> Result<(Vec<String>, Value), ConfigError> {
+    let malformed = || set_error(text, "write it as section.key=value");
+    let (key, value) = text.split_once('=').ok_or_else(malformed)?;
+    if key.contains('\n') {
+        return Err(malformed());
+    }
+    let mut keys = Vec::new();
+    let mut table: Table = toml::from_str(&format!("{key} = 0")).map_err(|_| malformed())?;
+    loop {
+        let (name, value) = table.into_iter().next().ok_or_else(malformed)?;
+        keys.push(name);
+        match value {
+            Value::Table(inner) => table = inner,
+            _ => break,
+        }
+    }
+    if keys.len() < 2 {
+        return Err(malformed());
+    }
+    let value = value.trim();
+    let value = value
+        .parse::<Value>()
+        .unwrap_or_else(|_| Value::String(value.into()));
+    Ok((keys, value))
+}
+
+/// Puts `value` at the path `keys`, making tables on the way.
+pub(super) fn insert(table: &mut Table, keys: &[String], value: Value) -> Result<(), String> {
+    let (last, parents) = keys
+        .split_last()
+        .expect("an override has at least two keys");
+    let mut table = table;
+    for key in parents {
+        let entry = table
+            .entry(key.clone())
+            .or_insert_with(|| Value::Table(Table::new()));
+        table = entry
+            .as_table_mut()
+            .ok_or_else(|| format!("`{}` is not a section", one_line(key)))?;
+    }
+    table.insert(last.clone(), value);
+    Ok(())
+}
+
+/// The sections and their keys.
+pub(super) fn sections() -> [(&'static str, &'static [&'static str]); 9] {
+    [
+        ("model", fields_of::<ModelSection>()),
+        ("dataset", fields_of::<DatasetSection>()),
+        ("lora", fields_of::<LoraSection>()),
+        ("optimizer", fields_of::<OptimizerSection>()),
+        ("lr_scheduler", fields_of::<LrSchedulerSection>()),
+        ("train", fields_of::<TrainSection>()),
+        ("checkpoint", fields_of::<CheckpointSection>()),
+        ("export", fields_of::<ExportSection>()),
+        ("sample", fields_of::<SampleSection>()),
+    ]
+}
+
+/// Refuses sections and keys that do not exist, naming the nearest that does.
+pub(super) fn check_keys(table: &Table, origins: &Origins) -> Result<(), ConfigError> {
+    let sections = sections();
+    for (name, value) in table {
+        let Some((section, known)) = sections.iter().find(|(section, _)| section == name) else {
+            let in_set = origins
+                .set
+                .iter()
+                .find(|key| key.split('.').next() == Some(name));
+            let place = origins.place(in_set.unwrap_or(name));
+            if value.is_table() {
+                let names = sections.map(|(section, _)| section);
+                return Err(ConfigError::UnknownSection {
+                    section: one_line(name),
+                    place,
+                    nearest: nearest(name, &names).unwrap_or_default().to_owned(),
+                });
+            }
+            return Err(ConfigError::UnknownKey {
+                key: one_line(name),
+                place,
+                nearest: suggest("", name),
+            });
+        };
+        let Value::Table(keys) = value else {
+            let problem = format!("is a section, to be written as [{section}]");
+            return Err(value_error(section, &origins.place(section), problem));
+        };
+        if let Some(key) = keys.keys().find(|key| !known.contains(&key.as_str())) {
+            let full = format!("{section}.{key}");
+            return Err(ConfigError::UnknownKey {
+                place: origins.place(&full),
+                key: one_line(&full),
+                nearest: suggest(section, key),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The key meant by the unknown `key` in `section`: as other trainers call it, the same in another section, or spelled
+/// most like it in this one (in any, for a key outside of all sections).
+fn suggest(section: &str, key: &str) -> String {
+    let sections = sections();
+    let full_name = |key: &str| {
+        let home = sections.iter().find(|(_, keys)| keys.contains(&key));
+        home.map(|(section, _)| format!("{section}.{key}"))
+    };
+    let spelled_alike = || match sections.iter().find(|(name, _)| *name == section) {
+        Some((_, keys)) => nearest(key, keys).unwrap_or_default().to_owned(),
+        None => {
+            let keys: Vec<&str> = sections
+                .iter()
+                .flat_map(|(_, keys)| keys.to_vec())
+                .collect();
+            nearest(key, &keys).and_then(full_name).unwrap_or_default()
+        }
+    };
+    let other = OTHER_NAMES.iter().find(|(other, _)| *other == key);
+    let known = other
+        .map(|(_, full)| (*full).to_owned())
+        .or_else(|| full_name(key))
+        .unwrap_or_else(spelled_alike);
+    match known.split_once('.') {
+        Some((home, key)) if home == section => key.to_owned(),
+        _ => known,
+    }
+}
+
+/// Says in the user's words what serde found wrong.
+pub(super) fn deserialize_error(error: &toml::de::Error, origins: &Origins) -> ConfigError {
+    // the path of the value is only in the rendered form, behind the message
+    let rendered = error.to_string();
+    let path = rendered
+        .strip_prefix(error.message())
+        .and_then(|rest| rest.trim().strip_prefix("in `")?.strip_suffix('`'))
+        .unwrap_or_default();
+    let key: Vec<&str> = path.splitn(3, '.').take(2).collect();
+    let mut problem = one_line(error.message());
+    for (serde, ours) in [
+        ("unknown variant", "unknown value"),
+        ("expected f64", "expected a number"),
+        ("expected usize", "expected a whole number"),
+        ("expected u64", "expected a whole number"),
+        ("expected u32", "expected a whole number"),
+        ("expected path string", "expected a path"),
+        ("floating point", "number"),
+    ] {
+        problem = problem.replace(serde, ours);
+    }
+    value_error(&one_line(path), &origins.place(&key.join(".")), problem)
+}
+
+pub(super) fn value_error(key: &str, place: &str, problem: String) -> ConfigError {
+    ConfigError::Value {
+        key: key.into(),
+        place: place.into(),
+        problem,
+    }
+}
+
+pub(super) fn set_error(text: &str, problem: &str) -> ConfigError {
+    ConfigError::Set {
+        text: one_line(text),
+        problem: problem.into(),
+    }
+}
+
+/// `path` from `folder`, without `.` and without leading `..`.
+///
+/// `folder` is canonical, so that a file always gets the same absolute path, however the configuration was named.
+pub(super) fn absolute(folder: &Path, path: &Path) -> PathBuf {
+    if path.is_absolute() {
+        return path.to_path_buf();
+    }
+    let mut absolute = folder.to_path_buf();
+    let mut leading = true;
+    for component in path.components() {
+        match component {
+            Component::CurDir => {}
+            Component::ParentDir if leading => _ = absolute.pop(),
+            component => {
+                leading = false;
+                absolute.push(component);
+            }
+        }
+    }
+    absolute
+}
+
+/// The field names that `T`'s derived `Deserialize` accepts.
+pub(super) fn fields_of<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
+    /// Notes the names it is asked for and gives nothing.
+    struct Probe<'a>(&'a mut &'static [&'static str]);
+
+    impl<'de> Deserializer<'de> for Probe<'_> {
+        type Error = de::value::Error;
+
+        fn deserialize_struct<V: Visitor<'de>>(
+            self,
+            _name: &'static str,
+            fields: &'static [&'static str],
+            visitor: V,
+        ) -> Result<V::Value, Self::Error> {
+            *self.0 = fields;
+            self.deserialize_any(visitor)
+        }
+
+        fn deserialize_any<V: Visitor<'de>>(self, _visitor: V) -> Result<V::Value, Self::Error> {
+            Err(de::Error::custom("only the names were wanted"))
+        }
+
+        serde::forward_to_deserialize_any! {
+            bool i8 i16 i32 i64 u8 u16 u32 u64 f32 f64 char str string bytes byte_buf option unit unit_struct
+            newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+        }
+    }
+
+    let mut fields: &'static [&'static str] = &[];
+    let _ = T::deserialize(Probe(&mut fields));
+    fields
+}

@@ -1,0 +1,262 @@
+//! What values of the configuration must be, beyond what their types say.
+
+use std::path::Path;
+
+use lora_core::{PeftType, Targets};
+
+use super::{
+    CheckpointSection, DatasetSection, ExportFormat, ExportSection, LoraSection, LrSchedulerName,
+    LrSchedulerSection, MAX_COUNT, MAX_SEQUENCE_LENGTH, MAX_SIDE_PX, ModelSection,
+    OptimizerSection, SIDE_MULTIPLE_PX, SampleSection, TimestepShift, TrainSection,
+};
+use crate::dataset::is_image_extension;
+use crate::nearest::one_line;
+
+/// A key and what is wrong with its value.
+pub(super) type Invalid = (&'static str, String);
+
+/// What a number must be, in words and as a test; NaN and infinity are never it.
+struct Rule(&'static str, fn(f64) -> bool);
+
+const FINITE: Rule = Rule("a finite number", |_| true);
+const ABOVE_0: Rule = Rule("above 0", |x| x > 0.0);
+const AT_LEAST_0: Rule = Rule("at least 0", |x| x >= 0.0);
+const BELOW_1: Rule = Rule("at least 0 and below 1", |x| (0.0..1.0).contains(&x));
+const PROBABILITY: Rule = Rule("between 0 and 1", |x| (0.0..=1.0).contains(&x));
+/// Above `2 / (pi - 2)` the "mode" density folds back and leaves [0, 1] (arXiv:2403.03206, section 3.1).
+const MODE_SCALE: Rule = Rule("between -1 and 1.75", |x| {
+    (-1.0..=2.0 / (std::f64::consts::PI - 2.0)).contains(&x)
+});
+
+impl Rule {
+    fn check(&self, key: &'static str, value: f64) -> Result<(), Invalid> {
+        let Self(rule, holds) = self;
+        if value.is_finite() && holds(value) {
+            return Ok(());
+        }
+        Err((key, format!("must be {rule}, found {value}")))
+    }
+}
+
+impl ModelSection {
+    pub(super) fn check(&self) -> Result<(), Invalid> {
+        check_path("model.path", Some(&self.path))?;
+        check_path("model.transformer", self.transformer.as_deref())?;
+        check_path("model.vae", self.vae.as_deref())
+    }
+}
+
+impl DatasetSection {
+    pub(super) fn check(&self) -> Result<(), Invalid> {
+        check_path("dataset.path", Some(&self.path))?;
+        check_side("dataset.resolution", self.resolution)?;
+        check_side("dataset.bucket_step", self.bucket_step)?;
+        if self.bucket_step > self.resolution {
+            let problem = format!(
+                "must be at most dataset.resolution = {}, found {}",
+                self.resolution, self.bucket_step
+            );
+            return Err(("dataset.bucket_step", problem));
+        }
+        let extension = &self.caption_extension;
+        let is_plain = extension.chars().all(|c| c.is_ascii_alphanumeric());
+        if extension.is_empty() || !is_plain || is_image_extension(extension) {
+            let found = one_line(extension);
+            let problem = format!("must be a file extension such as \"txt\", found \"{found}\"");
+            return Err(("dataset.caption_extension", problem));
+        }
+        PROBABILITY.check("dataset.caption_dropout", self.caption_dropout)?;
+        check_count(
+            "dataset.max_sequence_length",
+            self.max_sequence_length,
+            MAX_SEQUENCE_LENGTH,
+        )
+    }
+}
+
+impl LoraSection {
+    pub(super) fn check(&self) -> Result<(), Invalid> {
+        check_count("lora.r", self.r, MAX_COUNT)?;
+        ABOVE_0.check("lora.lora_alpha", self.lora_alpha)?;
+        for (_, &r) in self.rank_pattern.iter() {
+            check_count("lora.rank_pattern", r, MAX_COUNT)?;
+        }
+        for (_, &alpha) in self.alpha_pattern.iter() {
+            ABOVE_0.check("lora.alpha_pattern", alpha)?;
+        }
+        let nothing = match &self.target_modules {
+            Targets::Pattern(pattern) => pattern.is_empty(),
+            Targets::List(endings) => endings.is_empty(),
+        };
+        if nothing {
+            return Err(("lora.target_modules", "must name at least one layer".into()));
+        }
+        BELOW_1.check("lora.lora_dropout", self.lora_dropout)?;
+        if self.peft_type != PeftType::Lora && self.init_from.is_some() {
+            let problem = format!(
+                "continues low-rank factors, which `peft_type` {} has none of: remove it",
+                self.peft_type
+            );
+            return Err(("lora.init_from", problem));
+        }
+        if let Some(init) = self.init_lora_weights.filter(|init| init.splits_base())
+            && self.init_from.is_some()
+        {
+            let problem = format!(
+                "has factors of its own, which `lora.init_lora_weights` {init} would make anew: remove one of the two"
+            );
+            return Err(("lora.init_from", problem));
+        }
+        self.config()
+            .validate()
+            .map_err(|error| ("lora", format!("is not valid: {error}")))?;
+        check_path("lora.init_from", self.init_from.as_deref())
+    }
+}
+
+impl OptimizerSection {
+    pub(super) fn check(&self) -> Result<(), Invalid> {
+        ABOVE_0.check("optimizer.learning_rate", self.learning_rate)?;
+        for beta in self.betas {
+            BELOW_1.check("optimizer.betas", beta)?;
+        }
+        ABOVE_0.check("optimizer.eps", self.eps)?;
+        AT_LEAST_0.check("optimizer.weight_decay", self.weight_decay)?;
+        if let Some(norm) = self.max_grad_norm {
+            let rule = Rule("above 0, or \"none\" for no clipping", ABOVE_0.1);
+            rule.check("optimizer.max_grad_norm", norm)?;
+        }
+        Ok(())
+    }
+}
+
+impl ExportSection {
+    pub(super) fn check(&self, kind: PeftType) -> Result<(), Invalid> {
+        if kind != PeftType::Lora && self.formats.contains(&ExportFormat::Kohya) {
+            let problem = format!(
+                "cannot be \"kohya\" with lora.peft_type = \"{kind}\": it has query, key and value in one layer; use \"comfyui\" or \"peft\""
+            );
+            return Err(("export.formats", problem));
+        }
+        Ok(())
+    }
+}
+
+impl LrSchedulerSection {
+    pub(super) fn check(&self) -> Result<(), Invalid> {
+        if self.name == LrSchedulerName::Constant && self.warmup_steps > 0 {
+            let problem = format!(
+                "has no effect with name = \"constant\", found {}: use \"constant_with_warmup\"",
+                self.warmup_steps
+            );
+            return Err(("lr_scheduler.warmup_steps", problem));
+        }
+        ABOVE_0.check("lr_scheduler.num_cycles", self.num_cycles)
+    }
+}
+
+impl TrainSection {
+    pub(super) fn check(&self) -> Result<(), Invalid> {
+        check_at_least_1("train.steps", self.steps)?;
+        check_count("train.batch_size", self.batch_size, MAX_COUNT)?;
+        check_count(
+            "train.gradient_accumulation_steps",
+            self.gradient_accumulation_steps,
+            MAX_COUNT,
+        )?;
+        check_seed("train.seed", self.seed)?;
+        AT_LEAST_0.check("train.guidance", self.guidance)?;
+        FINITE.check("train.logit_mean", self.logit_mean)?;
+        ABOVE_0.check("train.logit_std", self.logit_std)?;
+        MODE_SCALE.check("train.mode_scale", self.mode_scale)?;
+        ABOVE_0.check("train.sigmoid_scale", self.sigmoid_scale)?;
+        if let TimestepShift::Constant(shift) = self.shift {
+            Rule("above 0, or \"flux\"", ABOVE_0.1).check("train.shift", shift)?;
+        }
+        if let Some(factor) = self.divergence_factor {
+            let rule = Rule(
+                "above 1, or \"none\" to go on whatever the loss",
+                |factor| factor > 1.0 && factor.is_finite(),
+            );
+            rule.check("train.divergence_factor", factor)?;
+        }
+        Ok(())
+    }
+}
+
+impl CheckpointSection {
+    pub(super) fn check(&self) -> Result<(), Invalid> {
+        check_at_least_1("checkpoint.every", self.every)?;
+        if self.keep < 2 {
+            let problem = format!(
+                "must be at least 2, so that one is left when the newest is damaged, found {}",
+                self.keep
+            );
+            return Err(("checkpoint.keep", problem));
+        }
+        Ok(())
+    }
+}
+
+impl SampleSection {
+    pub(super) fn check(&self) -> Result<(), Invalid> {
+        if self.prompts.is_empty() {
+            let problem = "required, but not given: list at least one prompt";
+            return Err(("sample.prompts", problem.into()));
+        }
+        check_at_least_1("sample.every", self.every)?;
+        check_count(
+            "sample.num_inference_steps",
+            self.num_inference_steps,
+            MAX_COUNT,
+        )?;
+        AT_LEAST_0.check("sample.guidance_scale", self.guidance_scale)?;
+        check_side("sample.height", self.height)?;
+        check_side("sample.width", self.width)?;
+        check_seed("sample.seed", self.seed)
+    }
+}
+
+fn check_at_least_1(key: &'static str, value: u64) -> Result<(), Invalid> {
+    if value >= 1 {
+        return Ok(());
+    }
+    Err((key, format!("must be at least 1, found {value}")))
+}
+
+fn check_count(key: &'static str, value: usize, max: usize) -> Result<(), Invalid> {
+    if (1..=max).contains(&value) {
+        return Ok(());
+    }
+    Err((key, format!("must be between 1 and {max}, found {value}")))
+}
+
+fn check_seed(key: &'static str, seed: u64) -> Result<(), Invalid> {
+    if i64::try_from(seed).is_ok() {
+        return Ok(());
+    }
+    let max = i64::MAX;
+    let problem = format!("must be at most {max}, the largest number TOML can hold, found {seed}");
+    Err((key, problem))
+}
+
+fn check_side(key: &'static str, side_px: u32) -> Result<(), Invalid> {
+    if side_px.is_multiple_of(SIDE_MULTIPLE_PX)
+        && (SIDE_MULTIPLE_PX..=MAX_SIDE_PX).contains(&side_px)
+    {
+        return Ok(());
+    }
+    let problem = format!(
+        "must be a multiple of {SIDE_MULTIPLE_PX} between {SIDE_MULTIPLE_PX} and {MAX_SIDE_PX}, found {side_px}"
+    );
+    Err((key, problem))
+}
+
+fn check_path(key: &'static str, path: Option<&Path>) -> Result<(), Invalid> {
+    let problem = match path {
+        Some(path) if path.as_os_str().is_empty() => "required, but not given",
+        Some(path) if path.starts_with("~") => "`~` is not expanded here: write the path in full",
+        _ => return Ok(()),
+    };
+    Err((key, problem.into()))
+}
