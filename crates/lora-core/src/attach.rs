@@ -776,7 +776,7 @@ fn fresh<M: Module>(
         };
         let normal = |name: &str, n: usize| Stream::new(seed, name, 0, layer).normals(n);
         let initial = initials.remove(path);
-        let a = match init {
+        let a = || match init {
             // PEFT starts embeddings the other way round: A zero, B standard normal.
             InitLoraWeights::Random if embedding => normal("init_lora_a", rank * inputs),
             _ if embedding => vec![0.0; rank * inputs],
@@ -790,7 +790,7 @@ fn fresh<M: Module>(
             }
             _ => uniform("init_lora_a", rank * inputs, 1.0 / (inputs as f64).sqrt()),
         };
-        let b = match init {
+        let b = || match init {
             _ if embedding => normal("init_lora_b", outputs * rank),
             InitLoraWeights::Random => {
                 uniform("init_lora_b", outputs * rank, 1.0 / (rank as f64).sqrt())
@@ -800,7 +800,7 @@ fn fresh<M: Module>(
         let (a, b) = match (init, &initial) {
             (_, Some(initial)) => (initial.lora_a.to_f32(), initial.lora_b.to_f32()),
             (InitLoraWeights::Orthogonal, _) => initial::orthogonal(&site, rank, seed),
-            _ => (a, b),
+            _ => (a(), b()),
         };
         let lora_a = HostTensor::from_f32(site.file_shape(LORA_A, &[rank, inputs]), &a);
         let lora_b = HostTensor::from_f32(site.file_shape(LORA_B, &[outputs, rank]), &b);
