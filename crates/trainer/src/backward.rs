@@ -174,16 +174,17 @@ fn stem_is_trainable<M: Module>(model: &M) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::Device;
-
     use super::*;
+    use crate::device;
     use crate::loss::loss_of_zero;
 
     #[test]
     fn the_loss_of_zero_is_the_loss_of_a_network_that_predicts_it() {
         let target: Vec<f32> = (0..24).map(|i| (i as f32 * 0.7).sin() * 3.0).collect();
         let weights = [0.5, 2.0];
-        let tensor = Tensor::from_data(TensorData::new(target.clone(), [2, 3, 4]), &Device::flex());
+        let device = device::open(device::default_name()).expect("the default device");
+        let data = TensorData::new(target.clone(), [2, 3, 4]);
+        let tensor = Tensor::from_data(data, &device.device);
         let found = loss(tensor.zeros_like(), tensor, &weights).into_scalar::<f32>();
         let expected = loss_of_zero(&target, &weights);
         assert!((f64::from(found) - expected).abs() < 1e-6 * expected);
