@@ -23,7 +23,7 @@ pub fn short_config(runs: &Path, steps: u64) -> anyhow::Result<RunConfig> {
         .join("transformer/diffusion_pytorch_model.safetensors")
         .is_file()
     {
-        flux_lora::random_weights::fill(&root().join("examples/tiny-flux"), &model, 0)?;
+        flux_lora::dev::random_weights::fill(&root().join("examples/tiny-flux"), &model, 0)?;
     }
     let overrides = [
         format!(

@@ -8,19 +8,19 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use flux_lora::checkpoint::Opened;
 use flux_lora::config::{DatasetSection, RunConfig};
-use flux_lora::dataset::{self, ImageLimits};
-use flux_lora::run_dir::{RunDir, truncate_metrics};
-use flux_lora::transaction::{FORMAT_VERSION, MANIFEST, Manifest, Verified, sha256_hex, verify};
-use flux_lora::vfs::RealFs;
+use flux_lora::data::scan::{self, ImageLimits};
+use flux_lora::run::checkpoint::Opened;
+use flux_lora::run::folder::{RunDir, truncate_metrics};
+use flux_lora::run::manifest::{FORMAT_VERSION, MANIFEST, Manifest, Verified, sha256_hex, verify};
+use flux_lora::run::vfs::RealFs;
 use flux_model::lora::{LoraFormat, ModelShape, WriteOptions, read, write};
 use flux_model::pipeline::PipelineFolder;
-use flux_model::tokenizer::{ClipTokenizer, T5Tokenizer};
+use flux_model::text::tokenizer::{ClipTokenizer, T5Tokenizer};
 use flux_model::weights::Checkpoint;
 use lora_core::AdapterFile;
-use lora_core::host::{Dtype, HostTensor};
-use lora_core::tensor_file::{TensorFile, TensorSet, serialize, write_streaming};
+use lora_core::files::host::{Dtype, HostTensor};
+use lora_core::files::safetensors::{TensorFile, TensorSet, serialize, write_streaming};
 
 /// A function that is given a folder for its files and an input.
 pub type Target = fn(&Path, &[u8]);
@@ -321,13 +321,13 @@ fn captions(folder: &Path, data: &[u8]) {
         put(&folder.join("a.txt"), rest);
     } else {
         put_once(&folder.join("b/c.jpg"), b"x");
-        put(&folder.join(dataset::METADATA_FILE), rest);
+        put(&folder.join(scan::METADATA_FILE), rest);
     }
     let section = DatasetSection {
         path: folder.clone(),
         ..DatasetSection::default()
     };
-    for sample in dataset::scan(&section).unwrap_or_default() {
+    for sample in scan::scan(&section).unwrap_or_default() {
         assert!(sample.image.starts_with(&folder) && sample.image.is_file());
         assert!(sample.caption.len() <= 64 << 10);
     }
@@ -341,7 +341,7 @@ fn image(_: &Path, data: &[u8]) {
         max_file_bytes: 1 << 20,
         max_decoded_bytes: 1 << 20,
     };
-    if let Ok(image) = dataset::decode_image("x.png".as_ref(), data, &limits) {
+    if let Ok(image) = scan::decode_image("x.png".as_ref(), data, &limits) {
         assert!(image.width() <= 128 && image.height() <= 128);
         assert!(image.width() * image.height() <= 4096);
     }

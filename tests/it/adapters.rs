@@ -4,10 +4,10 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use flux_lora_tests::{CONFIG, Workbench, root};
-use flux_model::latent::{image_positions, text_positions};
+use flux_model::flux1::latent::{image_positions, text_positions};
+use flux_model::flux1::transformer::{FluxInput, FluxTransformer};
 use flux_model::lora::{Component, ModelShape, delta, read};
 use flux_model::pipeline::load_transformer;
-use flux_model::transformer::{FluxInput, FluxTransformer};
 use lora_core::random::Stream;
 use lora_core::{AdapterFile, AdapterSource, ForwardPath, PeftType, Plan};
 

@@ -119,7 +119,7 @@ fn a_damaged_base_model_is_named() {
         &["not finite", "tensor `"],
     );
 
-    let file = lora_core::tensor_file::TensorFile::open(
+    let file = lora_core::files::safetensors::TensorFile::open(
         &model.join("vae/diffusion_pytorch_model.safetensors"),
     )
     .unwrap();

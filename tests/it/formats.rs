@@ -54,7 +54,7 @@ fn a_lora_made_by_diffusers_trains_on_here() {
         String::from_utf8_lossy(&peft.stdout).contains("format PEFT"),
         "{peft:?}"
     );
-    let tensors = |path: PathBuf| lora_core::tensor_file::TensorFile::open(&path).unwrap();
+    let tensors = |path: PathBuf| lora_core::files::safetensors::TensorFile::open(&path).unwrap();
     let (before, after) = (
         tensors(diffusers_lora()),
         tensors(bench.path("run/lora.safetensors")),

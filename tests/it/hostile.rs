@@ -7,20 +7,20 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use flux_lora::checkpoint::Opened;
 use flux_lora::config::{DatasetSection, RunConfig};
-use flux_lora::dataset::{self, ImageLimits};
-use flux_lora::run_dir::{RunDir, truncate_metrics};
-use flux_lora::transaction::{sha256_hex, verify};
-use flux_lora::vfs::RealFs;
+use flux_lora::data::scan::{self, ImageLimits};
+use flux_lora::run::checkpoint::Opened;
+use flux_lora::run::folder::{RunDir, truncate_metrics};
+use flux_lora::run::manifest::{sha256_hex, verify};
+use flux_lora::run::vfs::RealFs;
 use flux_lora_tests::program;
 use flux_model::lora::{ModelShape, read};
 use flux_model::pipeline::PipelineFolder;
-use flux_model::tokenizer::{ClipTokenizer, T5Tokenizer};
+use flux_model::text::tokenizer::{ClipTokenizer, T5Tokenizer};
 use flux_model::weights::Checkpoint;
 use lora_core::AdapterFile;
-use lora_core::host::HostTensor;
-use lora_core::tensor_file::{TensorFile, TensorSet, serialize};
+use lora_core::files::host::HostTensor;
+use lora_core::files::safetensors::{TensorFile, TensorSet, serialize};
 
 /// Reads what was put into the folder.
 type Reader = fn(&Path) -> anyhow::Result<()>;
@@ -796,7 +796,7 @@ fn run_configs() -> Vec<Case> {
 // Datasets
 
 fn scan(folder: &Path) -> anyhow::Result<()> {
-    dataset::scan(&DatasetSection {
+    scan::scan(&DatasetSection {
         path: folder.to_path_buf(),
         ..DatasetSection::default()
     })?;
@@ -858,7 +858,7 @@ fn datasets() -> Vec<Case> {
 // Images
 
 fn load_image(folder: &Path) -> anyhow::Result<()> {
-    dataset::load_image(&folder.join("x.png"), &ImageLimits::default())?;
+    scan::load_image(&folder.join("x.png"), &ImageLimits::default())?;
     Ok(())
 }
 

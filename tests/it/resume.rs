@@ -10,10 +10,10 @@ use std::time::Duration;
 use burn::optim::AdamWConfig;
 #[cfg(feature = "ndarray")]
 use flux_lora::{
-    checkpoint::{Event, Opened, Snapshot, restore},
     device::open,
+    run::checkpoint::{Event, Opened, Snapshot, restore},
+    run::manifest::verify,
     train::pipeline,
-    transaction::verify,
 };
 #[cfg(feature = "ndarray")]
 use flux_lora_tests::last_checkpoint;

@@ -266,7 +266,7 @@ pub struct ClipConfig {
     pub hidden_act: Activation,
     /// Added to the variance.
     pub layer_norm_eps: f64,
-    /// 2 selects the legacy pooling rule, see [`crate::clip`].
+    /// 2 selects the legacy pooling rule, see [`crate::text::clip`].
     pub eos_token_id: i64,
 }
 

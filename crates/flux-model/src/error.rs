@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use lora_core::tensor_file::FileError;
+use lora_core::files::safetensors::FileError;
 
-use crate::tokenizer::TokenizerError;
+use crate::text::tokenizer::TokenizerError;
 
 /// Why a network cannot be loaded.
 #[derive(Debug, thiserror::Error)]

@@ -2,32 +2,27 @@
 //!
 //! | file | idea |
 //! |---|---|
-//! | `transformer` | the velocity network: double and single stream blocks |
+//! | `flux1/` | the velocity network: double and single stream blocks; latents as tokens, positions; names in BFL's layout |
 //! | `autoencoder` | pixels to latents and back |
-//! | `clip`, `t5`, `tokenizer` | text to embeddings |
-//! | `latent` | packing latents into tokens; positions |
+//! | `text/` | CLIP, T5 and their tokenizers |
 //! | `scheduler` | noise levels and the Euler step |
 //! | `pipeline` | a diffusers folder; prompt to latents |
 //! | `layers` | norms, rotary attention, sinusoidal embedding |
 //! | `config` | architectures as `config.json` states them |
 //! | `lora` | LoRA files of every format, read and written |
-//! | `keys`, `weights` | names in both layouts; loading, each tensor used or named in an error |
+//! | `weights` | loading, each tensor used or named in an error |
 //!
 //! Every linear layer is computed by [`lora_core::linear`], so adapters run without a dense sum.
 
 pub mod autoencoder;
-pub mod clip;
 pub mod config;
 mod error;
-pub mod keys;
-pub mod latent;
+pub mod flux1;
 pub mod layers;
 pub mod lora;
 pub mod pipeline;
 pub mod scheduler;
-pub mod t5;
-pub mod tokenizer;
-pub mod transformer;
+pub mod text;
 pub mod weights;
 
 pub use error::WeightsError;

@@ -5,19 +5,19 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
-use lora_core::strict_json::{parse_json, read_file};
+use lora_core::files::strict_json::{parse_json, read_file};
 use serde::de::DeserializeOwned;
 
 use crate::autoencoder::Autoencoder;
-use crate::clip::ClipText;
 use crate::config::{AutoencoderConfig, ClipConfig, FluxConfig, T5Config};
 use crate::error::WeightsError;
-use crate::latent::{image_positions, text_positions};
+use crate::flux1::latent::{image_positions, text_positions};
+use crate::flux1::transformer::{FluxInput, FluxTransformer};
 use crate::lora::ModelShape;
 use crate::scheduler::{SchedulerConfig, euler_step};
-use crate::t5::T5Encoder;
-use crate::tokenizer::{ClipTokenizer, T5Tokenizer};
-use crate::transformer::{FluxInput, FluxTransformer};
+use crate::text::clip::ClipText;
+use crate::text::t5::T5Encoder;
+use crate::text::tokenizer::{ClipTokenizer, T5Tokenizer};
 use crate::weights::{Checkpoint, Layout};
 
 /// Largest `config.json` read, in bytes; real ones stay below 10 KiB.

@@ -3,7 +3,7 @@
 //! A network's parameter path is its diffusers key, but for two things Burn does otherwise: norms call their parameters
 //! `gamma` and `beta`, and a linear weight is `[in, out]`. Single files in BFL's layout are read through [`keys`].
 //!
-//! [`keys`]: crate::keys
+//! [`keys`]: crate::flux1::keys
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -11,12 +11,12 @@ use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor, TensorData};
-use lora_core::host::{Dtype, HostTensor};
-use lora_core::tensor_file::TensorSet;
+use lora_core::files::host::{Dtype, HostTensor};
+use lora_core::files::safetensors::TensorSet;
 
 use crate::config::{AutoencoderConfig, FluxConfig};
 use crate::error::WeightsError;
-use crate::keys::{bfl_autoencoder_module, bfl_transformer_module};
+use crate::flux1::keys::{bfl_autoencoder_module, bfl_transformer_module};
 
 /// How a checkpoint names its tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -717,10 +717,10 @@ pub fn change_parameters<M: Module>(
 mod tests {
     use super::*;
     use crate::autoencoder::Autoencoder;
-    use crate::clip::ClipText;
     use crate::config::{ClipConfig, T5Config};
-    use crate::t5::T5Encoder;
-    use crate::transformer::FluxTransformer;
+    use crate::flux1::transformer::FluxTransformer;
+    use crate::text::clip::ClipText;
+    use crate::text::t5::T5Encoder;
 
     fn count(tensors: &BTreeMap<String, Vec<usize>>) -> (usize, usize) {
         (

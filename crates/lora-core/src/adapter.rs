@@ -10,7 +10,7 @@ use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, Param, Reparame
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::factors::{Factors, INITIAL_A, INITIAL_B, MapParts, ParamFactors, kron_apply};
+use crate::kinds::factors::{Factors, INITIAL_A, INITIAL_B, MapParts, ParamFactors, kron_apply};
 use crate::site::{Site, WeightLayout};
 use crate::{dropout, edit};
 

@@ -10,19 +10,19 @@ use burn::module::{Module, ModuleVisitor, Param, Reparameterization, Reparameter
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use crate::adapter::{Adapter, AdapterSpec, Lora};
-use crate::adapter_file::{AdapterFile, ModuleAdapter};
-use crate::config::{InitLoraWeights, LoraConfig, PeftType, Targets, TrainBias};
 use crate::edit::{active_replacements, adapter_names, edit};
 use crate::error::LoraError;
-use crate::factors::{
+use crate::files::host::HostTensor;
+use crate::kinds::factors::{
     Factors, INITIAL_A, INITIAL_B, LORA_A, LORA_B, LORA_BIAS, LoraFactors, MAGNITUDE, MapParts,
     Side,
 };
-use crate::host::HostTensor;
-use crate::initial;
-use crate::lycoris;
+use crate::kinds::lycoris;
+use crate::kinds::split;
+use crate::peft::config::{InitLoraWeights, LoraConfig, PeftType, Targets, TrainBias};
+use crate::peft::file::{AdapterFile, ModuleAdapter};
+use crate::peft::selection::{LayerFilter, is_saved, keeps_adapters_off};
 use crate::random::{Stream, name_hash};
-use crate::selection::{LayerFilter, is_saved, keeps_adapters_off};
 use crate::site::{Site, WeightLayout};
 use crate::state::{each_parameter, host};
 
@@ -435,11 +435,9 @@ impl Scan {
                 ));
             }
             for entry in entries {
-                if !self
-                    .weights
-                    .iter()
-                    .any(|(path, w)| w.is_adaptable() && crate::config::is_suffix(path, entry))
-                {
+                if !self.weights.iter().any(|(path, w)| {
+                    w.is_adaptable() && crate::peft::config::is_suffix(path, entry)
+                }) {
                     return Err(self.no_match(entry));
                 }
             }
@@ -723,10 +721,10 @@ fn fresh<M: Module>(
         .iter()
         .filter_map(|path| scan.weights[*path].site(path))
     {
-        initial::check(config, &site)?;
+        split::check(config, &site)?;
     }
     let mut initials = match init.splits_base() {
-        true => initial::split_off(model, config, &targets, seed)?,
+        true => split::split_off(model, config, &targets, seed)?,
         false => BTreeMap::new(),
     };
     let mut modules = BTreeMap::new();
@@ -799,7 +797,7 @@ fn fresh<M: Module>(
         };
         let (a, b) = match (init, &initial) {
             (_, Some(initial)) => (initial.lora_a.to_f32(), initial.lora_b.to_f32()),
-            (InitLoraWeights::Orthogonal, _) => initial::orthogonal(&site, rank, seed),
+            (InitLoraWeights::Orthogonal, _) => split::orthogonal(&site, rank, seed),
             _ => (a(), b()),
         };
         let lora_a = HostTensor::from_f32(site.file_shape(LORA_A, &[rank, inputs]), &a);

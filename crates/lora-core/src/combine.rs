@@ -10,13 +10,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use burn::module::Module;
 
 use crate::adapter::AdapterSpec;
-use crate::adapter_file::{AdapterFile, ModuleAdapter};
 use crate::attach::{AdapterSource, ForwardPath, Plan};
 use crate::edit::edit;
 use crate::error::LoraError;
-use crate::factors::LoraFactors;
-use crate::host::HostTensor;
+use crate::files::host::HostTensor;
+use crate::kinds::factors::LoraFactors;
 use crate::linalg::{Matrix, Svd, qr};
+use crate::peft::file::{AdapterFile, ModuleAdapter};
 
 /// How the factors of several adapters become those of one; `w` is an adapter's weight, `s` its scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

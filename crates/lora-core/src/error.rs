@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::tensor_file::FileError;
+use crate::files::safetensors::FileError;
 
 /// Why an adapter cannot be attached, restored, merged or written.
 #[derive(Debug, thiserror::Error)]

@@ -1,6 +1,6 @@
 //! What an adapter sits on: a parameter of a model, under the name and in the shapes that PEFT's files use.
 
-use crate::factors::{LORA_A, LORA_B, MAGNITUDE};
+use crate::kinds::factors::{LORA_A, LORA_B, MAGNITUDE};
 
 /// How a weight lies in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,8 +6,8 @@ use burn::module::{Module, ModuleVisitor, Param, Reparameterization};
 use burn::tensor::Tensor;
 
 use crate::adapter::Lora;
-use crate::factors::WHOLE;
-use crate::host::HostTensor;
+use crate::files::host::HostTensor;
+use crate::kinds::factors::WHOLE;
 
 /// Parameters of a model.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

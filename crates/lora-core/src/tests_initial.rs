@@ -7,7 +7,7 @@ use burn::module::{Module, Param};
 use burn::optim::AdamWConfig;
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::host::HostTensor;
+use crate::files::host::HostTensor;
 use crate::test_model::{Mlp, distance, values};
 use crate::tests_peft::{Expected, deltas};
 use crate::*;

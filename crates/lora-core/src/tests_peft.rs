@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::host::HostTensor;
-use crate::tensor_file::TensorFile;
+use crate::files::host::HostTensor;
+use crate::files::safetensors::TensorFile;
 use crate::test_model::{Mlp, distance, values};
 use crate::*;
 

@@ -16,8 +16,8 @@ use burn::nn::{
 };
 use burn::optim::AdamWConfig;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use lora_core::host::HostTensor;
-use lora_core::tensor_file::TensorFile;
+use lora_core::files::host::HostTensor;
+use lora_core::files::safetensors::TensorFile;
 use lora_core::*;
 
 #[derive(Module, Debug)]

@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use burn::module::Module;
 use flux_model::lora::{Change, Component, LoraSet, ModelShape, read};
 use flux_model::weights::{change_parameters, tensors_of};
-use lora_core::host::HostTensor;
+use lora_core::files::host::HostTensor;
 use lora_core::{AdapterSource, ForwardPath, Plan, set_adapters};
 use tracing::{info, warn};
 

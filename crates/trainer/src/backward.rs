@@ -2,11 +2,11 @@
 
 use burn::module::Module;
 use burn::tensor::{Tensor, TensorData};
-use flux_model::layers::{RotaryTable, packed};
-use flux_model::transformer::{
+use flux_model::flux1::transformer::{
     Conditioning, DoubleStreamBlock, FluxInput, FluxTransformer, SingleStreamBlock, join,
 };
-use lora_core::recompute::{Chain, Constant, TensorTree};
+use flux_model::layers::{RotaryTable, packed};
+use lora_core::training::recompute::{Chain, Constant, TensorTree};
 use lora_core::{Gradients, trainable_parameters};
 
 /// One micro-batch, off the autodiff device.

@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use lora_core::OptimizerState;
 
-use crate::transaction::FileEntry;
+use crate::run::manifest::FileEntry;
 
 /// The faults of resuming show in resumed runs only: in every run, they would be no more than another run.
 static RESUMED: AtomicBool = AtomicBool::new(false);

@@ -9,16 +9,17 @@ use anyhow::{Context, bail};
 use burn::module::Module;
 use flux_model::lora::{Component, LoraFormat, ModelShape, WriteOptions, read, write};
 use flux_model::pipeline::PipelineFolder;
-use lora_core::host::Dtype;
+use lora_core::files::host::Dtype;
 
 use crate::adapters::{self, LoadedLora};
-use crate::checkpoint::is_checkpoint_folder;
 use crate::cli::{Command, ConvertArgs, SampleArgs, TrainArgs};
 use crate::config::{ConfigError, RunConfig};
+use crate::dev::{bench, parity, random_weights};
 use crate::device::{self, BACKENDS, DeviceError};
 use crate::generate::{ImageSettings, decode, generate_latents};
+use crate::run::checkpoint::is_checkpoint_folder;
 use crate::train::{Outcome, Resume, TrainOptions};
-use crate::{bench, inspect, merge, parity, progress, random_weights};
+use crate::{inspect, merge, progress};
 
 /// Runs one command.
 ///

@@ -2,10 +2,10 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 use flux_model::autoencoder::Autoencoder;
-use flux_model::latent::{pack, unpack};
+use flux_model::flux1::latent::{pack, unpack};
+use flux_model::flux1::transformer::FluxTransformer;
 use flux_model::pipeline::{DenoiseSettings, TextEmbedding, denoise, latent_size};
 use flux_model::scheduler::SchedulerConfig;
-use flux_model::transformer::FluxTransformer;
 use image::RgbImage;
 use lora_core::host_tensor;
 use lora_core::random::Stream;
@@ -76,8 +76,8 @@ pub fn decode(
 }
 
 /// Moves cached embeddings to `device`.
-pub fn text_embedding(text: &crate::cache::CachedText, device: &Device) -> TextEmbedding {
-    let data = |tensor: &lora_core::host::HostTensor| {
+pub fn text_embedding(text: &crate::data::cache::CachedText, device: &Device) -> TextEmbedding {
+    let data = |tensor: &lora_core::files::host::HostTensor| {
         TensorData::new(tensor.to_f32(), tensor.shape.clone())
     };
     TextEmbedding {

@@ -9,10 +9,10 @@ use flux_model::lora::{Factors, ModelShape, read};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::weights::Checkpoint;
 
-use crate::checkpoint::{Opened, State, is_checkpoint_folder};
 use crate::nearest::one_line;
-use crate::run_dir::RunDir;
-use crate::transaction::{Rejected, Verified, verify};
+use crate::run::checkpoint::{Opened, State, is_checkpoint_folder};
+use crate::run::folder::RunDir;
+use crate::run::manifest::{Rejected, Verified, verify};
 
 /// Describes what is at `path`.
 ///

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use flux_model::lora::{Bias, Component, LoraSet};
-use lora_core::host::{Dtype, HostTensor};
-use lora_core::tensor_file::{TensorFile, TensorSet, write_streaming};
+use lora_core::files::host::{Dtype, HostTensor};
+use lora_core::files::safetensors::{TensorFile, TensorSet, write_streaming};
 
 use crate::adapters::LoadedLora;
 

@@ -6,35 +6,31 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
-use burn::module::Module;
 use burn::optim::{AdamW, AdamWConfig};
-use flux_model::lora::{Component, LoraFormat, LoraSet, ModelShape, WriteOptions, write};
+use flux_model::flux1::transformer::FluxTransformer;
+use flux_model::lora::{Component, ModelShape};
 use flux_model::pipeline::PipelineFolder;
-use flux_model::transformer::FluxTransformer;
 use lora_core::{
-    AdapterSource, DEFAULT_ADAPTER, DropoutScope, ForwardPath, Gradients, LoraConfig,
-    PathOptimizer, PeftType, Plan, Training, count_parameters,
+    AdapterSource, DEFAULT_ADAPTER, ForwardPath, LoraConfig, PathOptimizer, Plan, Training,
+    count_parameters,
 };
-use serde::Serialize;
 use tracing::{info, warn};
 
 use crate::adapters;
-use crate::backward::{loss_and_gradients, loss_of};
-use crate::batch::{Data, Drawn, Order};
-use crate::cache::{Cache, FileDigests};
-use crate::checkpoint::{
-    Event, FluxTraining, Opened, Progress, Snapshot, State, manifest_fields, restore,
-};
-use crate::config::{ExportFormat, RunConfig};
-use crate::dataset::{self, ImageLimits, SampleDigest};
+use crate::config::RunConfig;
+use crate::data::batch::{Data, Order};
+use crate::data::cache::{Cache, FileDigests};
+use crate::data::scan::{self, ImageLimits};
 use crate::device::{self, NamedDevice};
 use crate::fingerprint::Fingerprint;
-use crate::lr_schedule;
-use crate::preview::Previews;
+use crate::previews::Previews;
 use crate::progress;
-use crate::run_dir::{MetricsLog, Retention, RunDir, RunLock};
-use crate::transaction::{Verified, verify};
-use crate::vfs::{RealFs, replace_file};
+use crate::run::checkpoint::{FluxTraining, Opened, Progress, State, restore};
+use crate::run::folder::RunDir;
+use crate::run::resume::{check_resume, find_checkpoint};
+use crate::run::save::Saver;
+use crate::run::vfs::RealFs;
+use crate::step::{check_update, step};
 
 /// How a run is started, besides its configuration.
 #[derive(Debug, Clone)]
@@ -102,16 +98,6 @@ pub enum Outcome {
     },
 }
 
-/// One line of `metrics.jsonl`: only what a resumed run would write again in the same bits, so no times.
-#[derive(Debug, Serialize)]
-struct StepMetrics {
-    step: u64,
-    epoch: u64,
-    loss: f64,
-    grad_norm: f64,
-    lr: f64,
-}
-
 /// Runs `config` to its end, or until it is stopped.
 ///
 /// # Errors
@@ -125,8 +111,8 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
     let resumed = verified.as_ref().map(|verified| verified.manifest.step);
     let opened = verified.as_ref().map(Opened::parse).transpose()?;
 
-    let samples = dataset::scan(&config.dataset)?;
-    let digests = dataset::sample_digests(&samples, &ImageLimits::default())?;
+    let samples = scan::scan(&config.dataset)?;
+    let digests = scan::sample_digests(&samples, &ImageLimits::default())?;
     let pipeline = pipeline(config)?;
     let cache_folder = run.path().join("cache");
     let prompts = config
@@ -230,140 +216,6 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
     Ok(Outcome::Finished { lora })
 }
 
-/// One optimizer step: micro-batches, clipping, update.
-fn step(
-    training: &mut FluxTraining,
-    config: &RunConfig,
-    data: &Data<'_>,
-    names: &[&str],
-    device: &NamedDevice,
-) -> anyhow::Result<StepMetrics> {
-    let step = training.progress.step;
-    let accumulation = config.train.gradient_accumulation_steps;
-    let first = step * accumulation as u64;
-    let guard = config.train.divergence_factor;
-    let mut gradients = Gradients::default();
-    let (mut loss, mut drawn_from) = (0.0, Vec::new());
-    for micro_step in first..first + accumulation as u64 {
-        let drawn = data.draw(config, micro_step, &device.device)?;
-        drawn_from.extend(describe(&drawn, names));
-        let scope = DropoutScope::enter(config.train.seed, micro_step);
-        let (micro_loss, micro_gradients) = loss_and_gradients(
-            &training.model,
-            drawn.batch,
-            accumulation,
-            config.train.recompute,
-        );
-        scope.finish()?;
-        #[cfg(feature = "canary")]
-        let micro_loss = crate::canary::poison("loss", step + 1).map_or(micro_loss, |v| v as f32);
-        if let Some(fault) = fault_of(micro_loss, drawn.loss_of_zero, guard) {
-            bail!(
-                "{fault} at step {}, for {}; the last checkpoint is untouched",
-                step + 1,
-                drawn_from.join(", ")
-            );
-        }
-        loss += f64::from(micro_loss) / accumulation as f64;
-        gradients.accumulate(micro_gradients);
-    }
-    let place = || {
-        format!(
-            "at step {}, for {}; the last checkpoint is untouched",
-            step + 1,
-            drawn_from.join(", ")
-        )
-    };
-    #[cfg(feature = "canary")]
-    let gradients = match crate::canary::poison("gradient", step + 1) {
-        Some(factor) => gradients.clip(0.0, factor),
-        None => gradients,
-    };
-    let grad_norm = gradients.norm().with_context(place)?;
-    if grad_norm == 0.0 && guard.is_some() {
-        bail!(
-            "the run has collapsed (every gradient is 0, so nothing is learned; a lower `optimizer.learning_rate` may help) {}",
-            place()
-        );
-    }
-    let gradients = match config.optimizer.max_grad_norm {
-        Some(max_norm) => gradients.clip(grad_norm, max_norm),
-        None => gradients,
-    };
-    let schedule = &config.lr_scheduler;
-    let factor = lr_schedule::factor(
-        schedule.name,
-        step,
-        schedule.warmup_steps,
-        config.train.steps,
-        schedule.num_cycles,
-    );
-    let lr = config.optimizer.learning_rate * factor;
-    #[cfg(feature = "canary")]
-    let lr = crate::canary::poison("update", step + 1).unwrap_or(lr);
-    // The model is taken out for the step: a failed step leaves no half-updated model behind that could be saved.
-    training.model = training
-        .optimizer
-        .step(lr, training.model.clone(), gradients)
-        .with_context(place)?;
-    crate::checkpoint::adapter_file(&training.model, &config.lora.config()).with_context(place)?;
-    training.progress.step += 1;
-    Ok(StepMetrics {
-        step: step + 1,
-        epoch: data.order.epoch(first),
-        loss,
-        grad_norm,
-        lr,
-    })
-}
-
-/// The samples of a micro-batch, for people.
-fn describe(drawn: &Drawn, names: &[&str]) -> Vec<String> {
-    let samples = drawn.samples.iter().zip(&drawn.sigmas);
-    samples
-        .map(|(&sample, sigma)| format!("{} (sigma {sigma})", names[sample]))
-        .collect()
-}
-
-/// What is wrong with a loss, if anything: it is no number, or more than `factor` times the loss of predicting 0.
-///
-/// That loss is of the same samples and noise, so the verdict depends on nothing that came before: a resumed run stops
-/// where the uninterrupted one would.
-fn fault_of(loss: f32, loss_of_zero: f64, factor: Option<f64>) -> Option<String> {
-    if !loss.is_finite() {
-        return Some(format!("the loss is {loss}"));
-    }
-    let factor = factor?;
-    (f64::from(loss) > factor * loss_of_zero).then(|| {
-        format!(
-            "the run has diverged (the loss is {loss}; `train.divergence_factor` allows {factor} times the {loss_of_zero:.3} of predicting 0; a lower `optimizer.learning_rate` may help)"
-        )
-    })
-}
-
-/// Tries an update that is about to be saved on the last micro-batch it was made from: one too large shows in a loss, and
-/// that of the next step would come after the save.
-fn check_update(
-    training: &FluxTraining,
-    config: &RunConfig,
-    data: &Data<'_>,
-    names: &[&str],
-    device: &NamedDevice,
-) -> anyhow::Result<()> {
-    let step = training.progress.step;
-    let last = step * config.train.gradient_accumulation_steps as u64 - 1;
-    let drawn = data.draw(config, last, &device.device)?;
-    let drawn_from = describe(&drawn, names);
-    let loss = loss_of(&training.model.valid(), drawn.batch);
-    if let Some(fault) = fault_of(loss, drawn.loss_of_zero, config.train.divergence_factor) {
-        bail!(
-            "{fault} after the update at step {step}, for {}; the last checkpoint is untouched",
-            drawn_from.join(", ")
-        );
-    }
-    Ok(())
-}
-
 /// A run that has made no step.
 fn start(
     model: FluxTransformer,
@@ -460,203 +312,6 @@ fn base_model_digest(
     Ok(digest)
 }
 
-/// The checkpoint to go on from, if any.
-fn find_checkpoint(run: &RunDir, options: &TrainOptions) -> anyhow::Result<Option<Verified>> {
-    let verified: Option<Verified> = match &options.resume {
-        Resume::No if run.has_checkpoints()? => bail!(
-            "run folder {} already holds checkpoints: add --resume to continue that run, or choose another --output",
-            run.path().display()
-        ),
-        Resume::No => None,
-        Resume::Newest if !run.has_checkpoints()? => {
-            info!(run = %run.path().display(), "no checkpoint yet: the run starts from its beginning");
-            None
-        }
-        Resume::Newest => {
-            let (verified, rejected) = run.newest_valid()?;
-            for rejected in rejected {
-                warn!("passed over: {rejected}");
-            }
-            Some(verified)
-        }
-        Resume::Checkpoint(path) => {
-            Some(verify(path).with_context(|| format!("checkpoint {}", path.display()))?)
-        }
-    };
-    if let Some(verified) = &verified {
-        info!(checkpoint = %verified.dir.display(), step = verified.manifest.step, "resuming");
-    }
-    Ok(verified)
-}
-
-/// Refuses what would make the resumed run differ from one that was never stopped; returns the run's events.
-fn check_resume(
-    opened: &Opened,
-    config: &RunConfig,
-    options: &TrainOptions,
-    samples: &[SampleDigest],
-    base_model: &str,
-    fingerprint: &Fingerprint,
-) -> anyhow::Result<Vec<Event>> {
-    let state = &opened.state;
-    let step = state.progress.step;
-    let mut events = state.events.clone();
-    let mut note = |what: String| {
-        info!(step, "{what}");
-        events.push(Event { step, what });
-    };
-    for change in opened.config.diff(config)? {
-        let text = format!(
-            "`{}` was {} and is now {}",
-            change.key, change.old, change.new
-        );
-        if change.key.starts_with("lora.") {
-            bail!(
-                "{text}: an adapter keeps its shape and scale for the whole run; restore the old value, or start a new run in another --output"
-            );
-        }
-        if !change.allowed && !options.adopt_config {
-            bail!(
-                "{text}: the resumed run would not be the one that was started; restore the old value, or add --adopt-config to go on with the new one"
-            );
-        }
-        note(text);
-    }
-    let changes = dataset::changes(&state.samples, samples);
-    if !changes.is_empty() {
-        let list = changes.join("; ");
-        if !options.adopt_data {
-            bail!(
-                "the data has changed since step {step}: {list}; restore it, or add --adopt-data to go on with what is there now"
-            );
-        }
-        note(format!("data changed: {list}"));
-    }
-    if state.base_model != base_model {
-        if !options.adopt_data {
-            bail!(
-                "the base model's transformer is not the one this run was started with; restore it, or add --adopt-data to go on with this one"
-            );
-        }
-        note("base model changed".into());
-    }
-    let differences = state.fingerprint.differences(fingerprint);
-    if let Some((name, stored, present)) = differences.first() {
-        if !options.allow_inexact {
-            bail!(
-                "the run was made with another {name} ({stored}; now {present}), so going on would not give the same bits; use the same one, or add --allow-inexact"
-            );
-        }
-        for (name, stored, present) in differences {
-            note(format!("{name} changed from {stored} to {present}"));
-        }
-    }
-    Ok(events)
-}
-
-/// Writes checkpoints and the finished LoRA.
-struct Saver<'a> {
-    config: &'a RunConfig,
-    lora: &'a LoraConfig,
-    state: State,
-    data: &'a Data<'a>,
-    run: &'a RunDir,
-    lock: &'a RunLock,
-    metrics: MetricsLog,
-    config_digest: String,
-    dataset_digest: String,
-}
-
-impl<'a> Saver<'a> {
-    fn new(
-        config: &'a RunConfig,
-        lora: &'a LoraConfig,
-        state: State,
-        data: &'a Data<'a>,
-        run: &'a RunDir,
-        lock: &'a RunLock,
-        resumed: Option<u64>,
-    ) -> anyhow::Result<Self> {
-        let metrics = MetricsLog::open(&RealFs, lock, resumed)?;
-        replace_file(&RealFs, &run.config_path(), state.config.as_bytes())?;
-        let (config_digest, dataset_digest) =
-            (config.digest()?, dataset::dataset_digest(&state.samples));
-        Ok(Self {
-            config,
-            lora,
-            state,
-            data,
-            run,
-            lock,
-            metrics,
-            config_digest,
-            dataset_digest,
-        })
-    }
-
-    fn save(&mut self, training: &FluxTraining) -> anyhow::Result<()> {
-        let step = training.progress.step;
-        let accumulation = self.config.train.gradient_accumulation_steps as u64;
-        let epoch = self.data.order.epoch(step * accumulation);
-        let state = State {
-            progress: training.progress,
-            epoch,
-            ..self.state.clone()
-        };
-        let fields = manifest_fields(
-            &state,
-            self.config_digest.clone(),
-            self.dataset_digest.clone(),
-        )?;
-        let snapshot = Snapshot::take(training, state, self.lora)?;
-        let retention = Retention {
-            keep: self.config.checkpoint.keep,
-            keep_every: None,
-        };
-        self.lock.save(
-            &RealFs,
-            &mut self.metrics,
-            step,
-            &snapshot.files(),
-            &fields,
-            &retention,
-        )?;
-        Ok(())
-    }
-
-    /// The finished LoRA, beside the checkpoints.
-    fn export(&self, training: &FluxTraining) -> anyhow::Result<PathBuf> {
-        let adapter = crate::checkpoint::adapter_file(&training.model, self.lora)?.fold_scale();
-        let bytes = adapter.to_bytes(crate::checkpoint::TRANSFORMER_PREFIX);
-        let path = self.run.path().join("lora.safetensors");
-        replace_file(&RealFs, &path, &bytes)?;
-        for format in &self.config.export.formats {
-            let format = match format {
-                ExportFormat::Diffusers => continue, // the file above
-                ExportFormat::Peft => LoraFormat::Peft,
-                ExportFormat::Kohya => LoraFormat::Kohya,
-                ExportFormat::Comfyui => LoraFormat::ComfyUi,
-            };
-            let shape = ModelShape {
-                transformer: Some(training.model.config().clone()),
-                ..ModelShape::default()
-            };
-            let out = crate::commands::beside(&path, format);
-            if format == LoraFormat::Peft && adapter.peft_type() != PeftType::Lora {
-                adapter.save_peft(&out)?;
-                continue;
-            }
-            let set = LoraSet::from_adapter(&adapter, Component::Transformer, shape);
-            let report = write(&set, format, &out, &WriteOptions::default())
-                .with_context(|| format!("write {}", out.display()))?;
-            for note in report.notes {
-                info!("{}: {note}", out.display());
-            }
-        }
-        Ok(path)
-    }
-}
-
 /// What is about to happen; most mis-set runs show here.
 fn summary(config: &RunConfig, training: &FluxTraining, data: &Data<'_>, device: &NamedDevice) {
     let count = count_parameters(&training.model);
@@ -691,26 +346,4 @@ fn summary(config: &RunConfig, training: &FluxTraining, data: &Data<'_>, device:
         from_step = training.progress.step,
         "data"
     );
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_loss_is_judged_by_the_loss_of_predicting_0() {
-        assert_eq!(fault_of(20.0, 2.0, Some(10.0)), None);
-        let fault = fault_of(20.1, 2.0, Some(10.0)).unwrap_or_default();
-        assert!(
-            fault.contains(
-                "diverged (the loss is 20.1; `train.divergence_factor` allows 10 times the 2.000"
-            ),
-            "{fault}"
-        );
-        assert_eq!(fault_of(f32::MAX, 2.0, None), None);
-        // A loss that is no number stops every run.
-        let said = |loss, factor| fault_of(loss, 2.0, factor).unwrap_or_default();
-        assert_eq!(said(f32::INFINITY, None), "the loss is inf");
-        assert_eq!(said(f32::NAN, Some(10.0)), "the loss is NaN");
-    }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use lora_core::host::HostTensor;
+use lora_core::files::host::HostTensor;
 use lora_core::{AdapterFile, AdapterSpec, LoraFactors, ModuleAdapter, Side};
 
 use super::delta::{BaseWeight, group, group_delta};

@@ -3,7 +3,7 @@
 //! DoRA (Liu et al. 2024, arXiv:2402.09353): with `V = W + scale * delta`, the new weight is `m * V / norm(V)`. The norm
 //! is that of the changed weight, as in PEFT, LyCORIS and OneTrainer; ComfyUI takes the norm of `W` for the output axis.
 
-use lora_core::host::HostTensor;
+use lora_core::files::host::HostTensor;
 
 use super::error::LoraFormatError;
 use super::lycoris::dense;

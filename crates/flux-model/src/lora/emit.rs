@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 
-use lora_core::host::{Dtype, HostTensor};
+use lora_core::files::host::{Dtype, HostTensor};
 
 use super::error::LoraFormatError;
 use super::fuse::{FuseError, Piece, assemble, fuse};

@@ -3,8 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use lora_core::host::Dtype;
-use lora_core::tensor_file::FileError;
+use lora_core::files::host::Dtype;
+use lora_core::files::safetensors::FileError;
 
 use super::write::{LoraFormat, Loss};
 

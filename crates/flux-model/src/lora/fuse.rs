@@ -4,7 +4,7 @@
 //! equal down projections are stacked. Anything else of low rank becomes block-diagonal: the down projections below each
 //! other, each up projection in its own rows and columns, the rank the sum of the ranks.
 
-use lora_core::host::{Dtype, HostTensor};
+use lora_core::files::host::{Dtype, HostTensor};
 
 use super::error::LoraFormatError;
 use super::lycoris::{LoKr, Matrix, to_low_rank};

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use lora_core::tensor_file::TensorFile;
+use lora_core::files::safetensors::TensorFile;
 
 use super::error::{KeyProblem, LoraFormatError};
 use super::key::Param;

@@ -13,7 +13,7 @@
 
 use std::ops::Range;
 
-use lora_core::host::{Dtype, HostTensor};
+use lora_core::files::host::{Dtype, HostTensor};
 
 use super::error::LoraFormatError;
 use super::rows::Rows;

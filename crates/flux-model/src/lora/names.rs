@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use crate::keys::bfl_transformer_module;
+use crate::flux1::keys::bfl_transformer_module;
 
 use super::Component;
 use super::key::ParsedKey;

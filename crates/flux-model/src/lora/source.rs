@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lora_core::METADATA_KEY;
-use lora_core::strict_json::{parse_json, read_file};
-use lora_core::tensor_file::TensorFile;
+use lora_core::files::safetensors::TensorFile;
+use lora_core::files::strict_json::{parse_json, read_file};
 use serde_json::{Map, Value};
 
 use super::Component;

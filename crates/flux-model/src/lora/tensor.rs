@@ -8,8 +8,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use lora_core::host::{Dtype, HostTensor};
-use lora_core::tensor_file::TensorFile;
+use lora_core::files::host::{Dtype, HostTensor};
+use lora_core::files::safetensors::TensorFile;
 
 use super::error::{KeyProblem, LoraFormatError};
 use super::rows::Rows;

@@ -17,8 +17,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use lora_core::host::{Dtype, HostTensor};
-use lora_core::tensor_file::write_streaming;
+use lora_core::files::host::{Dtype, HostTensor};
+use lora_core::files::safetensors::write_streaming;
 use lora_core::{METADATA_KEY, replace_file};
 use serde_json::{Map, Value, json};
 

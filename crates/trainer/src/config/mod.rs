@@ -19,7 +19,7 @@ use self::read::{
     value_error,
 };
 use self::rules::Invalid;
-use crate::dataset::content_digest;
+use crate::data::scan::content_digest;
 use crate::nearest::{one_line, shown};
 
 mod number_or;
@@ -130,7 +130,7 @@ pub struct ModelSection {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DatasetSection {
-    /// Folder of images with captions, as [`crate::dataset::scan`] reads it. Required.
+    /// Folder of images with captions, as [`crate::data::scan::scan`] reads it. Required.
     pub path: PathBuf,
     /// Side in pixels of the square whose area no training image exceeds; a multiple of 16. Default 512.
     pub resolution: u32,

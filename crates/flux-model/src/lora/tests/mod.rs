@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use lora_core::host::{Dtype, HostTensor};
-use lora_core::tensor_file::serialize;
+use lora_core::files::host::{Dtype, HostTensor};
+use lora_core::files::safetensors::serialize;
 
 use super::*;
 use crate::config::{ClipConfig, FluxConfig, T5Config};

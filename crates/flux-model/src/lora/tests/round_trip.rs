@@ -33,7 +33,7 @@ fn kohya() -> Builder {
 
 /// Tensors of a file on disk.
 fn stored(path: &Path) -> BTreeMap<String, HostTensor> {
-    let file = lora_core::tensor_file::TensorFile::open(path).expect("a file");
+    let file = lora_core::files::safetensors::TensorFile::open(path).expect("a file");
     let names: Vec<_> = file.names().map(str::to_string).collect();
     names
         .into_iter()
@@ -226,7 +226,7 @@ fn the_keys_of_each_format() {
     let path = folder.path().join("out");
     let keys = |format| {
         write(&set, format, &path, &WriteOptions::default()).expect("writable");
-        let file = lora_core::tensor_file::TensorFile::open(&path).expect("a file");
+        let file = lora_core::files::safetensors::TensorFile::open(&path).expect("a file");
         let key = |(name, tensor): (String, HostTensor)| {
             format!("{name} {} {:?}", tensor.dtype, tensor.shape)
         };

@@ -1,0 +1,5 @@
+//! FLUX.1: the velocity network, its names in BFL's layout, its latents and positions.
+
+pub mod keys;
+pub mod latent;
+pub mod transformer;

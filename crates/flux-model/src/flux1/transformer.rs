@@ -1,0 +1,420 @@
+//! The FLUX.1 transformer: 19 double-stream and 38 single-stream blocks that predict the velocity `noise - latents`.
+//!
+//! Fields carry diffusers' names (`transformer_blocks.0.attn.to_q`), so a parameter's path is its checkpoint key and its PEFT
+//! path. q, k and v are separate layers, as LoRA files name them; a fused checkpoint is split when it is loaded. Every linear
+//! layer is computed by [`lora_core::linear`].
+//!
+//! The forward pass is four stages with public seams: [`embed`](FluxTransformer::embed), the double blocks, the single
+//! blocks, [`finish`](FluxTransformer::finish). Training runs the same seams block by block.
+//!
+//! Source: diffusers 0.38 `transformer_flux.py`; black-forest-labs/flux `src/flux/model.py` (802fb47).
+
+use burn::module::Module;
+use burn::nn::{Identity, Linear};
+use burn::tensor::activation::{gelu_approximate, silu};
+use burn::tensor::{Device, Tensor};
+use lora_core::linear;
+
+use crate::config::FluxConfig;
+use crate::flux1::latent::Position;
+use crate::layers::{
+    RmsNorm, RotaryTable, layer_norm, linear_layer, rotary_attention, sinusoidal_embedding,
+    split_heads,
+};
+
+/// Of every norm in this network.
+const EPS: f64 = 1e-6;
+
+/// Inputs of one forward pass.
+#[derive(Debug, Clone)]
+pub struct FluxInput {
+    /// Packed noisy latents, `[batch, img_tokens, in_channels]`.
+    pub img: Tensor<3>,
+    /// Text tokens (T5), `[batch, txt_tokens, joint_attention_dim]`.
+    pub txt: Tensor<3>,
+    /// Pooled text vector (CLIP), `[batch, pooled_projection_dim]`.
+    pub pooled: Tensor<2>,
+    /// Noise level of each sample, in `[0, 1]`, 1 = pure noise.
+    pub sigma: Vec<f32>,
+    /// Guidance strength of each sample; ignored by models without guidance embedding.
+    pub guidance: Vec<f32>,
+    /// Positions of the text tokens, then of the image tokens.
+    pub positions: Vec<Position>,
+}
+
+/// What every block reads besides its input.
+#[derive(Debug, Clone)]
+pub struct Conditioning {
+    /// Time, guidance and pooled text, `[batch, hidden_size]`.
+    pub temb: Tensor<2>,
+    /// Rotary positions of text and image tokens.
+    pub rotary: RotaryTable,
+}
+
+/// The network.
+#[derive(Module, Debug)]
+pub struct FluxTransformer {
+    x_embedder: Linear,
+    context_embedder: Linear,
+    time_text_embed: TimeTextEmbed,
+    /// Double-stream blocks.
+    pub transformer_blocks: Vec<DoubleStreamBlock>,
+    /// Single-stream blocks.
+    pub single_transformer_blocks: Vec<SingleStreamBlock>,
+    norm_out: Modulation,
+    proj_out: Linear,
+    #[module(skip)]
+    config: FluxConfig,
+}
+
+impl FluxTransformer {
+    /// A network with lazily initialised weights: nothing is allocated until a weight is read or loaded.
+    pub fn new(config: &FluxConfig, device: &Device) -> Self {
+        let hidden = config.hidden_size();
+        Self {
+            x_embedder: linear_layer(config.in_channels, hidden, true, device),
+            context_embedder: linear_layer(config.joint_attention_dim, hidden, true, device),
+            time_text_embed: TimeTextEmbed {
+                timestep_embedder: Embedder::new(256, hidden, device),
+                guidance_embedder: config
+                    .guidance_embeds
+                    .then(|| Embedder::new(256, hidden, device)),
+                text_embedder: Embedder::new(config.pooled_projection_dim, hidden, device),
+            },
+            transformer_blocks: (0..config.num_layers)
+                .map(|_| DoubleStreamBlock::new(config, device))
+                .collect(),
+            single_transformer_blocks: (0..config.num_single_layers)
+                .map(|_| SingleStreamBlock::new(config, device))
+                .collect(),
+            norm_out: Modulation::new(hidden, 2, device),
+            proj_out: linear_layer(hidden, config.out_channels(), true, device),
+            config: config.clone(),
+        }
+    }
+
+    /// The architecture.
+    pub fn config(&self) -> &FluxConfig {
+        &self.config
+    }
+
+    /// Predicted velocity, `[batch, img_tokens, out_channels]`.
+    pub fn forward(&self, input: FluxInput) -> Tensor<3> {
+        let txt_tokens = input.txt.dims()[1];
+        let conditioning = Conditioning {
+            temb: self.condition(&input),
+            rotary: self.rotary(&input),
+        };
+        let (mut img, mut txt) = self.embed(input.img, input.txt);
+        for block in &self.transformer_blocks {
+            (img, txt) = block.forward(img, txt, &conditioning);
+        }
+        let mut hidden = join(txt, img);
+        for block in &self.single_transformer_blocks {
+            hidden = block.forward(hidden, &conditioning);
+        }
+        self.finish(hidden, txt_tokens, &conditioning.temb)
+    }
+
+    /// The conditioning vector, `[batch, hidden_size]`.
+    pub fn condition(&self, input: &FluxInput) -> Tensor<2> {
+        let device = input.pooled.device();
+        let embed = &self.time_text_embed;
+        let time = embed
+            .timestep_embedder
+            .forward(sinusoidal_embedding(&input.sigma, &device));
+        let time = match &embed.guidance_embedder {
+            Some(guidance) => {
+                time + guidance.forward(sinusoidal_embedding(&input.guidance, &device))
+            }
+            None => time,
+        };
+        time + embed.text_embedder.forward(input.pooled.clone())
+    }
+
+    /// The rotary table of the input's tokens.
+    pub fn rotary(&self, input: &FluxInput) -> RotaryTable {
+        RotaryTable::new(
+            &input.positions,
+            &self.config.axes_dims_rope,
+            &input.img.device(),
+        )
+    }
+
+    /// Image and text tokens at the width of the network.
+    pub fn embed(&self, img: Tensor<3>, txt: Tensor<3>) -> (Tensor<3>, Tensor<3>) {
+        (
+            linear(&self.x_embedder, img),
+            linear(&self.context_embedder, txt),
+        )
+    }
+
+    /// Drops the text tokens and projects to the velocity.
+    pub fn finish(&self, hidden: Tensor<3>, txt_tokens: usize, temb: &Tensor<2>) -> Tensor<3> {
+        let tokens = hidden.dims()[1];
+        let img = hidden.narrow(1, txt_tokens, tokens - txt_tokens);
+        let [scale, shift] = self.norm_out.forward(silu(temb.clone())); // the other way round in BFL's layout
+        linear(&self.proj_out, layer_norm(img, EPS) * (scale + 1.0) + shift)
+    }
+}
+
+/// Text tokens first, then image tokens: the input of the single-stream blocks.
+pub fn join(txt: Tensor<3>, img: Tensor<3>) -> Tensor<3> {
+    Tensor::cat(vec![txt, img], 1)
+}
+
+#[derive(Module, Debug)]
+struct TimeTextEmbed {
+    timestep_embedder: Embedder,
+    guidance_embedder: Option<Embedder>,
+    text_embedder: Embedder,
+}
+
+/// Two linear layers with SiLU between.
+#[derive(Module, Debug)]
+struct Embedder {
+    linear_1: Linear,
+    linear_2: Linear,
+}
+
+impl Embedder {
+    fn new(inputs: usize, hidden: usize, device: &Device) -> Self {
+        Self {
+            linear_1: linear_layer(inputs, hidden, true, device),
+            linear_2: linear_layer(hidden, hidden, true, device),
+        }
+    }
+
+    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        linear(&self.linear_2, silu(linear(&self.linear_1, x)))
+    }
+}
+
+/// Adaptive layer norm: N vectors (shift, scale, gate ...) made from the conditioning.
+#[derive(Module, Debug)]
+pub struct Modulation {
+    linear: Linear,
+}
+
+impl Modulation {
+    fn new(hidden: usize, chunks: usize, device: &Device) -> Self {
+        Self {
+            linear: linear_layer(hidden, chunks * hidden, true, device),
+        }
+    }
+
+    /// # Shapes
+    /// - `activated`: `[batch, hidden]`; returns N times `[batch, 1, hidden]`
+    fn forward<const N: usize>(&self, activated: Tensor<2>) -> [Tensor<3>; N] {
+        let chunks = linear(&self.linear, activated).unsqueeze_dim::<3>(1);
+        let hidden = chunks.dims()[2] / N;
+        std::array::from_fn(|i| chunks.clone().narrow(2, i * hidden, hidden))
+    }
+}
+
+#[derive(Module, Debug)]
+struct FeedForward {
+    net: (GeluProjection, Identity, Linear), // 1 is dropout upstream
+}
+
+#[derive(Module, Debug)]
+struct GeluProjection {
+    proj: Linear,
+}
+
+impl FeedForward {
+    fn new(hidden: usize, device: &Device) -> Self {
+        let proj = linear_layer(hidden, 4 * hidden, true, device);
+        Self {
+            net: (
+                GeluProjection { proj },
+                Identity::new(),
+                linear_layer(4 * hidden, hidden, true, device),
+            ),
+        }
+    }
+
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        linear(&self.net.2, gelu_approximate(linear(&self.net.0.proj, x)))
+    }
+}
+
+/// Joint attention over image and text, each with its own weights.
+#[derive(Module, Debug)]
+pub struct DoubleStreamBlock {
+    norm1: Modulation,
+    norm1_context: Modulation,
+    attn: JointAttention,
+    ff: FeedForward,
+    ff_context: FeedForward,
+}
+
+#[derive(Module, Debug)]
+struct JointAttention {
+    norm_q: RmsNorm,
+    norm_k: RmsNorm,
+    to_q: Linear,
+    to_k: Linear,
+    to_v: Linear,
+    to_out: [Linear; 1],
+    norm_added_q: RmsNorm,
+    norm_added_k: RmsNorm,
+    add_q_proj: Linear,
+    add_k_proj: Linear,
+    add_v_proj: Linear,
+    to_add_out: Linear,
+    #[module(skip)]
+    heads: usize,
+}
+
+impl DoubleStreamBlock {
+    fn new(config: &FluxConfig, device: &Device) -> Self {
+        let hidden = config.hidden_size();
+        let square = || linear_layer(hidden, hidden, true, device);
+        let norm = || RmsNorm::new(config.attention_head_dim, EPS, device);
+        Self {
+            norm1: Modulation::new(hidden, 6, device),
+            norm1_context: Modulation::new(hidden, 6, device),
+            attn: JointAttention {
+                norm_q: norm(),
+                norm_k: norm(),
+                to_q: square(),
+                to_k: square(),
+                to_v: square(),
+                to_out: [square()],
+                norm_added_q: norm(),
+                norm_added_k: norm(),
+                add_q_proj: square(),
+                add_k_proj: square(),
+                add_v_proj: square(),
+                to_add_out: square(),
+                heads: config.num_attention_heads,
+            },
+            ff: FeedForward::new(hidden, device),
+            ff_context: FeedForward::new(hidden, device),
+        }
+    }
+
+    /// # Shapes
+    /// - `img`: `[batch, img_tokens, hidden]`, `txt`: `[batch, txt_tokens, hidden]`; returns both, unchanged in shape
+    pub fn forward(
+        &self,
+        img: Tensor<3>,
+        txt: Tensor<3>,
+        c: &Conditioning,
+    ) -> (Tensor<3>, Tensor<3>) {
+        let activated = silu(c.temb.clone()); // the only use of temb: per-block recompute relies on it
+        let [shift1, scale1, gate1, shift2, scale2, gate2] = self.norm1.forward(activated.clone());
+        let [
+            txt_shift1,
+            txt_scale1,
+            txt_gate1,
+            txt_shift2,
+            txt_scale2,
+            txt_gate2,
+        ] = self.norm1_context.forward(activated);
+
+        let (img_attn, txt_attn) = self.attn.forward(
+            layer_norm(img.clone(), EPS) * (scale1 + 1.0) + shift1,
+            layer_norm(txt.clone(), EPS) * (txt_scale1 + 1.0) + txt_shift1,
+            &c.rotary,
+        );
+
+        let img = img + gate1 * img_attn;
+        let img = img.clone()
+            + gate2
+                * self
+                    .ff
+                    .forward(layer_norm(img, EPS) * (scale2 + 1.0) + shift2);
+
+        let txt = txt + txt_gate1 * txt_attn;
+        let txt = txt.clone()
+            + txt_gate2
+                * self
+                    .ff_context
+                    .forward(layer_norm(txt, EPS) * (txt_scale2 + 1.0) + txt_shift2);
+        (img, txt)
+    }
+}
+
+impl JointAttention {
+    fn forward(
+        &self,
+        img: Tensor<3>,
+        txt: Tensor<3>,
+        rotary: &RotaryTable,
+    ) -> (Tensor<3>, Tensor<3>) {
+        let (img_tokens, txt_tokens) = (img.dims()[1], txt.dims()[1]);
+        let heads =
+            |layer: &Linear, x: &Tensor<3>| split_heads(linear(layer, x.clone()), self.heads);
+        let q = self.norm_q.forward(heads(&self.to_q, &img));
+        let k = self.norm_k.forward(heads(&self.to_k, &img));
+        let v = heads(&self.to_v, &img);
+        let txt_q = self.norm_added_q.forward(heads(&self.add_q_proj, &txt));
+        let txt_k = self.norm_added_k.forward(heads(&self.add_k_proj, &txt));
+        let txt_v = heads(&self.add_v_proj, &txt);
+
+        let both = |txt, img| Tensor::cat(vec![txt, img], 1); // text first
+        let out = rotary_attention(both(txt_q, q), both(txt_k, k), both(txt_v, v), rotary);
+        let txt_out = out.clone().narrow(1, 0, txt_tokens);
+        let img_out = out.narrow(1, txt_tokens, img_tokens);
+        (
+            linear(&self.to_out[0], img_out),
+            linear(&self.to_add_out, txt_out),
+        )
+    }
+}
+
+/// Attention and MLP in parallel over the joined text and image tokens.
+#[derive(Module, Debug)]
+pub struct SingleStreamBlock {
+    norm: Modulation,
+    proj_mlp: Linear,
+    proj_out: Linear,
+    attn: SingleAttention,
+}
+
+#[derive(Module, Debug)]
+struct SingleAttention {
+    norm_q: RmsNorm,
+    norm_k: RmsNorm,
+    to_q: Linear,
+    to_k: Linear,
+    to_v: Linear,
+    #[module(skip)]
+    heads: usize,
+}
+
+impl SingleStreamBlock {
+    fn new(config: &FluxConfig, device: &Device) -> Self {
+        let hidden = config.hidden_size();
+        let square = || linear_layer(hidden, hidden, true, device);
+        let norm = || RmsNorm::new(config.attention_head_dim, EPS, device);
+        Self {
+            norm: Modulation::new(hidden, 3, device),
+            proj_mlp: linear_layer(hidden, 4 * hidden, true, device),
+            proj_out: linear_layer(5 * hidden, hidden, true, device),
+            attn: SingleAttention {
+                norm_q: norm(),
+                norm_k: norm(),
+                to_q: square(),
+                to_k: square(),
+                to_v: square(),
+                heads: config.num_attention_heads,
+            },
+        }
+    }
+
+    /// # Shapes
+    /// - `hidden`: `[batch, txt_tokens + img_tokens, hidden]`, unchanged
+    pub fn forward(&self, hidden: Tensor<3>, c: &Conditioning) -> Tensor<3> {
+        let [shift, scale, gate] = self.norm.forward(silu(c.temb.clone()));
+        let x = layer_norm(hidden.clone(), EPS) * (scale + 1.0) + shift;
+        let mlp = gelu_approximate(linear(&self.proj_mlp, x.clone()));
+        let heads = |layer: &Linear| split_heads(linear(layer, x.clone()), self.attn.heads);
+        let q = self.attn.norm_q.forward(heads(&self.attn.to_q));
+        let k = self.attn.norm_k.forward(heads(&self.attn.to_k));
+        let attn = rotary_attention(q, k, heads(&self.attn.to_v), &c.rotary);
+        hidden + gate * linear(&self.proj_out, Tensor::cat(vec![attn, mlp], 2)) // attention first
+    }
+}

@@ -1,0 +1,781 @@
+//! Adapters outside a model: per-layer factors, and their safetensors file in PEFT's form.
+//!
+//! | kind | keys after `<prefix><layer>` |
+//! |---|---|
+//! | LoRA | `.lora_A.weight [r, in]`, `.lora_B.weight [out, r]`, `.lora_B.bias [out]`, `.lora_magnitude_vector [out]` |
+//! | LoRA, convolution | `.lora_A.weight [r, in, kernel...]`, `.lora_B.weight [out, r, 1...]`, magnitude `[1, out, 1...]` |
+//! | LoRA, embedding | `.lora_embedding_A [r, entries]`, `.lora_embedding_B [out, r]` |
+//! | LoHa | `.hada_w1_a`, `.hada_w2_a [out, r]`, `.hada_w1_b`, `.hada_w2_b [r, in]` |
+//! | LoKr | `.lokr_w1 [a, b]` or `.lokr_w1_a [a, r]` and `.lokr_w1_b [r, b]`; `.lokr_w2` likewise |
+//! | `modules_to_save` | the parameter's own name and shape in PyTorch |
+//! | `bias` | `.bias`, of an adapted layer `.base_layer.bias` |
+//!
+//! The prefix names the component (`transformer.` in a diffusers pipeline) or is empty. The configuration travels in the
+//! header as `lora_adapter_metadata`, one JSON object with `<prefix>r`, `<prefix>lora_alpha` and so on, which diffusers
+//! reads: every file we write says its alpha.
+//!
+//! Source: diffusers 0.38 `loaders/lora_base.py` (`_pack_dict_with_prefix`, `LORA_ADAPTER_METADATA_KEY`), PEFT 0.19
+//! `save_and_load.py`.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+use serde_json::{Map, Value};
+
+use crate::adapter::{Adapter, AdapterSpec, Lora};
+use crate::error::LoraError;
+use crate::files::host::HostTensor;
+use crate::files::safetensors::{TensorFile, serialize};
+use crate::files::strict_json::parse_json;
+use crate::kinds::factors::{
+    Factors, LORA_A, LORA_B, LORA_BIAS, LoraFactors, MAGNITUDE, MapParts, Side,
+};
+use crate::kinds::split;
+use crate::peft::config::{InitLoraWeights, LoraConfig, PeftType, Targets, TrainBias};
+use crate::peft::form;
+use crate::site::{Site, WeightLayout};
+use crate::state::host;
+
+/// Header key under which diffusers keeps the PEFT configuration.
+pub const METADATA_KEY: &str = "lora_adapter_metadata";
+/// Header key of the configuration under which factors that were split off the base weight are trained: the second half of
+/// each is what they started from, see [`Initial`](crate::Initial).
+const SPLIT_KEY: &str = "lora_core_split_adapter";
+
+/// Factors of one layer, as files store them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModuleAdapter {
+    /// Rank, alpha and the rest that is not trained.
+    pub spec: AdapterSpec,
+    /// What is trained.
+    pub factors: Factors<HostTensor>,
+    /// DoRA, even if the magnitude is still to be computed from the base weight.
+    pub use_dora: bool,
+    /// The layer is an embedding, whose factors have names of their own.
+    pub embedding: bool,
+}
+
+impl ModuleAdapter {
+    /// A LoRA of a linear layer or a convolution.
+    pub fn lora(spec: AdapterSpec, factors: LoraFactors<HostTensor>) -> Self {
+        Self {
+            spec,
+            use_dora: factors.magnitude.is_some(),
+            factors: Factors::Lora(factors),
+            embedding: false,
+        }
+    }
+
+    /// The factors, if this is a LoRA.
+    pub fn as_lora(&self) -> Option<&LoraFactors<HostTensor>> {
+        self.factors.as_lora()
+    }
+
+    pub(crate) fn has_magnitude(&self) -> bool {
+        self.as_lora().is_some_and(|lora| lora.magnitude.is_some())
+    }
+
+    fn has_bias(&self) -> bool {
+        self.as_lora().is_some_and(|lora| lora.bias.is_some())
+    }
+
+    /// How the factors were split off the base weight, if they were.
+    fn split(&self) -> Option<InitLoraWeights> {
+        Some(self.as_lora()?.initial.as_ref()?.method)
+    }
+}
+
+/// One adapter outside a model: layer path to factors.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct AdapterFile {
+    modules: BTreeMap<String, ModuleAdapter>,
+    /// Parameters that are trained in full, by PyTorch's name and in its layout.
+    whole: BTreeMap<String, HostTensor>,
+    /// What the configuration says that factors do not show, where known: the other fields have their defaults.
+    selection: Option<Box<LoraConfig>>,
+}
+
+impl AdapterFile {
+    /// An adapter from factors per layer.
+    pub fn new(modules: BTreeMap<String, ModuleAdapter>) -> Self {
+        Self {
+            modules,
+            ..Self::default()
+        }
+    }
+
+    /// Layer path to factors.
+    pub fn modules(&self) -> &BTreeMap<String, ModuleAdapter> {
+        &self.modules
+    }
+
+    /// Layer path to factors, by value.
+    pub fn into_modules(self) -> BTreeMap<String, ModuleAdapter> {
+        self.modules
+    }
+
+    /// Parameters trained in full (`modules_to_save`, `bias`), by PyTorch's name and in its layout: a linear weight is
+    /// `[out, in]`.
+    pub fn whole(&self) -> &BTreeMap<String, HostTensor> {
+        &self.whole
+    }
+
+    /// The state of adapter `name` on `model`; `config` is the one it was made with, where known.
+    ///
+    /// # Errors
+    /// No adapter of that name.
+    pub fn from_model<M: Module>(
+        model: &M,
+        name: &str,
+        config: Option<&LoraConfig>,
+    ) -> Result<Self, LoraError> {
+        // A visitor sees parameters, not the adapter they belong to; a mapper's edit hook does.
+        let found = std::rc::Rc::new(std::cell::RefCell::new(Self::default()));
+        let (sink, wanted) = (found.clone(), name.to_string());
+        let _ = crate::edit::edit(model.clone(), move |_, lora: Lora| {
+            if let Some(adapter) = lora.adapters().iter().find(|a| a.name() == wanted) {
+                sink.borrow_mut().insert(adapter);
+            }
+            lora
+        });
+        let mut file = found.take();
+        if file.modules.is_empty() && file.whole.is_empty() {
+            return Err(LoraError::UnknownAdapter {
+                name: name.into(),
+                attached: crate::edit::adapter_names(model),
+            });
+        }
+        file.selection = config.map(selection).map(Box::new);
+        Ok(file)
+    }
+
+    fn insert(&mut self, adapter: &Adapter) {
+        let site = &adapter.site;
+        if let Factors::Whole(value) = &adapter.factors {
+            let tensor = value.val().reshape([site.shape[0] as i32, -1]);
+            let (tensor, shape) = match site.layout {
+                WeightLayout::InOut => (
+                    tensor.transpose(),
+                    site.shape.iter().rev().copied().collect(),
+                ),
+                WeightLayout::OutIn | WeightLayout::Table => (tensor, site.shape.clone()),
+            };
+            let tensor = HostTensor {
+                shape,
+                ..host::<2>(tensor)
+            };
+            self.whole.insert(site.key.clone(), tensor);
+            return;
+        }
+        let factors = adapter.factors.as_ref().map(&mut ToHost(site));
+        let module = ModuleAdapter {
+            spec: adapter.spec,
+            use_dora: factors
+                .as_lora()
+                .is_some_and(|lora| lora.magnitude.is_some()),
+            factors,
+            embedding: site.layout == WeightLayout::Table,
+        };
+        self.modules.insert(site.key.clone(), module);
+    }
+
+    /// Reads a file whose keys start with `prefix`.
+    ///
+    /// # Errors
+    /// A malformed file; a factor without its partner; a key that is no adapter parameter or has another prefix.
+    pub fn load(path: &Path, prefix: &str) -> Result<Self, LoraError> {
+        Self::from_tensors(&TensorFile::open(path)?, prefix)
+    }
+
+    /// As [`load`](Self::load), from bytes; `name` stands for the path in messages.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn from_bytes(name: &Path, bytes: Vec<u8>, prefix: &str) -> Result<Self, LoraError> {
+        Self::from_tensors(&TensorFile::from_bytes(name, bytes)?, prefix)
+    }
+
+    fn from_tensors(file: &TensorFile, prefix: &str) -> Result<Self, LoraError> {
+        let mut adapter = Self::parse(file, prefix, metadata_config(file, prefix)?.as_ref())?;
+        if let Some(text) = file.metadata().get(SPLIT_KEY) {
+            let config: LoraConfig =
+                parse_json(text.as_bytes()).map_err(|source| LoraError::Json {
+                    what: format!("`{SPLIT_KEY}` of {}", file.path().display()),
+                    source,
+                })?;
+            config.validate()?;
+            for (layer, module) in &mut adapter.modules {
+                *module = split::cut(layer, module, &config)?.ok_or_else(|| {
+                    LoraError::Config(format!(
+                        "`{SPLIT_KEY}` in the header of {} does not describe the factors of `{layer}`; without that entry the file is a plain LoRA",
+                        file.path().display()
+                    ))
+                })?;
+            }
+        }
+        Ok(adapter)
+    }
+
+    /// The adapter in `file`, as `config` describes it.
+    pub(crate) fn parse(
+        file: &TensorFile,
+        prefix: &str,
+        config: Option<&LoraConfig>,
+    ) -> Result<Self, LoraError> {
+        let saves = config.is_some_and(|config| {
+            !config.modules_to_save.is_empty() || config.bias != TrainBias::None
+        });
+        let mut layers: BTreeMap<String, BTreeMap<&str, HostTensor>> = BTreeMap::new();
+        let mut whole = BTreeMap::new();
+        for key in file.names() {
+            let leftover = |reason: &str| LoraError::Leftover {
+                key: key.into(),
+                reason: reason.into(),
+            };
+            let body = key
+                .strip_prefix(prefix)
+                .ok_or_else(|| leftover(&format!("its name does not start with `{prefix}`")))?;
+            let part = SUFFIXES
+                .into_iter()
+                .find_map(|suffix| body.strip_suffix(suffix).map(|layer| (layer, suffix)));
+            match part {
+                Some((layer, suffix)) => {
+                    let parts = layers.entry(layer.into()).or_default();
+                    parts.insert(suffix, file.read(key)?);
+                }
+                None if saves => {
+                    let name = body.replace(".base_layer.", ".");
+                    whole.insert(name, file.read(key)?);
+                }
+                None => return Err(leftover("its name is not that of an adapter parameter")),
+            }
+        }
+        let modules = layers
+            .into_iter()
+            .map(|(layer, parts)| {
+                let module = module(prefix, &layer, parts, config)?;
+                Ok((layer, module))
+            })
+            .collect::<Result<BTreeMap<_, _>, LoraError>>()?;
+        if modules.is_empty() {
+            return Err(LoraError::Config(format!(
+                "{} holds no adapter",
+                file.path().display()
+            )));
+        }
+        Ok(Self {
+            modules,
+            whole,
+            selection: config.map(selection).map(Box::new),
+        })
+    }
+
+    /// Takes rank, alpha and scale of every layer from `config` instead of from the header, for files that do not say them.
+    ///
+    /// # Errors
+    /// A rank that differs from the factors'.
+    pub fn with_config(mut self, config: &LoraConfig) -> Result<Self, LoraError> {
+        for (layer, module) in &mut self.modules {
+            let (rank, alpha) = config.resolve(layer)?;
+            if rank != module.spec.rank {
+                return Err(LoraError::Disagrees {
+                    key: format!("r ({layer})"),
+                    configured: rank.to_string(),
+                    stored: module.spec.rank.to_string(),
+                });
+            }
+            module.spec = AdapterSpec {
+                rank,
+                alpha,
+                use_rslora: config.use_rslora,
+                dropout: config.lora_dropout,
+            };
+        }
+        self.selection = Some(Box::new(selection(config)));
+        Ok(self)
+    }
+
+    /// Sets the dropout, which belongs to the training and not to the factors.
+    #[must_use]
+    pub fn with_dropout(mut self, dropout: f64) -> Self {
+        self.modules
+            .values_mut()
+            .for_each(|module| module.spec.dropout = dropout);
+        self
+    }
+
+    /// Multiplies the scale of LoHa and LoKr into their first factor, so that every reader means the same.
+    ///
+    /// PEFT scales by alpha over rank; LyCORIS, ComfyUI and ai-toolkit look for alpha in a tensor, and not at all where both
+    /// sides of a LoKr are full. Other adapters stay as they are.
+    #[must_use]
+    pub fn fold_scale(mut self) -> Self {
+        for module in self.modules.values_mut() {
+            let first = match &mut module.factors {
+                Factors::Loha { w1: [first, _], .. } => first,
+                Factors::Lokr {
+                    w1: Side::Full(first) | Side::Product(first, _),
+                    ..
+                } => first,
+                Factors::Lora(_) | Factors::Whole(_) => continue,
+            };
+            let scale = module.spec.scale();
+            let values = first.to_f32();
+            let scaled: Vec<f32> = values
+                .iter()
+                .map(|v| (f64::from(*v) * scale) as f32)
+                .collect();
+            *first = HostTensor::from_f32(first.shape.clone(), &scaled);
+            module.spec.alpha = module.spec.rank as f64;
+        }
+        self
+    }
+
+    /// The same update as a plain LoRA for the original model: where factors were split off the base weight, what they
+    /// started from is subtracted, which doubles the rank.
+    #[must_use]
+    pub fn to_plain(&self) -> Self {
+        let modules = self.modules.iter();
+        Self {
+            modules: modules
+                .map(|(layer, module)| (layer.clone(), split::plain(module)))
+                .collect(),
+            ..self.clone()
+        }
+    }
+
+    /// Checks every factor for NaN and infinity.
+    ///
+    /// # Errors
+    /// The first such factor, by name.
+    pub fn check_finite(&self) -> Result<(), LoraError> {
+        let factors = self.modules.iter().flat_map(|(layer, module)| {
+            let parts = module.factors.parts().into_iter();
+            parts.map(move |(name, tensor)| (format!("{layer}.{name}"), tensor))
+        });
+        let whole = self.whole.iter().map(|(key, tensor)| (key.clone(), tensor));
+        for (key, tensor) in factors.chain(whole) {
+            if let Some(index) = tensor.first_non_finite() {
+                return Err(LoraError::NotFinite { key, index });
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of the file: [`to_plain`](Self::to_plain), sorted keys, f32, alpha in the header.
+    pub fn to_bytes(&self, prefix: &str) -> Vec<u8> {
+        let plain = self.to_plain();
+        let mut metadata = BTreeMap::from([
+            ("format".to_string(), "pt".to_string()),
+            (METADATA_KEY.to_string(), plain.metadata_json(prefix)),
+        ]);
+        if !self.modules.is_empty() && self.modules.values().all(|m| m.split().is_some()) {
+            metadata.insert(SPLIT_KEY.to_string(), show(&self.config()));
+        }
+        serialize(&plain.tensors(prefix), &metadata)
+    }
+
+    /// Tensors by their names in a file.
+    pub(crate) fn tensors(&self, prefix: &str) -> BTreeMap<String, HostTensor> {
+        let mut tensors = BTreeMap::new();
+        for (layer, module) in &self.modules {
+            for (name, tensor) in module.factors.parts() {
+                let suffix = suffix(name, module.embedding);
+                tensors.insert(format!("{prefix}{layer}{suffix}"), tensor.clone());
+            }
+        }
+        for (key, tensor) in &self.whole {
+            let adapted = key.strip_suffix(".bias");
+            let key = match adapted.filter(|layer| self.modules.contains_key(*layer)) {
+                Some(layer) => format!("{layer}.base_layer.bias"),
+                None => key.clone(),
+            };
+            tensors.insert(format!("{prefix}{key}"), tensor.clone());
+        }
+        tensors
+    }
+
+    /// The configuration that describes these factors, with patterns where layers differ.
+    pub fn config(&self) -> LoraConfig {
+        let most_common = |f: &dyn Fn(&AdapterSpec) -> u64| {
+            let mut counts = BTreeMap::new();
+            self.modules
+                .values()
+                .for_each(|m| *counts.entry(f(&m.spec)).or_insert(0usize) += 1);
+            counts
+                .into_iter()
+                .max_by_key(|(_, n)| *n)
+                .map(|(value, _)| value)
+                .unwrap_or_default()
+        };
+        let r = most_common(&|s| s.rank as u64) as usize;
+        let lora_alpha = f64::from_bits(most_common(&|s| s.alpha.to_bits()));
+        let rooted = |layer: &str| format!("^{}", layer.replace('.', r"\."));
+        let others = |differs: &dyn Fn(&AdapterSpec) -> bool| -> Vec<(&String, AdapterSpec)> {
+            self.modules
+                .iter()
+                .filter(|(_, m)| differs(&m.spec))
+                .map(|(layer, m)| (layer, m.spec))
+                .collect()
+        };
+        let first = self.modules.values().next();
+        let known = self
+            .selection
+            .as_deref()
+            .cloned()
+            .unwrap_or_else(|| LoraConfig {
+                target_modules: Targets::List(self.modules.keys().cloned().collect()),
+                ..LoraConfig::default()
+            });
+        LoraConfig {
+            peft_type: self.peft_type(),
+            r,
+            lora_alpha,
+            rank_pattern: others(&|s| s.rank != r)
+                .into_iter()
+                .map(|(l, s)| (rooted(l), s.rank))
+                .collect(),
+            alpha_pattern: others(&|s| s.alpha != lora_alpha)
+                .into_iter()
+                .map(|(l, s)| (rooted(l), s.alpha))
+                .collect(),
+            use_rslora: first.is_some_and(|m| m.spec.use_rslora),
+            use_dora: first.is_some_and(|m| m.use_dora),
+            lora_bias: first.is_some_and(ModuleAdapter::has_bias),
+            lora_dropout: first.map_or(0.0, |m| m.spec.dropout),
+            init_lora_weights: first.and_then(ModuleAdapter::split).unwrap_or_default(),
+            ..known
+        }
+    }
+
+    /// The kind of all factors.
+    pub fn peft_type(&self) -> PeftType {
+        let first = self.modules.values().next();
+        first
+            .and_then(|module| module.factors.peft_type())
+            .unwrap_or_default()
+    }
+
+    /// Checks that `config` would give the layers, ranks and scales stored here.
+    ///
+    /// # Errors
+    /// The first value that differs, with both values.
+    pub(crate) fn agrees_with(&self, config: &LoraConfig) -> Result<(), LoraError> {
+        let differ = |key: String, configured: String, stored: String| {
+            Err(LoraError::Disagrees {
+                key,
+                configured,
+                stored,
+            })
+        };
+        if config.peft_type != self.peft_type() {
+            return differ(
+                "peft_type".into(),
+                config.peft_type.to_string(),
+                self.peft_type().to_string(),
+            );
+        }
+        if let Some(stored) = &self.selection {
+            if !stored.target_modules.same_as(&config.target_modules) {
+                return differ(
+                    "target_modules".into(),
+                    show(&config.target_modules),
+                    show(&stored.target_modules),
+                );
+            }
+            let fields = |config: &LoraConfig| {
+                [
+                    ("layers_to_transform", show(&config.layers_to_transform)),
+                    ("layers_pattern", show(&config.layers_pattern)),
+                    ("modules_to_save", show(&config.modules_to_save)),
+                    ("bias", show(&config.bias)),
+                    ("decompose_both", show(&config.decompose_both)),
+                    ("decompose_factor", show(&config.decompose_factor)),
+                ]
+            };
+            for ((key, configured), (_, stored)) in fields(config).into_iter().zip(fields(stored)) {
+                if configured != stored {
+                    return differ(key.into(), configured, stored);
+                }
+            }
+        }
+        for (layer, module) in &self.modules {
+            let (rank, alpha) = config.resolve(layer)?;
+            let spec = &module.spec;
+            if rank != spec.rank {
+                return differ(
+                    format!("r ({layer})"),
+                    rank.to_string(),
+                    spec.rank.to_string(),
+                );
+            }
+            if alpha != spec.alpha {
+                return differ(
+                    format!("lora_alpha ({layer})"),
+                    alpha.to_string(),
+                    spec.alpha.to_string(),
+                );
+            }
+            if config.use_rslora != spec.use_rslora {
+                return differ(
+                    "use_rslora".into(),
+                    config.use_rslora.to_string(),
+                    spec.use_rslora.to_string(),
+                );
+            }
+            if config.use_dora != module.use_dora {
+                return differ(
+                    "use_dora".into(),
+                    config.use_dora.to_string(),
+                    module.use_dora.to_string(),
+                );
+            }
+            if config.lora_bias != module.has_bias() {
+                return differ(
+                    "lora_bias".into(),
+                    config.lora_bias.to_string(),
+                    module.has_bias().to_string(),
+                );
+            }
+            let wanted = Some(config.init_lora_weights).filter(|init| init.splits_base());
+            if wanted != module.split() {
+                return differ(
+                    format!("init_lora_weights ({layer})"),
+                    config.init_lora_weights.to_string(),
+                    match module.split() {
+                        Some(method) => method.to_string(),
+                        None => "no part of the base weight".into(),
+                    },
+                );
+            }
+            if config.lora_dropout != spec.dropout {
+                return differ(
+                    "lora_dropout".into(),
+                    config.lora_dropout.to_string(),
+                    spec.dropout.to_string(),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// PEFT's fields, each key with the prefix; only names that PEFT's configuration takes.
+    fn metadata_json(&self, prefix: &str) -> String {
+        let fields: BTreeMap<String, Value> = form::fields(&self.peft_config())
+            .into_iter()
+            .map(|(key, value)| (format!("{prefix}{key}"), value))
+            .collect();
+        serde_json::to_string_pretty(&fields).unwrap_or_default()
+    }
+
+    /// The configuration that a file says: factors that are stored are not to be initialised.
+    pub(crate) fn peft_config(&self) -> LoraConfig {
+        LoraConfig {
+            init_lora_weights: InitLoraWeights::Default,
+            ..self.config()
+        }
+    }
+}
+
+/// The fields of `config` that factors do not show; the others at their defaults.
+fn selection(config: &LoraConfig) -> LoraConfig {
+    LoraConfig {
+        target_modules: config.target_modules.clone(),
+        exclude_modules: config.exclude_modules.clone(),
+        layers_to_transform: config.layers_to_transform.clone(),
+        layers_pattern: config.layers_pattern.clone(),
+        modules_to_save: config.modules_to_save.clone(),
+        bias: config.bias,
+        decompose_both: config.decompose_both,
+        decompose_factor: config.decompose_factor,
+        ..LoraConfig::default()
+    }
+}
+
+fn show(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+/// Ends of the names of adapter parameters.
+const SUFFIXES: [&str; 16] = [
+    ".lora_A.weight",
+    ".lora_B.weight",
+    ".lora_B.bias",
+    ".lora_magnitude_vector",
+    ".lora_embedding_A",
+    ".lora_embedding_B",
+    ".hada_w1_a",
+    ".hada_w1_b",
+    ".hada_w2_a",
+    ".hada_w2_b",
+    ".lokr_w1",
+    ".lokr_w1_a",
+    ".lokr_w1_b",
+    ".lokr_w2",
+    ".lokr_w2_a",
+    ".lokr_w2_b",
+];
+
+/// End of the name of the part `name`.
+fn suffix(name: &str, embedding: bool) -> String {
+    match (name, embedding) {
+        (LORA_A, true) => ".lora_embedding_A".into(),
+        (LORA_B, true) => ".lora_embedding_B".into(),
+        (LORA_A | LORA_B, false) => format!(".{name}.weight"),
+        (LORA_BIAS, _) => ".lora_B.bias".into(),
+        _ => format!(".{name}"),
+    }
+}
+
+/// Parts of a model's factors to what a file holds.
+struct ToHost<'a>(&'a Site);
+
+impl ToHost<'_> {
+    fn part<const D: usize>(&self, name: &str, part: &Param<Tensor<D>>) -> HostTensor {
+        let tensor = host(part.val());
+        let shape = self.0.file_shape(name, &tensor.shape);
+        HostTensor { shape, ..tensor }
+    }
+}
+
+impl MapParts<&Param<Tensor<2>>, &Param<Tensor<1>>> for ToHost<'_> {
+    type Matrix = HostTensor;
+    type Vector = HostTensor;
+    fn matrix(&mut self, name: &'static str, part: &Param<Tensor<2>>) -> HostTensor {
+        self.part(name, part)
+    }
+    fn vector(&mut self, name: &'static str, part: &Param<Tensor<1>>) -> HostTensor {
+        self.part(name, part)
+    }
+}
+
+/// One layer's factors from its tensors.
+fn module(
+    prefix: &str,
+    layer: &str,
+    mut parts: BTreeMap<&str, HostTensor>,
+    config: Option<&LoraConfig>,
+) -> Result<ModuleAdapter, LoraError> {
+    let key = |suffix: &str| format!("{prefix}{layer}{suffix}");
+    let kind = |head: &str| parts.keys().any(|suffix| suffix.starts_with(head));
+    let (embedding, loha, lokr) = (kind(".lora_embedding"), kind(".hada"), kind(".lokr"));
+    let mut take = |suffix: &str| {
+        parts.remove(suffix).ok_or_else(|| LoraError::Missing {
+            key: key(suffix),
+            hint: Some("an adapted layer needs both factors".into()),
+        })
+    };
+    let factors = if loha {
+        Factors::Loha {
+            w1: [take(".hada_w1_a")?, take(".hada_w1_b")?],
+            w2: [take(".hada_w2_a")?, take(".hada_w2_b")?],
+        }
+    } else if lokr {
+        let mut side = |full: &str, left: &str, right: &str| match take(full) {
+            Ok(full) => Ok(Side::Full(full)),
+            Err(missing) => match (take(left), take(right)) {
+                (Ok(left), Ok(right)) => Ok(Side::Product(left, right)),
+                (Err(_), Err(_)) => Err(missing),
+                (Err(missing), _) | (_, Err(missing)) => Err(missing),
+            },
+        };
+        Factors::Lokr {
+            w1: side(".lokr_w1", ".lokr_w1_a", ".lokr_w1_b")?,
+            w2: side(".lokr_w2", ".lokr_w2_a", ".lokr_w2_b")?,
+        }
+    } else {
+        let [down, up] = match embedding {
+            true => [".lora_embedding_A", ".lora_embedding_B"],
+            false => [".lora_A.weight", ".lora_B.weight"],
+        };
+        Factors::Lora(LoraFactors {
+            lora_a: take(down)?,
+            lora_b: take(up)?,
+            magnitude: take(".lora_magnitude_vector").ok(),
+            bias: take(".lora_B.bias").ok(),
+            initial: None,
+        })
+    };
+    if let Some(suffix) = parts.keys().next() {
+        return Err(LoraError::Leftover {
+            key: key(suffix),
+            reason: "the layer has factors of another kind".into(),
+        });
+    }
+    for (name, tensor) in factors.parts() {
+        if name != MAGNITUDE && name != LORA_BIAS && (tensor.shape.len() < 2 || tensor.numel() == 0)
+        {
+            return Err(LoraError::Leftover {
+                key: key(&suffix(name, embedding)),
+                reason: format!("shape {:?} is no matrix", tensor.shape),
+            });
+        }
+    }
+    let (found, kind) = (factors.rank(), factors.peft_type().unwrap_or_default());
+    let spec = match config {
+        None => {
+            let rank = found.unwrap_or(1);
+            AdapterSpec {
+                rank,
+                alpha: rank as f64,
+                use_rslora: false,
+                dropout: 0.0,
+            }
+        }
+        Some(config) => {
+            let differ = |what: &str, stated: String, found: String| {
+                Err(LoraError::Disagrees {
+                    key: format!("{what} of {layer}"),
+                    configured: format!("{stated} (header)"),
+                    stored: format!("{found} (tensor)"),
+                })
+            };
+            if config.peft_type != kind {
+                return differ("peft_type", config.peft_type.to_string(), kind.to_string());
+            }
+            let (rank, alpha) = config.resolve(layer)?;
+            if let Some(found) = found.filter(|found| *found != rank) {
+                return differ("r", rank.to_string(), found.to_string());
+            }
+            AdapterSpec {
+                rank,
+                alpha,
+                use_rslora: config.use_rslora,
+                dropout: config.lora_dropout,
+            }
+        }
+    };
+    Ok(ModuleAdapter {
+        spec,
+        use_dora: factors
+            .as_lora()
+            .is_some_and(|lora| lora.magnitude.is_some()),
+        factors,
+        embedding,
+    })
+}
+
+/// The configuration in the header, if there is one for `prefix`.
+fn metadata_config(file: &TensorFile, prefix: &str) -> Result<Option<LoraConfig>, LoraError> {
+    let Some(text) = file.metadata().get(METADATA_KEY) else {
+        return Ok(None);
+    };
+    let json = |source| LoraError::Json {
+        what: format!("`{METADATA_KEY}` of {}", file.path().display()),
+        source,
+    };
+    let all: Map<String, Value> = parse_json(text.as_bytes()).map_err(json)?;
+    let fields: Map<String, Value> = all
+        .into_iter()
+        .filter_map(|(key, value)| Some((key.strip_prefix(prefix)?.to_string(), value)))
+        .collect();
+    let what = format!("`{METADATA_KEY}` in {}", file.path().display());
+    form::check_is_update(&fields, &what)?;
+    let config = form::from_fields(fields).map_err(json)?;
+    if let Some(config) = &config {
+        config.validate()?;
+    }
+    Ok(config)
+}

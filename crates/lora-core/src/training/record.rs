@@ -1,0 +1,117 @@
+//! What a training run needs to go on, and the only order in which it can be restored.
+//!
+//! [`TrainingRecord`] `.restore_adapters(model)` `.restore_optimizer(..)` `.restore_progress()`: each step consumes the one
+//! before. The optimizer cannot be restored before the adapters exist, and a [`Training`] that continues cannot be had
+//! without all three.
+
+use burn::module::Module;
+use burn::optim::Optimizer;
+use burn::tensor::Device;
+use derive_new::new;
+
+use crate::attach::{AdapterSource, ForwardPath, Plan};
+use crate::error::LoraError;
+use crate::peft::config::LoraConfig;
+use crate::peft::file::AdapterFile;
+use crate::state::trainable_parameters;
+use crate::training::optimizer::{OptimizerState, PathOptimizer};
+
+/// Everything that is saved: adapters, optimizer state, and the caller's own progress `P` (step, position ...).
+///
+/// Not `Clone`: a record is used once.
+#[must_use = "a record that is opened must be restored"]
+#[derive(Debug, new)]
+pub struct TrainingRecord<P> {
+    adapters: AdapterFile,
+    optimizer: OptimizerState,
+    progress: P,
+}
+
+/// Adapters restored; the optimizer is still to come.
+#[must_use = "the optimizer is still at zero"]
+#[derive(Debug)]
+pub struct AdaptersRestored<M, P> {
+    model: M,
+    optimizer: OptimizerState,
+    progress: P,
+}
+
+/// Adapters and optimizer restored; the position is still to come.
+#[must_use = "the position is still at zero"]
+pub struct OptimizerRestored<M, O: Optimizer, P> {
+    model: M,
+    optimizer: PathOptimizer<O>,
+    progress: P,
+}
+
+/// A training run in memory: fresh, or at the end of the chain.
+pub struct Training<M, O: Optimizer, P> {
+    /// The model with its adapters.
+    pub model: M,
+    /// The optimizer with its state.
+    pub optimizer: PathOptimizer<O>,
+    /// How far the run is.
+    pub progress: P,
+}
+
+impl<P> TrainingRecord<P> {
+    /// Attaches the stored adapters, under the name `adapter`, to the bare model.
+    ///
+    /// # Errors
+    /// As [`Plan::new`]: what is stored does not fit the model, or disagrees with `config`.
+    pub fn restore_adapters<M: Module>(
+        self,
+        model: M,
+        adapter: &str,
+        config: Option<&LoraConfig>,
+        path: ForwardPath,
+    ) -> Result<AdaptersRestored<M, P>, LoraError> {
+        let plan = Plan::new(
+            &model,
+            adapter,
+            config,
+            AdapterSource::File(self.adapters),
+            path,
+        )?;
+        Ok(AdaptersRestored {
+            model: plan.apply(model),
+            optimizer: self.optimizer,
+            progress: self.progress,
+        })
+    }
+}
+
+impl<M: Module, P> AdaptersRestored<M, P> {
+    /// Gives `optimizer` the stored state of every trainable parameter; `device` is the one without autodiff.
+    ///
+    /// # Errors
+    /// As [`PathOptimizer::restore`]: state and trainable parameters differ.
+    pub fn restore_optimizer<O: Optimizer>(
+        self,
+        optimizer: O,
+        device: &Device,
+    ) -> Result<OptimizerRestored<M, O, P>, LoraError> {
+        let optimizer = PathOptimizer::restore(
+            optimizer,
+            self.optimizer,
+            &trainable_parameters(&self.model),
+            device,
+        )?;
+        Ok(OptimizerRestored {
+            model: self.model,
+            optimizer,
+            progress: self.progress,
+        })
+    }
+}
+
+impl<M, O: Optimizer, P> OptimizerRestored<M, O, P> {
+    /// The run, where it stopped.
+    pub fn restore_progress(self) -> Training<M, O, P> {
+        Training {
+            model: self.model,
+            optimizer: self.optimizer,
+            progress: self.progress,
+        }
+    }
+}

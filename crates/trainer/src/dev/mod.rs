@@ -1,0 +1,5 @@
+//! For people who work on this program: reference cases, benchmarks, models with random weights.
+
+pub mod bench;
+pub mod parity;
+pub mod random_weights;

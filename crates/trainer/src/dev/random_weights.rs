@@ -1,0 +1,152 @@
+//! A pipeline with random weights, from configurations alone: for trying the program out, and for tests.
+//!
+//! Matrices and convolutions are normal with standard deviation `0.7 / sqrt(inputs)`, so that activations keep their size;
+//! norms are one, biases zero. The weights are a function of (seed, tensor name), the same on every platform.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::Context;
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{Device, Tensor, TensorData};
+use flux_model::autoencoder::Autoencoder;
+use flux_model::config::{AutoencoderConfig, ClipConfig, FluxConfig, T5Config};
+use flux_model::flux1::transformer::FluxTransformer;
+use flux_model::pipeline::read_json;
+use flux_model::text::clip::ClipText;
+use flux_model::text::t5::T5Encoder;
+use flux_model::weights::{Layout, checkpoint_tensors};
+use lora_core::files::host::HostTensor;
+use lora_core::files::safetensors::serialize;
+use lora_core::random::{Stream, name_hash};
+
+/// Copies `folder` to `out` and adds weights to every component.
+///
+/// # Errors
+/// A folder that lacks a configuration, one that describes no network, a file that cannot be written.
+pub fn fill(folder: &Path, out: &Path, seed: u64) -> anyhow::Result<()> {
+    copy_folder(folder, out)?;
+    let device = crate::device::open(crate::device::default_name())?.device; // nothing is allocated on it
+    let flux: FluxConfig = config(folder, "transformer", FluxConfig::problem)?;
+    let tensors = checkpoint_tensors(&FluxTransformer::new(&flux, &device), Layout::Diffusers);
+    write(
+        out,
+        "transformer/diffusion_pytorch_model.safetensors",
+        tensors,
+        seed,
+    )?;
+    let vae: AutoencoderConfig = config(folder, "vae", AutoencoderConfig::problem)?;
+    let tensors = checkpoint_tensors(&Autoencoder::new(&vae, &device), Layout::Diffusers);
+    write(
+        out,
+        "vae/diffusion_pytorch_model.safetensors",
+        tensors,
+        seed,
+    )?;
+    let clip: ClipConfig = config(folder, "text_encoder", ClipConfig::problem)?;
+    let tensors = checkpoint_tensors(&ClipText::new(&clip, &device), Layout::Clip);
+    write(out, "text_encoder/model.safetensors", tensors, seed)?;
+    let t5: T5Config = config(folder, "text_encoder_2", T5Config::problem)?;
+    let tensors = checkpoint_tensors(&T5Encoder::new(&t5, &device), Layout::T5);
+    write(out, "text_encoder_2/model.safetensors", tensors, seed)
+}
+
+fn config<T: serde::de::DeserializeOwned>(
+    folder: &Path,
+    component: &str,
+    problem: impl Fn(&T) -> Option<String>,
+) -> anyhow::Result<T> {
+    let path = folder.join(component).join("config.json");
+    let config = read_json(&path)?;
+    match problem(&config) {
+        None => Ok(config),
+        Some(reason) => anyhow::bail!("`{}`: {reason}", path.display()),
+    }
+}
+
+fn write(
+    out: &Path,
+    file: &str,
+    shapes: BTreeMap<String, Vec<usize>>,
+    seed: u64,
+) -> anyhow::Result<()> {
+    let tensors = shapes.into_iter().map(|(name, shape)| {
+        let tensor = random_tensor(&name, shape, seed);
+        (name, tensor)
+    });
+    let path = out.join(file);
+    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+    fs::write(&path, serialize(&tensors.collect(), &metadata))
+        .with_context(|| format!("write {}", path.display()))
+}
+
+/// One tensor of the random model.
+pub fn random_tensor(name: &str, shape: Vec<usize>, seed: u64) -> HostTensor {
+    let count = shape.iter().product::<usize>();
+    let values = match shape.as_slice() {
+        [_, inputs @ ..] if !inputs.is_empty() => {
+            let fan_in = inputs.iter().product::<usize>();
+            let embedding = name.contains("embedding") || name.starts_with("shared");
+            let std = if embedding {
+                1.0
+            } else {
+                0.7 / (fan_in as f32).sqrt()
+            };
+            Stream::new(seed, "random_weights", 0, name_hash(name))
+                .normals(count)
+                .into_iter()
+                .map(|v| v * std)
+                .collect()
+        }
+        _ if name.ends_with("weight") || name.ends_with("scale") => vec![1.0; count],
+        _ => vec![0.0; count],
+    };
+    HostTensor::from_f32(shape, &values)
+}
+
+fn copy_folder(from: &Path, to: &Path) -> anyhow::Result<()> {
+    fs::create_dir_all(to).with_context(|| format!("create {}", to.display()))?;
+    for entry in fs::read_dir(from).with_context(|| format!("read {}", from.display()))? {
+        let (source, target) = {
+            let entry = entry?;
+            (entry.path(), to.join(entry.file_name()))
+        };
+        if source.is_dir() {
+            copy_folder(&source, &target)?;
+        } else {
+            fs::copy(&source, &target).with_context(|| format!("copy {}", source.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// The same weights, put into a module in memory.
+pub fn fill_module<M: Module>(module: M, seed: u64, device: &Device) -> M {
+    struct Fill<'a> {
+        path: Vec<String>,
+        seed: u64,
+        device: &'a Device,
+    }
+    impl ModuleMapper for Fill<'_> {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.path.push(name.into());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.path.pop();
+        }
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let mut shape = param.lazy_shape().to_vec();
+            shape.reverse(); // a linear weight is [in, out] here and [out, in] in files
+            let tensor = random_tensor(&self.path.join("."), shape.clone(), self.seed);
+            let tensor = if D == 2 { tensor.transposed() } else { tensor };
+            let data = TensorData::new(tensor.to_f32(), param.lazy_shape());
+            Param::initialized(param.id, Tensor::from_data(data, self.device))
+        }
+    }
+    module.map(&mut Fill {
+        path: Vec::new(),
+        seed,
+        device,
+    })
+}

@@ -1,0 +1,586 @@
+//! The run folder: who may write to it, which checkpoint to resume, which ones to keep, and the
+//! metrics log.
+//!
+//! ```text
+//! run/
+//!   config.toml  samples/
+//!   run.lock                          locked while a process trains here; never deleted
+//!   LATEST                            folder name, newline, SHA-256 of its MANIFEST.json, newline
+//!   metrics.jsonl                     one JSON object a line, each with its `step`
+//!   ckpt-0000000120/                  a checkpoint (see `transaction`)
+//!   ckpt-0000000120.old-<pid>-<n>/    one that is being replaced; still a checkpoint
+//!   ckpt-0000000160.aside-<pid>-<n>/  later than a step that was gone back to; kept, not resumed
+//!   *.tmp-<pid>-<n>                   unfinished; removed at the next start
+//! ```
+//! Decisions:
+//! - Everything that writes is a method of [`RunLock`] or takes one, so no code can write without
+//!   the lock.
+//! - **The newest valid checkpoint by step is resumed, even when `LATEST` names an older one.** The
+//!   two differ only if a save was stopped after the folder got its name and before `LATEST` was
+//!   replaced. Nobody was told of that checkpoint, but it was complete and verified before it got
+//!   its name, so it holds the state of its step, and resuming from it or from the one before ends
+//!   in the same bits. The newer one saves work. This needs the folder to hold one history only: a
+//!   step saved means every later checkpoint descends from it. [`RunLock::rewind_to`] keeps it so
+//!   by putting aside what is later than the chosen checkpoint, and [`write_checkpoint`] refuses a
+//!   step before an existing one.
+//! - `LATEST` is the witness: if what it names is gone or has another content, an acknowledged
+//!   checkpoint was lost, and [`RunDir::newest_valid`] says so among the rejected.
+//! - A checkpoint about to be deleted first gets a temporary name (fsynced), so a half-deleted one
+//!   is never seen.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Read, Write};
+use std::path::{Path, PathBuf};
+
+use fs4::{FileExt, TryLockError};
+use lora_core::files::strict_json::{parse_json, read_file};
+use serde::{Deserialize, Serialize};
+use tracing::{debug, info, warn};
+
+use crate::run::manifest::{
+    CheckpointError, MANIFEST, MANIFEST_LIMIT, ManifestFields, Rejected, Verified, check, io,
+    parse_checkpoint_name, read_at_most, sha256_hex, verify, write_checkpoint,
+};
+use crate::run::vfs::{Vfs, create_dir_durably, discard, list, remove_tree, replace_file, sibling};
+
+/// The file that names the last acknowledged checkpoint.
+pub(crate) const LATEST: &str = "LATEST";
+const LOCK: &str = "run.lock";
+const METRICS: &str = "metrics.jsonl";
+/// A metrics log larger than this is not one of ours: some ten million lines.
+const METRICS_LIMIT: u64 = 4 << 30;
+const CONFIG: &str = "config.toml";
+
+/// A run folder, for reading. To write, [`RunDir::lock`] it.
+#[derive(Debug, Clone)]
+pub struct RunDir {
+    path: PathBuf,
+}
+
+/// A checkpoint folder by its name alone, not verified.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Found {
+    /// The step in the name.
+    pub step: u64,
+    /// The folder.
+    pub dir: PathBuf,
+}
+
+/// The right to write to a run folder, held until dropped; the kernel ends it with the process,
+/// however that ends.
+#[derive(Debug)]
+pub struct RunLock {
+    run: RunDir,
+    _file: File,
+}
+
+/// Which checkpoints stay when a new one is acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Retention {
+    /// How many of the newest stay; only those that verify are counted, and never fewer than 2
+    /// stay.
+    pub keep: usize,
+    /// Multiples of this step count stay for ever.
+    pub keep_every: Option<u64>,
+}
+
+impl RunDir {
+    /// Opens the folder, creating it and its parents if need be.
+    pub fn open_or_create(path: &Path) -> Result<Self, CheckpointError> {
+        create_dir_durably(path)?;
+        Self::open(path)
+    }
+
+    /// Opens a folder that exists.
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        if !fs::metadata(path).map_err(io("open", path))?.is_dir() {
+            let path = path.to_path_buf();
+            let expected = "folder";
+            return Err(CheckpointError::Kind { path, expected });
+        }
+        Ok(Self {
+            path: path.to_path_buf(),
+        })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the resolved config of the run is.
+    pub fn config_path(&self) -> PathBuf {
+        self.path.join(CONFIG)
+    }
+
+    /// Where the metrics log is.
+    pub fn metrics_path(&self) -> PathBuf {
+        self.path.join(METRICS)
+    }
+
+    /// Takes the lock, or fails at once if another process has it. A lock file left by a dead
+    /// process is no obstacle.
+    pub fn lock(&self) -> Result<RunLock, CheckpointError> {
+        let path = self.path.join(LOCK);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        let mut file = options.open(&path).map_err(io("open", &path))?;
+        match FileExt::try_lock(&file) {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(self.in_use(&file)),
+            Err(TryLockError::Error(source)) => return Err(io("lock", &path)(source)),
+        }
+        // For the message of the next one only: on a full disk the lock holds all the same.
+        let pid = format!("{}\n", std::process::id());
+        let written = file
+            .write_all(pid.as_bytes())
+            .and_then(|()| file.set_len(pid.len() as u64));
+        if let Err(error) = written {
+            warn!(path = %path.display(), %error, "no process id in the lock file");
+        }
+        Ok(RunLock {
+            run: self.clone(),
+            _file: file,
+        })
+    }
+
+    /// The folders named like checkpoints, newest first, not verified.
+    pub fn checkpoints(&self) -> Result<Vec<Found>, CheckpointError> {
+        Ok(self.scan()?.checkpoints)
+    }
+
+    /// Whether anything here could be a checkpoint, damaged or put aside included: then a fresh
+    /// start would be a mistake.
+    pub fn has_checkpoints(&self) -> Result<bool, CheckpointError> {
+        let scan = self.scan()?;
+        Ok(!scan.checkpoints.is_empty() || !scan.other.is_empty())
+    }
+
+    /// The checkpoint `LATEST` names, after comparing the manifest there with the one it was
+    /// written for; `None` without a `LATEST`, as before the first save.
+    pub fn latest(&self) -> Result<Option<PathBuf>, CheckpointError> {
+        let path = self.path.join(LATEST);
+        let text = match read_at_most(&path, 200) {
+            Err(error) if error.is_not_found() => return Ok(None),
+            text => text?,
+        };
+        let parse = || {
+            let (target, sha256) = std::str::from_utf8(&text)
+                .ok()?
+                .strip_suffix('\n')?
+                .split_once('\n')?;
+            parse_checkpoint_name(target)?;
+            (sha256.len() == 64).then_some((target, sha256))
+        };
+        let Some((target, sha256)) = parse() else {
+            let what = "it is not a checkpoint name and a SHA-256, a line each";
+            return Err(CheckpointError::Malformed { path, what });
+        };
+        let dir = self.path.join(target);
+        let target = target.to_string();
+        match read_at_most(&dir.join(MANIFEST), MANIFEST_LIMIT) {
+            Ok(manifest) if sha256_hex(&manifest) == sha256 => Ok(Some(dir)),
+            Err(error) if error.is_not_found() && !dir.exists() => {
+                Err(CheckpointError::LatestGone { path, target })
+            }
+            _ => Err(CheckpointError::LatestStale { path, target }),
+        }
+    }
+
+    /// The checkpoint to resume: the newest by step that verifies, and all that was passed over on
+    /// the way.
+    ///
+    /// Why not simply what `LATEST` names: see the head of this module. `LATEST` itself is among
+    /// the rejected if it is damaged, or if the checkpoint it was written for is no more.
+    ///
+    /// # Errors
+    /// [`CheckpointError::NoCheckpoint`] if there is nothing, [`CheckpointError::NoneValid`] if
+    /// nothing is whole.
+    pub fn newest_valid(&self) -> Result<(Verified, Vec<Rejected>), CheckpointError> {
+        let scan = self.scan()?;
+        let mut rejected = Vec::new();
+        if let Err(reason) = self.latest() {
+            let path = self.path.join(LATEST);
+            rejected.push(Rejected { path, reason });
+        }
+        for Found { dir: path, .. } in scan.checkpoints {
+            match verify(&path) {
+                Ok(verified) => return Ok((verified, rejected)),
+                Err(reason) => rejected.push(Rejected { path, reason }),
+            }
+        }
+        rejected.extend(scan.other);
+        let run = self.path.clone();
+        match rejected.is_empty() {
+            true => Err(CheckpointError::NoCheckpoint { run }),
+            false => Err(CheckpointError::NoneValid { run, rejected }),
+        }
+    }
+
+    /// Points `LATEST` to a checkpoint that is verified and durable.
+    pub(crate) fn write_latest(
+        &self,
+        vfs: &dyn Vfs,
+        dir: &Path,
+        sha256: &str,
+    ) -> Result<(), CheckpointError> {
+        let name = dir.file_name().unwrap_or_default().display();
+        replace_file(
+            vfs,
+            &self.path.join(LATEST),
+            format!("{name}\n{sha256}\n").as_bytes(),
+        )
+    }
+
+    fn scan(&self) -> Result<Scan, CheckpointError> {
+        let mut scan = Scan::default();
+        for entry in list(&self.path)? {
+            let path = entry.path();
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            let temporary = ["ckpt-", LATEST, METRICS, CONFIG, "lora"]
+                .iter()
+                .any(|kind| name.starts_with(kind));
+            if temporary && name.contains(".tmp-") {
+                scan.stale.push(path);
+            } else if name.starts_with("ckpt-") {
+                let reason = match parse_checkpoint_name(&name) {
+                    // A link is refused too: pruning it would empty a folder somewhere else.
+                    Some(_) if !entry.file_type().map_err(io("read", &path))?.is_dir() => {
+                        CheckpointError::Kind {
+                            path: path.clone(),
+                            expected: "folder",
+                        }
+                    }
+                    Some(step) => {
+                        scan.checkpoints.push(Found { step, dir: path });
+                        continue;
+                    }
+                    None => match name.split_once(".aside-") {
+                        Some((back, _)) => CheckpointError::PutAside {
+                            path: path.clone(),
+                            back: back.to_string(),
+                        },
+                        None => CheckpointError::Name { path: path.clone() },
+                    },
+                };
+                scan.other.push(Rejected { path, reason });
+            } else if name == "lora-peft" && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                // The one thing here that is written file by file.
+                let files = list(&path)?.into_iter().filter(|file| {
+                    let name = file.file_name();
+                    let name = name.to_string_lossy();
+                    name.starts_with("adapter_") && name.contains(".tmp-")
+                });
+                scan.stale.extend(files.map(|file| file.path()));
+            }
+        }
+        // `ckpt-N` sorts before `ckpt-N.old-*`, so among equal steps the one in place comes first.
+        scan.checkpoints
+            .sort_by(|a, b| b.step.cmp(&a.step).then_with(|| a.dir.cmp(&b.dir)));
+        scan.other.sort_by(|a, b| b.path.cmp(&a.path));
+        Ok(scan)
+    }
+
+    fn in_use(&self, file: &File) -> CheckpointError {
+        let mut text = String::new();
+        let read = file.take(20).read_to_string(&mut text).ok();
+        let pid = read.and_then(|_| text.lines().next()?.parse::<u32>().ok());
+        CheckpointError::InUse {
+            run: self.path.clone(),
+            holder: pid.map_or("another process".to_string(), |pid| {
+                format!("process {pid}")
+            }),
+        }
+    }
+}
+
+impl RunLock {
+    /// The folder that is locked.
+    pub fn run(&self) -> &RunDir {
+        &self.run
+    }
+
+    /// Removes what dead processes left unfinished; to be called once, before anything is written.
+    /// What cannot be removed is left for the next time.
+    pub fn remove_stale(&self, vfs: &dyn Vfs) -> Result<(), CheckpointError> {
+        for path in self.run.scan()?.stale {
+            match remove_tree(vfs, &path) {
+                Ok(()) => info!(path = %path.display(), "removed an unfinished save"),
+                Err(error) => warn!(%error, "an unfinished save could not be removed"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes `chosen` the newest checkpoint of the run, so that training can go on from it.
+    ///
+    /// Later checkpoints, damaged or of a history that is being left, are put aside under another
+    /// name, and their new paths returned. To be called on every resume, before
+    /// [`MetricsLog::open`]; mostly it finds nothing to do.
+    pub fn rewind_to(
+        &self,
+        vfs: &dyn Vfs,
+        chosen: &Verified,
+    ) -> Result<Vec<PathBuf>, CheckpointError> {
+        let run = self.run.path();
+        let mut later = self.run.checkpoints()?;
+        let real = |dir: &Path| fs::canonicalize(dir).map_err(io("open", dir));
+        let chosen_dir = real(&chosen.dir)?;
+        let Some(position) = later
+            .iter()
+            .position(|found| real(&found.dir).is_ok_and(|dir| dir == chosen_dir))
+        else {
+            return Err(CheckpointError::NotInRun {
+                path: chosen.dir.clone(),
+                run: run.to_path_buf(),
+            });
+        };
+        let dir = later[position].dir.clone();
+        later.truncate(position);
+        if later.is_empty() && self.run.latest().ok().flatten().as_ref() == Some(&dir) {
+            return Ok(Vec::new());
+        }
+
+        self.run.write_latest(vfs, &dir, &chosen.manifest_sha256)?;
+        let mut aside = Vec::new();
+        for Found { dir, .. } in later {
+            let path = sibling(&dir, "aside");
+            vfs.rename(&dir, &path).map_err(io("rename", &dir))?;
+            warn!(from = %dir.display(), to = %path.display(), "a later checkpoint was put aside");
+            aside.push(path);
+        }
+        vfs.sync_dir(run).map_err(io("fsync", run))?;
+        Ok(aside)
+    }
+
+    /// One whole save: the metrics log up to here, the checkpoint, `LATEST`, and only then what
+    /// need not stay any more.
+    ///
+    /// The log comes first because a checkpoint promises the lines up to its step.
+    pub fn save(
+        &self,
+        vfs: &dyn Vfs,
+        metrics: &mut MetricsLog,
+        step: u64,
+        files: &[(&str, &[u8])],
+        fields: &ManifestFields,
+        retention: &Retention,
+    ) -> Result<PathBuf, CheckpointError> {
+        metrics.sync(vfs)?;
+        let dir = write_checkpoint(vfs, self, step, files, fields)?;
+        metrics.saved = Some(step);
+        self.prune(vfs, retention)?;
+        Ok(dir)
+    }
+
+    /// Deletes the checkpoints that `retention` does not keep. A damaged one does not count as
+    /// kept, and goes only once enough later ones are whole.
+    pub fn prune(&self, vfs: &dyn Vfs, retention: &Retention) -> Result<(), CheckpointError> {
+        let keep = retention.keep.max(2);
+        let checkpoints = self.run.checkpoints()?;
+        if checkpoints.len() <= keep {
+            return Ok(()); // without reading them all again
+        }
+        let latest = self.run.latest().ok().flatten();
+        let for_ever = |step: u64| {
+            retention
+                .keep_every
+                .is_some_and(|every| step.is_multiple_of(every))
+        };
+
+        let mut whole = BTreeSet::new();
+        let mut victims = Vec::new();
+        for Found { step, dir } in checkpoints {
+            // An older content of the same step, left by a save that was stopped.
+            let superseded = whole.contains(&step);
+            let enough = whole.len() >= keep;
+            if superseded || (enough && !for_ever(step) && latest.as_ref() != Some(&dir)) {
+                victims.push(dir);
+            } else if !enough {
+                match check(&dir) {
+                    Ok(_) => drop(whole.insert(step)),
+                    Err(reason) => {
+                        warn!(reason = %Rejected { path: dir, reason }, "a damaged checkpoint is not counted")
+                    }
+                }
+            }
+        }
+        discard(vfs, self.run.path(), &victims)
+    }
+}
+
+/// What [`truncate_metrics`] did.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Truncated {
+    /// Lines that stay.
+    pub kept: usize,
+    /// Lines that went, a torn one at the end included.
+    pub dropped: usize,
+}
+
+/// Cuts the metrics log back to what a run resumed from step `resumed` has written: lines of later
+/// steps go, and so does a torn end. With `None`, for a run that begins, all go. A log that does
+/// not exist is an empty one.
+///
+/// # Errors
+/// An unreadable line with lines that stay after it. A stopped write cannot leave that, so it is
+/// not ours to drop.
+pub fn truncate_metrics(
+    vfs: &dyn Vfs,
+    path: &Path,
+    resumed: Option<u64>,
+) -> Result<Truncated, CheckpointError> {
+    let text = match read_file(path, METRICS_LIMIT) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            return Ok(Truncated {
+                kept: 0,
+                dropped: 0,
+            });
+        }
+        text => text.map_err(io("read", path))?,
+    };
+    let mut kept = Vec::new();
+    let mut torn = None;
+    let mut dropped = 0;
+    for (index, line) in text.split_inclusive(|byte| *byte == b'\n').enumerate() {
+        match metrics_step(line) {
+            Some(step) if Some(step) <= resumed => {
+                if let Some(line) = torn {
+                    let path = path.to_path_buf();
+                    return Err(CheckpointError::MetricsLine { path, line });
+                }
+                kept.push(line.strip_suffix(b"\n").unwrap_or(line));
+                continue;
+            }
+            Some(_) => {}
+            None => torn = torn.or(Some(index + 1)),
+        }
+        dropped += 1;
+    }
+    let bytes: Vec<u8> = kept
+        .iter()
+        .flat_map(|line| line.iter().chain(b"\n"))
+        .copied()
+        .collect();
+    if bytes != text {
+        replace_file(vfs, path, &bytes)?;
+    }
+    let kept = kept.len();
+    Ok(Truncated { kept, dropped })
+}
+
+/// The metrics log of a run, open for appending.
+///
+/// A line is safe from a power loss only after [`MetricsLog::sync`]; [`RunLock::save`] calls it.
+#[derive(Debug)]
+pub struct MetricsLog {
+    path: PathBuf,
+    file: File,
+    length: u64,
+    /// The step of the newest checkpoint: lines up to it are final.
+    saved: Option<u64>,
+}
+
+impl MetricsLog {
+    /// Opens the log of a run resumed from step `resumed`, or of one that begins, after
+    /// [`truncate_metrics`]. The lock proves that nobody else appends.
+    pub fn open(
+        vfs: &dyn Vfs,
+        lock: &RunLock,
+        resumed: Option<u64>,
+    ) -> Result<Self, CheckpointError> {
+        let path = lock.run().metrics_path();
+        let Truncated { kept, dropped } = truncate_metrics(vfs, &path, resumed)?;
+        debug!(path = %path.display(), resumed, kept, dropped, "metrics log");
+        if !path.exists() {
+            let run = lock.run().path();
+            vfs.create_file(&path, b"").map_err(io("create", &path))?;
+            // Otherwise a power loss could leave a checkpoint without its log.
+            vfs.sync_dir(run).map_err(io("fsync", run))?;
+        }
+        let file = OpenOptions::new()
+            .append(true)
+            .open(&path)
+            .map_err(io("open", &path))?;
+        let length = file.metadata().map_err(io("read", &path))?.len();
+        Ok(Self {
+            path,
+            file,
+            length,
+            saved: resumed,
+        })
+    }
+
+    /// Appends one line, an object with a field `step`, which must be later than the newest
+    /// checkpoint: a resume from that one would keep the line and the run write it again.
+    pub fn append(&mut self, vfs: &dyn Vfs, line: &impl Serialize) -> Result<(), CheckpointError> {
+        self.check_length()?;
+        let json = |source| CheckpointError::Json {
+            path: self.path.clone(),
+            source,
+        };
+        let mut text = serde_json::to_string(line).map_err(json)?;
+        let MetricsStep { step } = serde_json::from_str(&text).map_err(json)?;
+        if let Some(saved) = self.saved.filter(|saved| step <= *saved) {
+            let path = self.path.clone();
+            return Err(CheckpointError::MetricsOrder { path, step, saved });
+        }
+        text.push('\n');
+        if let Err(source) = vfs.append(&self.path, &self.file, text.as_bytes()) {
+            // A part of the line may be there. If it cannot be taken back, the next call notices.
+            if let Err(error) = self.file.set_len(self.length) {
+                warn!(path = %self.path.display(), %error, "a torn line stays until the next resume");
+            }
+            return Err(io("write", &self.path)(source));
+        }
+        self.length += text.len() as u64;
+        Ok(())
+    }
+
+    /// Makes every line so far survive a power loss.
+    pub fn sync(&mut self, vfs: &dyn Vfs) -> Result<(), CheckpointError> {
+        self.check_length()?;
+        vfs.sync_file(&self.path, &self.file)
+            .map_err(io("fsync", &self.path))
+    }
+
+    fn check_length(&self) -> Result<(), CheckpointError> {
+        let found = self.file.metadata().map_err(io("read", &self.path))?.len();
+        if found != self.length {
+            let path = self.path.clone();
+            let expected = self.length;
+            return Err(CheckpointError::Length {
+                path,
+                expected,
+                found,
+            });
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default)]
+struct Scan {
+    /// Newest first.
+    checkpoints: Vec<Found>,
+    /// `ckpt-*` that can never be resumed as they are.
+    other: Vec<Rejected>,
+    /// Unfinished files and folders.
+    stale: Vec<PathBuf>,
+}
+
+/// The one field of a metrics line that is read here.
+#[derive(Deserialize)]
+struct MetricsStep {
+    step: u64,
+}
+
+fn metrics_step(line: &[u8]) -> Option<u64> {
+    parse_json::<MetricsStep>(line).ok().map(|line| line.step)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "test code")]
+mod tests;

@@ -1,0 +1,109 @@
+//! Which checkpoint a run goes on from, and what would make the resumed run differ from one that was never stopped.
+
+use anyhow::{Context, bail};
+use tracing::{info, warn};
+
+use crate::config::RunConfig;
+use crate::data::scan::{self, SampleDigest};
+use crate::fingerprint::Fingerprint;
+use crate::run::checkpoint::{Event, Opened};
+use crate::run::folder::RunDir;
+use crate::run::manifest::{Verified, verify};
+use crate::train::{Resume, TrainOptions};
+
+/// The checkpoint to go on from, if any.
+pub(crate) fn find_checkpoint(
+    run: &RunDir,
+    options: &TrainOptions,
+) -> anyhow::Result<Option<Verified>> {
+    let verified: Option<Verified> = match &options.resume {
+        Resume::No if run.has_checkpoints()? => bail!(
+            "run folder {} already holds checkpoints: add --resume to continue that run, or choose another --output",
+            run.path().display()
+        ),
+        Resume::No => None,
+        Resume::Newest if !run.has_checkpoints()? => {
+            info!(run = %run.path().display(), "no checkpoint yet: the run starts from its beginning");
+            None
+        }
+        Resume::Newest => {
+            let (verified, rejected) = run.newest_valid()?;
+            for rejected in rejected {
+                warn!("passed over: {rejected}");
+            }
+            Some(verified)
+        }
+        Resume::Checkpoint(path) => {
+            Some(verify(path).with_context(|| format!("checkpoint {}", path.display()))?)
+        }
+    };
+    if let Some(verified) = &verified {
+        info!(checkpoint = %verified.dir.display(), step = verified.manifest.step, "resuming");
+    }
+    Ok(verified)
+}
+
+/// Refuses what would make the resumed run differ from one that was never stopped; returns the run's events.
+pub(crate) fn check_resume(
+    opened: &Opened,
+    config: &RunConfig,
+    options: &TrainOptions,
+    samples: &[SampleDigest],
+    base_model: &str,
+    fingerprint: &Fingerprint,
+) -> anyhow::Result<Vec<Event>> {
+    let state = &opened.state;
+    let step = state.progress.step;
+    let mut events = state.events.clone();
+    let mut note = |what: String| {
+        info!(step, "{what}");
+        events.push(Event { step, what });
+    };
+    for change in opened.config.diff(config)? {
+        let text = format!(
+            "`{}` was {} and is now {}",
+            change.key, change.old, change.new
+        );
+        if change.key.starts_with("lora.") {
+            bail!(
+                "{text}: an adapter keeps its shape and scale for the whole run; restore the old value, or start a new run in another --output"
+            );
+        }
+        if !change.allowed && !options.adopt_config {
+            bail!(
+                "{text}: the resumed run would not be the one that was started; restore the old value, or add --adopt-config to go on with the new one"
+            );
+        }
+        note(text);
+    }
+    let changes = scan::changes(&state.samples, samples);
+    if !changes.is_empty() {
+        let list = changes.join("; ");
+        if !options.adopt_data {
+            bail!(
+                "the data has changed since step {step}: {list}; restore it, or add --adopt-data to go on with what is there now"
+            );
+        }
+        note(format!("data changed: {list}"));
+    }
+    if state.base_model != base_model {
+        if !options.adopt_data {
+            bail!(
+                "the base model's transformer is not the one this run was started with; restore it, or add --adopt-data to go on with this one"
+            );
+        }
+        note("base model changed".into());
+    }
+    let differences = state.fingerprint.differences(fingerprint);
+    if let Some((name, stored, present)) = differences.first() {
+        if !options.allow_inexact {
+            bail!(
+                "the run was made with another {name} ({stored}; now {present}), so going on would not give the same bits; use the same one, or add --allow-inexact"
+            );
+        }
+        for (name, stored, present) in differences {
+            note(format!("{name} changed from {stored} to {present}"));
+        }
+    }
+    Ok(events)
+}

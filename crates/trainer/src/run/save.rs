@@ -1,0 +1,120 @@
+//! Saving: checkpoints while a run goes, the finished LoRA at its end.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use flux_model::lora::{Component, LoraFormat, LoraSet, ModelShape, WriteOptions, write};
+use lora_core::{LoraConfig, PeftType};
+use tracing::info;
+
+use crate::config::{ExportFormat, RunConfig};
+use crate::data::batch::Data;
+use crate::data::scan;
+use crate::run::checkpoint::{
+    FluxTraining, Snapshot, State, TRANSFORMER_PREFIX, adapter_file, manifest_fields,
+};
+use crate::run::folder::{MetricsLog, Retention, RunDir, RunLock};
+use crate::run::vfs::{RealFs, replace_file};
+
+/// Writes checkpoints and the finished LoRA.
+pub(crate) struct Saver<'a> {
+    config: &'a RunConfig,
+    lora: &'a LoraConfig,
+    state: State,
+    data: &'a Data<'a>,
+    run: &'a RunDir,
+    lock: &'a RunLock,
+    pub(crate) metrics: MetricsLog,
+    config_digest: String,
+    dataset_digest: String,
+}
+
+impl<'a> Saver<'a> {
+    pub(crate) fn new(
+        config: &'a RunConfig,
+        lora: &'a LoraConfig,
+        state: State,
+        data: &'a Data<'a>,
+        run: &'a RunDir,
+        lock: &'a RunLock,
+        resumed: Option<u64>,
+    ) -> anyhow::Result<Self> {
+        let metrics = MetricsLog::open(&RealFs, lock, resumed)?;
+        replace_file(&RealFs, &run.config_path(), state.config.as_bytes())?;
+        let (config_digest, dataset_digest) =
+            (config.digest()?, scan::dataset_digest(&state.samples));
+        Ok(Self {
+            config,
+            lora,
+            state,
+            data,
+            run,
+            lock,
+            metrics,
+            config_digest,
+            dataset_digest,
+        })
+    }
+
+    pub(crate) fn save(&mut self, training: &FluxTraining) -> anyhow::Result<()> {
+        let step = training.progress.step;
+        let accumulation = self.config.train.gradient_accumulation_steps as u64;
+        let epoch = self.data.order.epoch(step * accumulation);
+        let state = State {
+            progress: training.progress,
+            epoch,
+            ..self.state.clone()
+        };
+        let fields = manifest_fields(
+            &state,
+            self.config_digest.clone(),
+            self.dataset_digest.clone(),
+        )?;
+        let snapshot = Snapshot::take(training, state, self.lora)?;
+        let retention = Retention {
+            keep: self.config.checkpoint.keep,
+            keep_every: None,
+        };
+        self.lock.save(
+            &RealFs,
+            &mut self.metrics,
+            step,
+            &snapshot.files(),
+            &fields,
+            &retention,
+        )?;
+        Ok(())
+    }
+
+    /// The finished LoRA, beside the checkpoints.
+    pub(crate) fn export(&self, training: &FluxTraining) -> anyhow::Result<PathBuf> {
+        let adapter = adapter_file(&training.model, self.lora)?.fold_scale();
+        let bytes = adapter.to_bytes(TRANSFORMER_PREFIX);
+        let path = self.run.path().join("lora.safetensors");
+        replace_file(&RealFs, &path, &bytes)?;
+        for format in &self.config.export.formats {
+            let format = match format {
+                ExportFormat::Diffusers => continue, // the file above
+                ExportFormat::Peft => LoraFormat::Peft,
+                ExportFormat::Kohya => LoraFormat::Kohya,
+                ExportFormat::Comfyui => LoraFormat::ComfyUi,
+            };
+            let shape = ModelShape {
+                transformer: Some(training.model.config().clone()),
+                ..ModelShape::default()
+            };
+            let out = crate::commands::beside(&path, format);
+            if format == LoraFormat::Peft && adapter.peft_type() != PeftType::Lora {
+                adapter.save_peft(&out)?;
+                continue;
+            }
+            let set = LoraSet::from_adapter(&adapter, Component::Transformer, shape);
+            let report = write(&set, format, &out, &WriteOptions::default())
+                .with_context(|| format!("write {}", out.display()))?;
+            for note in report.notes {
+                info!("{}: {note}", out.display());
+            }
+        }
+        Ok(path)
+    }
+}
