@@ -1,5 +1,6 @@
 //! Files as foreign input and as durable output. Knows nothing of Burn.
 
+pub mod digest;
 pub mod host;
 pub(crate) mod replace;
 pub mod safetensors;
