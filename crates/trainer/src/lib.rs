@@ -13,7 +13,7 @@
 //! | `run/` | what a checkpoint says; checkpoints that survive anything |
 //! | `fingerprint` | what exactness depends on |
 //! | `adapters` | LoRA files of any format onto the networks |
-//! | `merge` | LoRAs into a pipeline on disk |
+//! | `merge`, `convert` | LoRAs into a pipeline on disk; a LoRA in another format |
 //! | `generate`, `previews` | text to image, and previews during training |
 //! | `inspect` | what a file or folder is |
 //! | `dev/` | reference cases, benchmarks, random weights |
@@ -28,6 +28,7 @@ mod canary;
 pub mod cli;
 pub mod commands;
 pub mod config;
+mod convert;
 pub mod data;
 pub mod dev;
 pub mod device;

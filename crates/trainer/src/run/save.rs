@@ -103,7 +103,7 @@ impl<'a> Saver<'a> {
                 transformer: Some(training.model.config().clone()),
                 ..ModelShape::default()
             };
-            let out = crate::commands::beside(&path, format);
+            let out = crate::convert::beside(&path, format);
             if format == LoraFormat::Peft && adapter.peft_type() != PeftType::Lora {
                 adapter.save_peft(&out)?;
                 continue;
