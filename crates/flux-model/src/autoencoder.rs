@@ -10,12 +10,118 @@ use burn::nn::{GroupNorm, GroupNormConfig, Linear, PaddingConfig2d};
 use burn::tensor::activation::silu;
 use burn::tensor::ops::PadMode;
 use burn::tensor::{Device, Tensor};
+use serde::{Deserialize, Serialize};
 
-use crate::config::AutoencoderConfig;
 use crate::layers::{attention, linear_layer, packed};
+use crate::sizes::out_of_range;
 
 /// Of every group norm in this network.
 const EPS: f64 = 1e-6;
+
+/// Image autoencoder. Source: diffusers `AutoencoderKL.__init__`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AutoencoderConfig {
+    /// Channels of an image.
+    pub in_channels: usize,
+    /// Channels of a decoded image.
+    pub out_channels: usize,
+    /// Channels per level, full resolution first.
+    pub block_out_channels: Vec<usize>,
+    /// Residual blocks per encoder level; the decoder has one more.
+    pub layers_per_block: usize,
+    /// Channels of the latent.
+    pub latent_channels: usize,
+    /// Groups of every group norm.
+    pub norm_num_groups: usize,
+    /// Latents are `(z - shift_factor) * scaling_factor`.
+    pub scaling_factor: f64,
+    /// See `scaling_factor`.
+    pub shift_factor: Option<f64>,
+    /// 1x1 convolution after the encoder (not in FLUX).
+    pub use_quant_conv: bool,
+    /// 1x1 convolution before the decoder (not in FLUX).
+    pub use_post_quant_conv: bool,
+    /// Attention in the middle block.
+    pub mid_block_add_attention: bool,
+}
+
+impl Default for AutoencoderConfig {
+    fn default() -> Self {
+        Self {
+            in_channels: 3,
+            out_channels: 3,
+            block_out_channels: vec![64],
+            layers_per_block: 1,
+            latent_channels: 4,
+            norm_num_groups: 32,
+            scaling_factor: 0.18215,
+            shift_factor: None,
+            use_quant_conv: true,
+            use_post_quant_conv: true,
+            mid_block_add_attention: true,
+        }
+    }
+}
+
+impl AutoencoderConfig {
+    /// The autoencoder of every FLUX.1 model.
+    pub fn flux() -> Self {
+        Self {
+            block_out_channels: vec![128, 256, 512, 512],
+            layers_per_block: 2,
+            latent_channels: 16,
+            scaling_factor: 0.3611,
+            shift_factor: Some(0.1159),
+            use_quant_conv: false,
+            use_post_quant_conv: false,
+            ..Self::default()
+        }
+    }
+
+    /// Pixels per latent element and side.
+    pub fn downscale(&self) -> usize {
+        1 << (self.block_out_channels.len() - 1)
+    }
+
+    /// What is wrong with this configuration, if anything.
+    pub fn problem(&self) -> Option<String> {
+        if self.block_out_channels.is_empty() || self.block_out_channels.len() > 8 {
+            return Some("`block_out_channels` must name one to eight levels".into());
+        }
+        let mut sizes = vec![
+            ("norm_num_groups", self.norm_num_groups),
+            ("latent_channels", self.latent_channels),
+            ("in_channels", self.in_channels),
+            ("out_channels", self.out_channels),
+        ];
+        sizes.extend(
+            self.block_out_channels
+                .iter()
+                .map(|&channels| ("block_out_channels", channels)),
+        );
+        if let Some(problem) = out_of_range(&sizes) {
+            return Some(problem);
+        }
+        if let Some(channels) = self
+            .block_out_channels
+            .iter()
+            .find(|channels| !channels.is_multiple_of(self.norm_num_groups))
+        {
+            return Some(format!(
+                "{channels} channels cannot be split into {} groups",
+                self.norm_num_groups
+            ));
+        }
+        if self.layers_per_block == 0 || self.layers_per_block > 100 {
+            return Some("`layers_per_block` is out of range".into());
+        }
+        let usable = self.scaling_factor.is_finite()
+            && self.scaling_factor != 0.0
+            && self.shift_factor.is_none_or(f64::is_finite);
+        (!usable).then(|| "`scaling_factor` or `shift_factor` is not usable".into())
+    }
+}
 
 /// The autoencoder.
 #[derive(Module, Debug)]

@@ -8,20 +8,20 @@
 //! | `scheduler` | noise levels and the Euler step |
 //! | `pipeline` | a diffusers folder; prompt to latents |
 //! | `layers` | norms, rotary attention, sinusoidal embedding |
-//! | `config` | architectures as `config.json` states them |
+//! | `sizes` | what a configuration may say |
 //! | `lora` | LoRA files of every format, read and written |
 //! | `weights` | loading, each tensor used or named in an error |
 //!
 //! Every linear layer is computed by [`lora_core::linear`], so adapters run without a dense sum.
 
 pub mod autoencoder;
-pub mod config;
 mod error;
 pub mod flux1;
 pub mod layers;
 pub mod lora;
 pub mod pipeline;
 pub mod scheduler;
+mod sizes;
 pub mod text;
 pub mod weights;
 

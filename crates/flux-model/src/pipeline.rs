@@ -8,15 +8,15 @@ use burn::tensor::{Device, Tensor};
 use lora_core::files::strict_json::{parse_json, read_file};
 use serde::de::DeserializeOwned;
 
-use crate::autoencoder::Autoencoder;
-use crate::config::{AutoencoderConfig, ClipConfig, FluxConfig, T5Config};
+use crate::autoencoder::{Autoencoder, AutoencoderConfig};
 use crate::error::WeightsError;
+use crate::flux1::config::FluxConfig;
 use crate::flux1::latent::{image_positions, text_positions};
 use crate::flux1::transformer::{FluxInput, FluxTransformer};
 use crate::lora::ModelShape;
 use crate::scheduler::{SchedulerConfig, euler_step};
-use crate::text::clip::ClipText;
-use crate::text::t5::T5Encoder;
+use crate::text::clip::{ClipConfig, ClipText};
+use crate::text::t5::{T5Config, T5Encoder};
 use crate::text::tokenizer::{ClipTokenizer, T5Tokenizer};
 use crate::weights::{Checkpoint, Layout};
 

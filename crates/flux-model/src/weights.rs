@@ -14,8 +14,9 @@ use burn::tensor::{Device, Tensor, TensorData};
 use lora_core::files::host::{Dtype, HostTensor};
 use lora_core::files::safetensors::TensorSet;
 
-use crate::config::{AutoencoderConfig, FluxConfig};
+use crate::autoencoder::AutoencoderConfig;
 use crate::error::WeightsError;
+use crate::flux1::config::FluxConfig;
 use crate::flux1::keys::{bfl_autoencoder_module, bfl_transformer_module};
 
 /// How a checkpoint names its tensors.
@@ -717,10 +718,9 @@ pub fn change_parameters<M: Module>(
 mod tests {
     use super::*;
     use crate::autoencoder::Autoencoder;
-    use crate::config::{ClipConfig, T5Config};
     use crate::flux1::transformer::FluxTransformer;
-    use crate::text::clip::ClipText;
-    use crate::text::t5::T5Encoder;
+    use crate::text::clip::{ClipConfig, ClipText};
+    use crate::text::t5::{T5Config, T5Encoder};
 
     fn count(tensors: &BTreeMap<String, Vec<usize>>) -> (usize, usize) {
         (

@@ -15,7 +15,7 @@ use burn::tensor::activation::{gelu_approximate, silu};
 use burn::tensor::{Device, Tensor};
 use lora_core::linear;
 
-use crate::config::FluxConfig;
+use crate::flux1::config::FluxConfig;
 use crate::flux1::latent::Position;
 use crate::layers::{
     RmsNorm, RotaryTable, layer_norm, linear_layer, rotary_attention, sinusoidal_embedding,

@@ -1,6 +1,8 @@
 //! Sizes of the networks as far as a file shows them, for reading a LoRA without a model.
 
-use crate::config::{ClipConfig, FluxConfig, T5Config};
+use crate::flux1::config::FluxConfig;
+use crate::text::clip::ClipConfig;
+use crate::text::t5::T5Config;
 
 use super::Component;
 use super::key::ParsedKey;

@@ -239,7 +239,9 @@ fn xlabs_targets(target: &Target, hidden: usize) -> Vec<Target> {
 mod tests {
     use super::super::key::{Param, parse};
     use super::*;
-    use crate::config::{ClipConfig, FluxConfig, T5Config};
+    use crate::flux1::config::FluxConfig;
+    use crate::text::clip::ClipConfig;
+    use crate::text::t5::T5Config;
 
     fn names() -> Names {
         Names::new(&ModelShape {

@@ -1,6 +1,8 @@
 //! The modules of each network that an update can name, with their sizes.
 
-use crate::config::{ClipConfig, FluxConfig, T5Config};
+use crate::flux1::config::FluxConfig;
+use crate::text::clip::ClipConfig;
+use crate::text::t5::T5Config;
 
 use super::Component;
 

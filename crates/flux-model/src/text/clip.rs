@@ -10,9 +10,96 @@ use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear};
 use burn::tensor::activation::{gelu, sigmoid};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use lora_core::linear;
+use serde::{Deserialize, Serialize};
 
-use crate::config::{Activation, ClipConfig};
 use crate::layers::{attention, linear_layer, split_heads};
+use crate::sizes::{MAX_LAYERS, out_of_range};
+
+/// CLIP text encoder. Source: transformers `CLIPTextConfig`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ClipConfig {
+    /// Rows of the token embedding.
+    pub vocab_size: usize,
+    /// Width.
+    pub hidden_size: usize,
+    /// Width inside the MLP.
+    pub intermediate_size: usize,
+    /// Layers.
+    pub num_hidden_layers: usize,
+    /// Attention heads.
+    pub num_attention_heads: usize,
+    /// Longest sequence.
+    pub max_position_embeddings: usize,
+    /// `quick_gelu` or `gelu`.
+    pub hidden_act: Activation,
+    /// Added to the variance.
+    pub layer_norm_eps: f64,
+    /// 2 selects the legacy pooling rule, see the top of this file.
+    pub eos_token_id: i64,
+}
+
+/// `hidden_act` of a text encoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `x * sigmoid(1.702 x)`.
+    QuickGelu,
+    /// Exact GELU.
+    Gelu,
+}
+
+impl Default for ClipConfig {
+    fn default() -> Self {
+        Self {
+            vocab_size: 49408,
+            hidden_size: 512,
+            intermediate_size: 2048,
+            num_hidden_layers: 12,
+            num_attention_heads: 8,
+            max_position_embeddings: 77,
+            hidden_act: Activation::QuickGelu,
+            layer_norm_eps: 1e-5,
+            eos_token_id: 49407,
+        }
+    }
+}
+
+impl ClipConfig {
+    /// CLIP-L, as shipped with FLUX.1.
+    pub fn clip_l() -> Self {
+        Self {
+            hidden_size: 768,
+            intermediate_size: 3072,
+            num_attention_heads: 12,
+            eos_token_id: 2,
+            ..Self::default()
+        }
+    }
+
+    /// What is wrong with this configuration, if anything.
+    pub fn problem(&self) -> Option<String> {
+        let sizes = [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("max_position_embeddings", self.max_position_embeddings),
+            ("num_attention_heads", self.num_attention_heads),
+        ];
+        if let Some(problem) = out_of_range(&sizes) {
+            return Some(problem);
+        }
+        if self.num_hidden_layers > MAX_LAYERS {
+            return Some(format!("more than {MAX_LAYERS} layers"));
+        }
+        (!self.hidden_size.is_multiple_of(self.num_attention_heads)).then(|| {
+            format!(
+                "hidden size {} cannot be split into {} heads",
+                self.hidden_size, self.num_attention_heads
+            )
+        })
+    }
+}
 
 /// The encoder.
 #[derive(Module, Debug)]

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Context;
 use burn::tensor::{Device, Tensor, TensorData};
-use flux_model::config::AutoencoderConfig;
+use flux_model::autoencoder::AutoencoderConfig;
 use flux_model::flux1::latent::{image_positions, pack, text_positions};
 use flux_model::flux1::transformer::FluxInput;
 use flux_model::scheduler::SchedulerConfig;

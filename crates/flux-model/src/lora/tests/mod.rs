@@ -15,7 +15,9 @@ use lora_core::files::host::{Dtype, HostTensor};
 use lora_core::files::safetensors::serialize;
 
 use super::*;
-use crate::config::{ClipConfig, FluxConfig, T5Config};
+use crate::flux1::config::FluxConfig;
+use crate::text::clip::ClipConfig;
+use crate::text::t5::T5Config;
 
 /// Width of the networks of these tests.
 const HIDDEN: usize = 8;

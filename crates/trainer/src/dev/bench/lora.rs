@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use flux_model::config::FluxConfig;
+use flux_model::flux1::config::FluxConfig;
 use flux_model::lora::{Component, LoraFormat, ModelShape, ModuleShape, WriteOptions, read, write};
 use lora_core::files::host::{Dtype, HostTensor};
 use lora_core::files::safetensors::write_streaming;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::bail;
 use burn::optim::AdamWConfig;
 use burn::tensor::{Device, Tensor, TensorData};
-use flux_model::config::FluxConfig;
+use flux_model::flux1::config::FluxConfig;
 use flux_model::flux1::latent::{image_positions, text_positions};
 use flux_model::flux1::transformer::{FluxInput, FluxTransformer};
 use lora_core::random::Stream;

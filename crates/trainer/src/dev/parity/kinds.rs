@@ -4,7 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use burn::tensor::{Device, Tensor};
-use flux_model::config::{AutoencoderConfig, FluxConfig};
+use flux_model::autoencoder::AutoencoderConfig;
+use flux_model::flux1::config::FluxConfig;
 use flux_model::flux1::latent::{Position, image_positions, text_positions, unpack};
 use flux_model::flux1::transformer::{FluxInput, FluxTransformer};
 use flux_model::lora::Component;
