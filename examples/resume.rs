@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::ensure;
 use flux_lora::device::default_name;
-use flux_lora::train::{Outcome, Resume, TrainOptions, train};
+use flux_lora::run::resume::Resume;
+use flux_lora::train::{Outcome, TrainOptions, train};
 use flux_lora_examples::{fresh_run, root, short_config};
 
 fn main() -> anyhow::Result<()> {

@@ -19,8 +19,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use lora_core::OptimizerState;
 
-use crate::run::manifest::FileEntry;
-
 /// The faults of resuming show in resumed runs only: in every run, they would be no more than another run.
 static RESUMED: AtomicBool = AtomicBool::new(false);
 
@@ -48,9 +46,9 @@ pub(crate) fn forgets_folder(path: &Path) -> bool {
 }
 
 /// The SHA-256 that a file is found to have.
-pub(crate) fn checked(path: &Path, found: String, entry: &FileEntry) -> String {
+pub(crate) fn checked(path: &Path, found: String, expected: &str) -> String {
     if is("no-checksum") && moments(path) {
-        entry.sha256.clone()
+        expected.to_string()
     } else {
         found
     }

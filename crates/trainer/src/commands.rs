@@ -18,7 +18,8 @@ use crate::dev::{bench, parity, random_weights};
 use crate::device::{self, BACKENDS, DeviceError};
 use crate::generate::{ImageSettings, decode, generate_latents};
 use crate::run::checkpoint::is_checkpoint_folder;
-use crate::train::{Outcome, Resume, TrainOptions};
+use crate::run::resume::{Accepted, Resume};
+use crate::train::{Outcome, TrainOptions};
 use crate::{inspect, merge, progress};
 
 /// Runs one command.
@@ -99,9 +100,11 @@ fn train(args: TrainArgs) -> anyhow::Result<()> {
         output: output.clone(),
         device: args.device.unwrap_or_else(|| device::default_name().into()),
         resume,
-        allow_inexact: args.allow_inexact,
-        adopt_data: args.adopt_data,
-        adopt_config: args.adopt_config,
+        accepted: Accepted {
+            inexact: args.allow_inexact,
+            data: args.adopt_data,
+            config: args.adopt_config,
+        },
         stop: stop_on_signals()?,
     };
     match crate::train::train(&config, &options)? {

@@ -11,8 +11,9 @@ use flux_model::weights::Checkpoint;
 
 use crate::nearest::one_line;
 use crate::run::checkpoint::{Opened, State, is_checkpoint_folder};
+use crate::run::error::Rejected;
 use crate::run::folder::RunDir;
-use crate::run::manifest::{Rejected, Verified, verify};
+use crate::run::manifest::{Verified, verify};
 
 /// Describes what is at `path`.
 ///

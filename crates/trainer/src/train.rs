@@ -27,7 +27,7 @@ use crate::previews::Previews;
 use crate::progress;
 use crate::run::checkpoint::{FluxTraining, Opened, Progress, State, restore};
 use crate::run::folder::RunDir;
-use crate::run::resume::{check_resume, find_checkpoint};
+use crate::run::resume::{Accepted, Resume, check_resume, find_checkpoint};
 use crate::run::save::Saver;
 use crate::run::vfs::RealFs;
 use crate::step::{check_update, step};
@@ -41,12 +41,8 @@ pub struct TrainOptions {
     pub device: String,
     /// Where to go on from.
     pub resume: Resume,
-    /// Resume although binary, device or CPU features differ.
-    pub allow_inexact: bool,
-    /// Resume although the data changed; the new data is trained on.
-    pub adopt_data: bool,
-    /// Resume although settings changed that decide what earlier steps would have done.
-    pub adopt_config: bool,
+    /// What may differ from the part of the run before.
+    pub accepted: Accepted,
     /// Set from outside to stop after the present step.
     pub stop: Arc<AtomicBool>,
 }
@@ -58,9 +54,7 @@ impl TrainOptions {
             output: output.into(),
             device: device.into(),
             resume: Resume::No,
-            allow_inexact: false,
-            adopt_data: false,
-            adopt_config: false,
+            accepted: Accepted::default(),
             stop: Arc::default(),
         }
     }
@@ -70,17 +64,6 @@ impl TrainOptions {
     pub fn resume(self, resume: Resume) -> Self {
         Self { resume, ..self }
     }
-}
-
-/// Where a run goes on from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Resume {
-    /// A new run; a folder that already holds one is an error.
-    No,
-    /// The newest valid checkpoint of the run folder; a run that was stopped before its first checkpoint starts again.
-    Newest,
-    /// This checkpoint folder.
-    Checkpoint(PathBuf),
 }
 
 /// How a run ended.
@@ -107,7 +90,7 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
     let lock = run.lock()?;
     lock.remove_stale(&RealFs)?;
     let device = device::open(&options.device)?;
-    let verified = find_checkpoint(&run, options)?;
+    let verified = find_checkpoint(&run, &options.resume)?;
     let resumed = verified.as_ref().map(|verified| verified.manifest.step);
     let opened = verified.as_ref().map(Opened::parse).transpose()?;
 
@@ -139,7 +122,7 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
             let events = check_resume(
                 &opened,
                 config,
-                options,
+                options.accepted,
                 &digests,
                 &base_model,
                 &fingerprint,

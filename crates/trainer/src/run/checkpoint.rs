@@ -1,6 +1,6 @@
 //! What a checkpoint of a training run holds, and how a run is restored from it.
 //!
-//! `run_dir` and `transaction` keep folders of bytes safe; this file says what the bytes are: `lora.safetensors`, the
+//! `folder` and `transaction` keep folders of bytes safe; this file says what the bytes are: `lora.safetensors`, the
 //! adapter as diffusers loads it; `optimizer.safetensors`, the moments; `state.json`, everything else.
 
 use std::path::Path;

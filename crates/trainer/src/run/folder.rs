@@ -1,5 +1,4 @@
-//! The run folder: who may write to it, which checkpoint to resume, which ones to keep, and the
-//! metrics log.
+//! The run folder: who may write to it, which checkpoint to resume, and which ones to keep.
 //!
 //! ```text
 //! run/
@@ -21,7 +20,7 @@
 //!   its name, so it holds the state of its step, and resuming from it or from the one before ends
 //!   in the same bits. The newer one saves work. This needs the folder to hold one history only: a
 //!   step saved means every later checkpoint descends from it. [`RunLock::rewind_to`] keeps it so
-//!   by putting aside what is later than the chosen checkpoint, and [`write_checkpoint`] refuses a
+//!   by putting aside what is later than the chosen checkpoint, and [`write_checkpoint`](crate::run::transaction::write_checkpoint) refuses a
 //!   step before an existing one.
 //! - `LATEST` is the witness: if what it names is gone or has another content, an acknowledged
 //!   checkpoint was lost, and [`RunDir::newest_valid`] says so among the rejected.
@@ -30,17 +29,16 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use fs4::{FileExt, TryLockError};
-use lora_core::files::strict_json::{parse_json, read_file};
-use serde::{Deserialize, Serialize};
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
+use crate::run::error::{CheckpointError, Rejected, io};
 use crate::run::manifest::{
-    CheckpointError, MANIFEST, MANIFEST_LIMIT, ManifestFields, Rejected, Verified, check, io,
-    parse_checkpoint_name, read_at_most, sha256_hex, verify, write_checkpoint,
+    MANIFEST, MANIFEST_LIMIT, Verified, check, parse_checkpoint_name, read_at_most, sha256_hex,
+    verify,
 };
 use crate::run::vfs::{Vfs, create_dir_durably, discard, list, remove_tree, replace_file, sibling};
 
@@ -48,8 +46,6 @@ use crate::run::vfs::{Vfs, create_dir_durably, discard, list, remove_tree, repla
 pub(crate) const LATEST: &str = "LATEST";
 const LOCK: &str = "run.lock";
 const METRICS: &str = "metrics.jsonl";
-/// A metrics log larger than this is not one of ours: some ten million lines.
-const METRICS_LIMIT: u64 = 4 << 30;
 const CONFIG: &str = "config.toml";
 
 /// A run folder, for reading. To write, [`RunDir::lock`] it.
@@ -233,7 +229,7 @@ impl RunDir {
         )
     }
 
-    fn scan(&self) -> Result<Scan, CheckpointError> {
+    pub(super) fn scan(&self) -> Result<Scan, CheckpointError> {
         let mut scan = Scan::default();
         for entry in list(&self.path)? {
             let path = entry.path();
@@ -318,7 +314,7 @@ impl RunLock {
     ///
     /// Later checkpoints, damaged or of a history that is being left, are put aside under another
     /// name, and their new paths returned. To be called on every resume, before
-    /// [`MetricsLog::open`]; mostly it finds nothing to do.
+    /// [`MetricsLog::open`](crate::run::metrics::MetricsLog::open); mostly it finds nothing to do.
     pub fn rewind_to(
         &self,
         vfs: &dyn Vfs,
@@ -353,26 +349,6 @@ impl RunLock {
         }
         vfs.sync_dir(run).map_err(io("fsync", run))?;
         Ok(aside)
-    }
-
-    /// One whole save: the metrics log up to here, the checkpoint, `LATEST`, and only then what
-    /// need not stay any more.
-    ///
-    /// The log comes first because a checkpoint promises the lines up to its step.
-    pub fn save(
-        &self,
-        vfs: &dyn Vfs,
-        metrics: &mut MetricsLog,
-        step: u64,
-        files: &[(&str, &[u8])],
-        fields: &ManifestFields,
-        retention: &Retention,
-    ) -> Result<PathBuf, CheckpointError> {
-        metrics.sync(vfs)?;
-        let dir = write_checkpoint(vfs, self, step, files, fields)?;
-        metrics.saved = Some(step);
-        self.prune(vfs, retention)?;
-        Ok(dir)
     }
 
     /// Deletes the checkpoints that `retention` does not keep. A damaged one does not count as
@@ -411,174 +387,14 @@ impl RunLock {
     }
 }
 
-/// What [`truncate_metrics`] did.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Truncated {
-    /// Lines that stay.
-    pub kept: usize,
-    /// Lines that went, a torn one at the end included.
-    pub dropped: usize,
-}
-
-/// Cuts the metrics log back to what a run resumed from step `resumed` has written: lines of later
-/// steps go, and so does a torn end. With `None`, for a run that begins, all go. A log that does
-/// not exist is an empty one.
-///
-/// # Errors
-/// An unreadable line with lines that stay after it. A stopped write cannot leave that, so it is
-/// not ours to drop.
-pub fn truncate_metrics(
-    vfs: &dyn Vfs,
-    path: &Path,
-    resumed: Option<u64>,
-) -> Result<Truncated, CheckpointError> {
-    let text = match read_file(path, METRICS_LIMIT) {
-        Err(error) if error.kind() == ErrorKind::NotFound => {
-            return Ok(Truncated {
-                kept: 0,
-                dropped: 0,
-            });
-        }
-        text => text.map_err(io("read", path))?,
-    };
-    let mut kept = Vec::new();
-    let mut torn = None;
-    let mut dropped = 0;
-    for (index, line) in text.split_inclusive(|byte| *byte == b'\n').enumerate() {
-        match metrics_step(line) {
-            Some(step) if Some(step) <= resumed => {
-                if let Some(line) = torn {
-                    let path = path.to_path_buf();
-                    return Err(CheckpointError::MetricsLine { path, line });
-                }
-                kept.push(line.strip_suffix(b"\n").unwrap_or(line));
-                continue;
-            }
-            Some(_) => {}
-            None => torn = torn.or(Some(index + 1)),
-        }
-        dropped += 1;
-    }
-    let bytes: Vec<u8> = kept
-        .iter()
-        .flat_map(|line| line.iter().chain(b"\n"))
-        .copied()
-        .collect();
-    if bytes != text {
-        replace_file(vfs, path, &bytes)?;
-    }
-    let kept = kept.len();
-    Ok(Truncated { kept, dropped })
-}
-
-/// The metrics log of a run, open for appending.
-///
-/// A line is safe from a power loss only after [`MetricsLog::sync`]; [`RunLock::save`] calls it.
-#[derive(Debug)]
-pub struct MetricsLog {
-    path: PathBuf,
-    file: File,
-    length: u64,
-    /// The step of the newest checkpoint: lines up to it are final.
-    saved: Option<u64>,
-}
-
-impl MetricsLog {
-    /// Opens the log of a run resumed from step `resumed`, or of one that begins, after
-    /// [`truncate_metrics`]. The lock proves that nobody else appends.
-    pub fn open(
-        vfs: &dyn Vfs,
-        lock: &RunLock,
-        resumed: Option<u64>,
-    ) -> Result<Self, CheckpointError> {
-        let path = lock.run().metrics_path();
-        let Truncated { kept, dropped } = truncate_metrics(vfs, &path, resumed)?;
-        debug!(path = %path.display(), resumed, kept, dropped, "metrics log");
-        if !path.exists() {
-            let run = lock.run().path();
-            vfs.create_file(&path, b"").map_err(io("create", &path))?;
-            // Otherwise a power loss could leave a checkpoint without its log.
-            vfs.sync_dir(run).map_err(io("fsync", run))?;
-        }
-        let file = OpenOptions::new()
-            .append(true)
-            .open(&path)
-            .map_err(io("open", &path))?;
-        let length = file.metadata().map_err(io("read", &path))?.len();
-        Ok(Self {
-            path,
-            file,
-            length,
-            saved: resumed,
-        })
-    }
-
-    /// Appends one line, an object with a field `step`, which must be later than the newest
-    /// checkpoint: a resume from that one would keep the line and the run write it again.
-    pub fn append(&mut self, vfs: &dyn Vfs, line: &impl Serialize) -> Result<(), CheckpointError> {
-        self.check_length()?;
-        let json = |source| CheckpointError::Json {
-            path: self.path.clone(),
-            source,
-        };
-        let mut text = serde_json::to_string(line).map_err(json)?;
-        let MetricsStep { step } = serde_json::from_str(&text).map_err(json)?;
-        if let Some(saved) = self.saved.filter(|saved| step <= *saved) {
-            let path = self.path.clone();
-            return Err(CheckpointError::MetricsOrder { path, step, saved });
-        }
-        text.push('\n');
-        if let Err(source) = vfs.append(&self.path, &self.file, text.as_bytes()) {
-            // A part of the line may be there. If it cannot be taken back, the next call notices.
-            if let Err(error) = self.file.set_len(self.length) {
-                warn!(path = %self.path.display(), %error, "a torn line stays until the next resume");
-            }
-            return Err(io("write", &self.path)(source));
-        }
-        self.length += text.len() as u64;
-        Ok(())
-    }
-
-    /// Makes every line so far survive a power loss.
-    pub fn sync(&mut self, vfs: &dyn Vfs) -> Result<(), CheckpointError> {
-        self.check_length()?;
-        vfs.sync_file(&self.path, &self.file)
-            .map_err(io("fsync", &self.path))
-    }
-
-    fn check_length(&self) -> Result<(), CheckpointError> {
-        let found = self.file.metadata().map_err(io("read", &self.path))?.len();
-        if found != self.length {
-            let path = self.path.clone();
-            let expected = self.length;
-            return Err(CheckpointError::Length {
-                path,
-                expected,
-                found,
-            });
-        }
-        Ok(())
-    }
-}
-
 #[derive(Default)]
-struct Scan {
+pub(super) struct Scan {
     /// Newest first.
     checkpoints: Vec<Found>,
     /// `ckpt-*` that can never be resumed as they are.
     other: Vec<Rejected>,
     /// Unfinished files and folders.
-    stale: Vec<PathBuf>,
-}
-
-/// The one field of a metrics line that is read here.
-#[derive(Deserialize)]
-struct MetricsStep {
-    step: u64,
-}
-
-fn metrics_step(line: &[u8]) -> Option<u64> {
-    parse_json::<MetricsStep>(line).ok().map(|line| line.step)
+    pub(super) stale: Vec<PathBuf>,
 }
 
 #[cfg(test)]

@@ -1,8 +1,26 @@
-//! The run folder: checkpoints that survive anything.
+//! The run folder: checkpoints that survive anything. Each file uses only those above it.
+//!
+//! | file | idea |
+//! |---|---|
+//! | `error` | what can go wrong with a run folder |
+//! | `vfs` | the file operations that write it, and their safe combinations |
+//! | `manifest` | what a checkpoint folder must hold, and whether it does |
+//! | `folder` | who may write, which checkpoint to resume, which ones to keep |
+//! | `metrics` | the log, cut back on resume |
+//! | `transaction` | a checkpoint is there, whole and verified, or it is not there |
+//! | `checkpoint` | what the bytes of a checkpoint say, and a run restored from it |
+//! | `resume` | which checkpoint a run goes on from, and what is refused |
+//! | `save` | checkpoints while a run goes, the finished LoRA at its end |
 
 pub mod checkpoint;
+pub mod error;
 pub mod folder;
 pub mod manifest;
-pub(crate) mod resume;
+pub mod metrics;
+pub mod resume;
 pub(crate) mod save;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "test code")]
+mod testing;
+pub mod transaction;
 pub mod vfs;

@@ -1,5 +1,7 @@
 //! Which checkpoint a run goes on from, and what would make the resumed run differ from one that was never stopped.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, bail};
 use tracing::{info, warn};
 
@@ -9,14 +11,32 @@ use crate::fingerprint::Fingerprint;
 use crate::run::checkpoint::{Event, Opened};
 use crate::run::folder::RunDir;
 use crate::run::manifest::{Verified, verify};
-use crate::train::{Resume, TrainOptions};
+
+/// Where a run goes on from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Resume {
+    /// A new run; a folder that already holds one is an error.
+    No,
+    /// The newest valid checkpoint of the run folder; a run that was stopped before its first checkpoint starts again.
+    Newest,
+    /// This checkpoint folder.
+    Checkpoint(PathBuf),
+}
+
+/// What may differ from the part of the run before; otherwise it is refused.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Accepted {
+    /// Binary, device or CPU features.
+    pub inexact: bool,
+    /// Images, captions or the base model; what is there now is trained on.
+    pub data: bool,
+    /// Settings that decide what earlier steps would have done.
+    pub config: bool,
+}
 
 /// The checkpoint to go on from, if any.
-pub(crate) fn find_checkpoint(
-    run: &RunDir,
-    options: &TrainOptions,
-) -> anyhow::Result<Option<Verified>> {
-    let verified: Option<Verified> = match &options.resume {
+pub(crate) fn find_checkpoint(run: &RunDir, resume: &Resume) -> anyhow::Result<Option<Verified>> {
+    let verified: Option<Verified> = match resume {
         Resume::No if run.has_checkpoints()? => bail!(
             "run folder {} already holds checkpoints: add --resume to continue that run, or choose another --output",
             run.path().display()
@@ -47,7 +67,7 @@ pub(crate) fn find_checkpoint(
 pub(crate) fn check_resume(
     opened: &Opened,
     config: &RunConfig,
-    options: &TrainOptions,
+    accepted: Accepted,
     samples: &[SampleDigest],
     base_model: &str,
     fingerprint: &Fingerprint,
@@ -69,7 +89,7 @@ pub(crate) fn check_resume(
                 "{text}: an adapter keeps its shape and scale for the whole run; restore the old value, or start a new run in another --output"
             );
         }
-        if !change.allowed && !options.adopt_config {
+        if !change.allowed && !accepted.config {
             bail!(
                 "{text}: the resumed run would not be the one that was started; restore the old value, or add --adopt-config to go on with the new one"
             );
@@ -79,7 +99,7 @@ pub(crate) fn check_resume(
     let changes = scan::changes(&state.samples, samples);
     if !changes.is_empty() {
         let list = changes.join("; ");
-        if !options.adopt_data {
+        if !accepted.data {
             bail!(
                 "the data has changed since step {step}: {list}; restore it, or add --adopt-data to go on with what is there now"
             );
@@ -87,7 +107,7 @@ pub(crate) fn check_resume(
         note(format!("data changed: {list}"));
     }
     if state.base_model != base_model {
-        if !options.adopt_data {
+        if !accepted.data {
             bail!(
                 "the base model's transformer is not the one this run was started with; restore it, or add --adopt-data to go on with this one"
             );
@@ -96,7 +116,7 @@ pub(crate) fn check_resume(
     }
     let differences = state.fingerprint.differences(fingerprint);
     if let Some((name, stored, present)) = differences.first() {
-        if !options.allow_inexact {
+        if !accepted.inexact {
             bail!(
                 "the run was made with another {name} ({stored}; now {present}), so going on would not give the same bits; use the same one, or add --allow-inexact"
             );

@@ -13,7 +13,9 @@ use crate::data::scan;
 use crate::run::checkpoint::{
     FluxTraining, Snapshot, State, TRANSFORMER_PREFIX, adapter_file, manifest_fields,
 };
-use crate::run::folder::{MetricsLog, Retention, RunDir, RunLock};
+use crate::run::folder::{Retention, RunDir, RunLock};
+use crate::run::metrics::MetricsLog;
+use crate::run::transaction;
 use crate::run::vfs::{RealFs, replace_file};
 
 /// Writes checkpoints and the finished LoRA.
@@ -75,8 +77,9 @@ impl<'a> Saver<'a> {
             keep: self.config.checkpoint.keep,
             keep_every: None,
         };
-        self.lock.save(
+        transaction::save(
             &RealFs,
+            self.lock,
             &mut self.metrics,
             step,
             &snapshot.files(),

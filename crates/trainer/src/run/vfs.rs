@@ -13,7 +13,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tracing::warn;
 
-use crate::run::manifest::{CheckpointError, io, sha256_hex};
+use crate::run::error::{CheckpointError, io};
+use crate::run::manifest::sha256_hex;
 
 /// What a run folder is written with.
 ///
