@@ -11,7 +11,7 @@ use flux_lora::config::{DatasetSection, RunConfig};
 use flux_lora::data::scan::{self, ImageLimits};
 use flux_lora::run::checkpoint::Opened;
 use flux_lora::run::folder::RunDir;
-use flux_lora::run::manifest::{sha256_hex, verify};
+use flux_lora::run::manifest::verify;
 use flux_lora::run::metrics::truncate_metrics;
 use flux_lora::run::vfs::RealFs;
 use flux_lora_tests::program;
@@ -20,6 +20,7 @@ use flux_model::pipeline::PipelineFolder;
 use flux_model::text::tokenizer::{ClipTokenizer, T5Tokenizer};
 use flux_model::weights::Checkpoint;
 use lora_core::AdapterFile;
+use lora_core::files::digest::sha256_hex;
 use lora_core::files::host::HostTensor;
 use lora_core::files::safetensors::{TensorFile, TensorSet, serialize};
 

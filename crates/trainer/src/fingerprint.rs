@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use lora_core::files::digest::digest_file;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::device::NamedDevice;
 
@@ -26,9 +26,8 @@ pub struct Fingerprint {
 impl Fingerprint {
     /// Of this process, running on `device`.
     pub fn of(device: &NamedDevice) -> std::io::Result<Self> {
-        let program = std::fs::read(std::env::current_exe()?)?;
         Ok(Self {
-            binary: hex(&Sha256::digest(program)),
+            binary: digest_file(&std::env::current_exe()?)?,
             version: env!("CARGO_PKG_VERSION").into(),
             device: device.name.clone(),
             hardware: device.hardware.clone(),

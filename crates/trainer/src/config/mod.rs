@@ -10,6 +10,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use lora_core::files::digest::sha256_hex;
 use lora_core::{InitLoraWeights, LoraConfig, OneOrMany, Patterns, PeftType, Targets};
 use serde::{Deserialize, Serialize};
 use toml::Table;
@@ -19,7 +20,6 @@ use self::read::{
     value_error,
 };
 use self::rules::Invalid;
-use crate::data::scan::content_digest;
 use crate::nearest::{one_line, shown};
 
 mod number_or;
@@ -720,7 +720,7 @@ impl RunConfig {
 
     /// SHA-256 of [`RunConfig::to_toml`], in hex.
     pub fn digest(&self) -> Result<String, ConfigError> {
-        Ok(content_digest(self.to_toml()?.as_bytes()))
+        Ok(sha256_hex(self.to_toml()?.as_bytes()))
     }
 
     /// What changes from this configuration, the recorded one, to `new`, in the order of the keys.

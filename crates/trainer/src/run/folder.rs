@@ -33,12 +33,12 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use fs4::{FileExt, TryLockError};
+use lora_core::files::digest::sha256_hex;
 use tracing::{info, warn};
 
 use crate::run::error::{CheckpointError, Rejected, io};
 use crate::run::manifest::{
-    MANIFEST, MANIFEST_LIMIT, Verified, check, parse_checkpoint_name, read_at_most, sha256_hex,
-    verify,
+    MANIFEST, MANIFEST_LIMIT, Verified, check, parse_checkpoint_name, read_at_most, verify,
 };
 use crate::run::vfs::{Vfs, create_dir_durably, discard, list, remove_tree, replace_file, sibling};
 

@@ -14,10 +14,10 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use lora_core::files::digest::{Sha256Hex, sha256_hex};
 use lora_core::files::strict_json::{parse_json, read_file};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
 use crate::run::error::{CheckpointError, io};
 use crate::run::vfs::list;
@@ -108,11 +108,6 @@ pub(crate) fn parse_checkpoint_name(name: &str) -> Option<u64> {
     let (base, suffix) = name.split_once('.').unwrap_or((name, "old-"));
     let step = base.strip_prefix("ckpt-")?.parse().ok()?;
     (base == checkpoint_name(step) && suffix.starts_with("old-")).then_some(step)
-}
-
-/// Lowercase hex SHA-256.
-pub fn sha256_hex(bytes: &[u8]) -> String {
-    hex(Sha256::digest(bytes).as_slice())
 }
 
 /// Reads a checkpoint folder and checks all of it: its name, the set of files, every length and
@@ -253,7 +248,7 @@ fn read_entry(path: &Path, entry: &FileEntry, keep: bool) -> Result<Vec<u8>, Che
     }
 
     let mut file = file.take(found);
-    let mut hasher = Sha256::new();
+    let mut hasher = Sha256Hex::default();
     let mut chunk = vec![0; 256 << 10];
     loop {
         let length = match file.read(&mut chunk) {
@@ -266,7 +261,7 @@ fn read_entry(path: &Path, entry: &FileEntry, keep: bool) -> Result<Vec<u8>, Che
             bytes.extend_from_slice(&chunk[..length]);
         }
     }
-    let found = hex(hasher.finalize().as_slice());
+    let found = hasher.finish();
     #[cfg(feature = "canary")]
     let found = crate::canary::checked(path, found, &entry.sha256);
     if found != entry.sha256 {
@@ -343,10 +338,6 @@ fn unseal(path: &Path, bytes: &[u8]) -> Result<Manifest, CheckpointError> {
         });
     }
     parse_json(text.as_bytes()).map_err(json)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

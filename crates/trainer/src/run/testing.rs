@@ -6,12 +6,13 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use lora_core::files::digest::sha256_hex;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::run::error::{CheckpointError, Rejected};
 use crate::run::folder::{Retention, RunDir, RunLock};
-use crate::run::manifest::{ManifestFields, Verified, sha256_hex};
+use crate::run::manifest::{ManifestFields, Verified};
 use crate::run::metrics::MetricsLog;
 use crate::run::transaction::{save, write_checkpoint};
 use crate::run::vfs::simulate::{Dice, FailingFs, Failure, memory_dir};

@@ -18,13 +18,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use lora_core::files::digest::sha256_hex;
 use tracing::{debug, warn};
 
 use crate::run::error::{CheckpointError, io};
 use crate::run::folder::{LATEST, Retention, RunLock};
-use crate::run::manifest::{
-    MANIFEST, Manifest, ManifestFields, checkpoint_name, examine, seal, sha256_hex,
-};
+use crate::run::manifest::{MANIFEST, Manifest, ManifestFields, checkpoint_name, examine, seal};
 use crate::run::metrics::MetricsLog;
 use crate::run::vfs::{Vfs, discard, remove_tree, sibling};
 

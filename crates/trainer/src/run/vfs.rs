@@ -11,10 +11,10 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use lora_core::files::digest::sha256_hex;
 use tracing::warn;
 
 use crate::run::error::{CheckpointError, io};
-use crate::run::manifest::sha256_hex;
 
 /// What a run folder is written with.
 ///
