@@ -9,20 +9,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use burn::module::{Module, ModuleVisitor, Param, Reparameterization, Reparameterizer};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
-use crate::adapter::{Adapter, AdapterSpec, Lora};
+use crate::adapter::{Adapter, Lora};
 use crate::edit::{active_replacements, adapter_names, edit};
 use crate::error::LoraError;
 use crate::files::host::HostTensor;
-use crate::kinds::factors::{
-    Factors, INITIAL_A, INITIAL_B, LORA_A, LORA_B, LORA_BIAS, LoraFactors, MAGNITUDE, MapParts,
-    Side,
-};
-use crate::kinds::lycoris;
-use crate::kinds::split;
-use crate::peft::config::{InitLoraWeights, LoraConfig, PeftType, Targets, TrainBias};
-use crate::peft::file::{AdapterFile, ModuleAdapter};
+use crate::kinds::dense::{self, Whole};
+use crate::kinds::factors::{Factor, Factors};
+use crate::kinds::module::{AdapterSpec, ModuleAdapter};
+use crate::kinds::parts::{Dim, INITIAL_A, INITIAL_B, LORA_A, LORA_B, MAGNITUDE, Part};
+use crate::kinds::{split, start};
+use crate::peft::config::{LoraConfig, Targets, TrainBias};
+use crate::peft::file::AdapterFile;
 use crate::peft::selection::{LayerFilter, is_saved, keeps_adapters_off};
-use crate::random::{Stream, name_hash};
+use crate::random::name_hash;
 use crate::site::{Site, WeightLayout};
 use crate::state::{each_parameter, host};
 
@@ -64,14 +63,6 @@ pub struct Plan {
 struct Layer {
     site: Site,
     module: ModuleAdapter,
-    device: Device,
-}
-
-/// A parameter that is trained in full: its first values, as the model lays them out.
-#[derive(Debug)]
-struct Whole {
-    site: Site,
-    values: Vec<f32>,
     device: Device,
 }
 
@@ -149,11 +140,7 @@ impl Plan {
             whole,
             occupied: scan.occupied,
         };
-        if plan
-            .layers
-            .values()
-            .any(|layer| layer.module.use_dora && !layer.module.has_magnitude())
-        {
+        if plan.layers.values().any(|layer| layer.lacks_magnitude()) {
             plan.magnitudes = initial_magnitudes(model, &plan.layers);
         }
         Ok(plan)
@@ -183,63 +170,57 @@ impl Plan {
 
     /// What goes onto the parameter at `path`.
     fn adapter(&self, path: &str) -> Option<Adapter> {
-        let new = |spec, site: &Site, factors| Adapter {
+        let new = |spec, site: &Site, split, factors| Adapter {
             name: self.name.clone(),
             spec,
             site: site.clone(),
+            split,
             weight: 1.0,
             active: true,
             stream: name_hash(&format!("{path}.{}", self.name)),
             factors,
         };
-        if let Some(Whole {
-            site,
-            values,
-            device,
-        }) = self.whole.get(path)
-        {
+        if let Some(whole) = self.whole.get(path) {
             let spec = AdapterSpec {
                 rank: 1,
                 alpha: 1.0,
                 use_rslora: false,
                 dropout: 0.0,
             };
-            let data = TensorData::new(values.clone(), [values.len()]);
-            return Some(new(
-                spec,
-                site,
-                Factors::Whole(Param::from_data(data, device)),
-            ));
+            let data = TensorData::new(whole.values.clone(), [whole.values.len()]);
+            let value = Factor::Vector(Param::from_data(data, &whole.device));
+            return Some(new(spec, &whole.site, None, Factors::whole(value)));
         }
-        let Layer {
-            site,
-            module,
-            device,
-        } = self.layers.get(path)?;
-        let mut factors = module.factors.as_ref();
-        if let Factors::Lora(lora) = &mut factors {
-            lora.magnitude = lora.magnitude.or_else(|| self.magnitudes.get(path));
+        let layer = self.layers.get(path)?;
+        let mut factors = layer.module.factors.as_ref();
+        if let Some(magnitude) = self.magnitudes.get(path) {
+            factors = factors.with(MAGNITUDE, magnitude);
         }
-        Some(new(module.spec, site, factors.map(&mut ToModel(device))))
+        let factors = factors.map(|part, tensor| to_model(part, tensor, &layer.device));
+        Some(new(
+            layer.module.spec,
+            &layer.site,
+            layer.module.split,
+            factors,
+        ))
     }
 }
 
-/// Parts of a file's factors to what a model holds.
-struct ToModel<'a>(&'a Device);
-
-impl MapParts<&HostTensor, &HostTensor> for ToModel<'_> {
-    type Matrix = Param<Tensor<2>>;
-    type Vector = Param<Tensor<1>>;
-    fn matrix(&mut self, name: &'static str, part: &HostTensor) -> Param<Tensor<2>> {
-        let data = TensorData::new(part.to_f32(), matrix_size(part));
-        let param = Param::from_data(data, self.0);
-        match name {
-            INITIAL_A | INITIAL_B => param.set_require_grad(false),
-            _ => param,
+/// A part of a file's factors as a model holds it.
+fn to_model(part: Part, tensor: &HostTensor, device: &Device) -> Factor {
+    let factor = match part.is_vector() {
+        true => {
+            let data = TensorData::new(tensor.to_f32(), [tensor.numel()]);
+            Factor::Vector(Param::from_data(data, device))
         }
-    }
-    fn vector(&mut self, _: &'static str, part: &HostTensor) -> Param<Tensor<1>> {
-        Param::from_data(TensorData::new(part.to_f32(), [part.numel()]), self.0)
+        false => {
+            let data = TensorData::new(tensor.to_f32(), matrix_size(tensor));
+            Factor::Matrix(Param::from_data(data, device))
+        }
+    };
+    match part.trained {
+        true => factor,
+        false => factor.set_require_grad(false),
     }
 }
 
@@ -250,6 +231,11 @@ fn matrix_size(part: &HostTensor) -> [usize; 2] {
 }
 
 impl Layer {
+    /// Whether its DoRA still has to look at the base weight.
+    fn lacks_magnitude(&self) -> bool {
+        self.module.use_dora && self.module.factors.get(MAGNITUDE).is_none()
+    }
+
     /// Refuses what the way in which the model computes the layer cannot do.
     fn check_path(&self, layer: &str, path: ForwardPath) -> Result<(), LoraError> {
         let fast = path == ForwardPath::Fast && self.site.layout == WeightLayout::InOut;
@@ -259,11 +245,7 @@ impl Layer {
                 "`lora_dropout` needs a model that computes its layers with `lora_core::linear`, which `{layer}` is not; set it to 0"
             )));
         }
-        let has_bias = self
-            .module
-            .as_lora()
-            .is_some_and(|lora| lora.bias.is_some());
-        if has_bias && !fast {
+        if self.module.has_bias() && !fast {
             return Err(LoraError::Config(format!(
                 "`{layer}` has a `lora_bias`, which needs a model that computes its layers with `lora_core::linear`"
             )));
@@ -561,28 +543,13 @@ impl Scan {
                             reason: "the model has no such parameter".into(),
                         })?;
                 let site = parameter.whole_site();
-                let mut expected = site.shape.clone();
-                if site.layout == WeightLayout::InOut {
-                    expected.reverse();
-                }
-                check_tensor(key.clone(), tensor, expected)?;
-                let values = tensor.to_f32();
-                let values = match (site.layout, tensor.shape.as_slice()) {
-                    (WeightLayout::InOut, &[rows, columns]) => (0..columns)
-                        .flat_map(|c| (0..rows).map(move |r| r * columns + c))
-                        .map(|at| values[at])
-                        .collect(),
-                    _ => values,
+                check_tensor(key.clone(), tensor, dense::file_shape(&site))?;
+                let whole = Whole {
+                    values: dense::from_file(&site, tensor),
+                    site,
+                    device: parameter.device.clone(),
                 };
-                let device = parameter.device.clone();
-                Ok((
-                    path.clone(),
-                    Whole {
-                        site,
-                        values,
-                        device,
-                    },
-                ))
+                Ok((path.clone(), whole))
             })
             .collect()
     }
@@ -603,7 +570,7 @@ impl Scan {
     /// Checks one layer's factors against the weight they go to.
     fn place(&self, path: &str, module: ModuleAdapter) -> Result<Layer, LoraError> {
         let leftover = |reason: &str| LoraError::Leftover {
-            key: format!("{path}.{}", module.factors.parts()[0].0),
+            key: format!("{path}.{}", module.factors.kind().parts()[0].name),
             reason: reason.into(),
         };
         let weight = self
@@ -629,44 +596,32 @@ impl Scan {
             }));
         }
         let (rank, inputs, outputs) = (module.spec.rank, site.inputs(), site.outputs());
-        let expect = |name: &str, tensor: &HostTensor, dims: &[usize]| {
-            let expected = site.file_shape(name, dims);
-            check_tensor(format!("{path}.{name}"), tensor, expected)
-        };
-        match &module.factors {
-            Factors::Lokr { w1, w2 } => {
-                let size = |side: &Side<HostTensor>| match side {
-                    Side::Full(full) => matrix_size(full),
-                    Side::Product(left, right) => [matrix_size(left)[0], matrix_size(right)[1]],
-                };
-                let ([a, b], [c, d]) = (size(w1), size(w2));
-                if (a.saturating_mul(c), b.saturating_mul(d)) != (outputs, inputs) {
-                    return Err(LoraError::Shape {
-                        key: format!("{path}.lokr_w1, lokr_w2 (their Kronecker product)"),
-                        expected: vec![outputs, inputs],
-                        found: vec![a.saturating_mul(c), b.saturating_mul(d)],
-                    });
-                }
-                for (name, tensor) in module.factors.parts() {
-                    let [rows, columns] = matrix_size(tensor);
-                    let dims = match name {
-                        "lokr_w1_a" | "lokr_w2_a" => [rows, rank],
-                        "lokr_w1_b" | "lokr_w2_b" => [rank, columns],
-                        _ => [rows, columns],
-                    };
-                    expect(name, tensor, &dims)?;
-                }
-            }
-            factors => {
-                for (name, tensor) in factors.parts() {
-                    let dims: &[usize] = match name {
-                        LORA_A | INITIAL_A | "hada_w1_b" | "hada_w2_b" => &[rank, inputs],
-                        MAGNITUDE | LORA_BIAS => &[outputs],
-                        _ => &[outputs, rank],
-                    };
-                    expect(name, tensor, dims)?;
-                }
-            }
+        if module.factors.kind().peft_type().is_none() {
+            return Err(leftover(
+                "it is no product of smaller factors: add it to the base weight",
+            ));
+        }
+        let found = module.factors.size(matrix_size);
+        if module.factors.sides().is_some() && found != [outputs, inputs] {
+            return Err(LoraError::Shape {
+                key: format!("{path}.lokr_w1, lokr_w2 (their Kronecker product)"),
+                expected: vec![outputs, inputs],
+                found: found.to_vec(),
+            });
+        }
+        for (part, tensor) in module.factors.iter() {
+            let own = matrix_size(tensor);
+            let axes = part.dims.iter().enumerate();
+            let dims: Vec<usize> = axes
+                .map(|(axis, dim)| match dim {
+                    Dim::In => inputs,
+                    Dim::Out => outputs,
+                    Dim::Rank => rank,
+                    Dim::Any => own[axis],
+                })
+                .collect();
+            let expected = site.file_shape(part, &dims);
+            check_tensor(format!("{path}.{}", part.name), tensor, expected)?;
         }
         Ok(Layer {
             site,
@@ -715,110 +670,24 @@ fn fresh<M: Module>(
     config: &LoraConfig,
     seed: u64,
 ) -> Result<BTreeMap<String, ModuleAdapter>, LoraError> {
-    let init = config.init_lora_weights;
     let targets = scan.targets(config)?;
-    for site in targets
+    let sites: Vec<Site> = targets
         .iter()
         .filter_map(|path| scan.weights[*path].site(path))
-    {
-        split::check(config, &site)?;
+        .collect();
+    for site in &sites {
+        start::check(config, site)?;
     }
-    let mut initials = match init.splits_base() {
+    let mut split = match config.init_lora_weights.splits_base() {
         true => split::split_off(model, config, &targets, seed)?,
         false => BTreeMap::new(),
     };
-    let mut modules = BTreeMap::new();
-    for path in targets {
-        let (rank, alpha) = config.resolve(path)?;
-        let Some(site) = scan.weights[path].site(path) else {
-            continue;
-        };
-        let (inputs, outputs, embedding) = (
-            site.inputs(),
-            site.outputs(),
-            site.layout == WeightLayout::Table,
-        );
-        let spec = AdapterSpec {
-            rank,
-            alpha,
-            use_rslora: config.use_rslora,
-            dropout: config.lora_dropout,
-        };
-        if config.peft_type != PeftType::Lora {
-            if embedding {
-                return Err(LoraError::Config(format!(
-                    "`{path}` is an embedding, which `peft_type` {} does not adapt",
-                    config.peft_type
-                )));
-            }
-            let module = ModuleAdapter {
-                spec,
-                factors: lycoris::fresh(&site, rank, config, seed),
-                use_dora: false,
-                embedding,
-            };
-            modules.insert(path.to_string(), module);
-            continue;
-        }
-        if embedding && config.lora_bias {
-            return Err(LoraError::Config(format!(
-                "`{path}` is an embedding, which `lora_bias` does not adapt"
-            )));
-        }
-        let layer = name_hash(path);
-        let uniform = |name: &str, n: usize, bound: f64| -> Vec<f32> {
-            let mut stream = Stream::new(seed, name, 0, layer);
-            (0..n)
-                .map(|_| ((2.0 * stream.uniform() - 1.0) * bound) as f32)
-                .collect()
-        };
-        let normal = |name: &str, n: usize| Stream::new(seed, name, 0, layer).normals(n);
-        let initial = initials.remove(path);
-        let a = || match init {
-            // PEFT starts embeddings the other way round: A zero, B standard normal.
-            InitLoraWeights::Random if embedding => normal("init_lora_a", rank * inputs),
-            _ if embedding => vec![0.0; rank * inputs],
-            InitLoraWeights::Gaussian => {
-                let mut stream = Stream::new(seed, "init_lora_a", 0, layer);
-                stream
-                    .normals(rank * inputs)
-                    .into_iter()
-                    .map(|v| v / rank as f32)
-                    .collect()
-            }
-            _ => uniform("init_lora_a", rank * inputs, 1.0 / (inputs as f64).sqrt()),
-        };
-        let b = || match init {
-            _ if embedding => normal("init_lora_b", outputs * rank),
-            InitLoraWeights::Random => {
-                uniform("init_lora_b", outputs * rank, 1.0 / (rank as f64).sqrt())
-            }
-            _ => vec![0.0; outputs * rank],
-        };
-        let (a, b) = match (init, &initial) {
-            (_, Some(initial)) => (initial.lora_a.to_f32(), initial.lora_b.to_f32()),
-            (InitLoraWeights::Orthogonal, _) => split::orthogonal(&site, rank, seed),
-            _ => (a(), b()),
-        };
-        let lora_a = HostTensor::from_f32(site.file_shape(LORA_A, &[rank, inputs]), &a);
-        let lora_b = HostTensor::from_f32(site.file_shape(LORA_B, &[outputs, rank]), &b);
-        let module = ModuleAdapter {
-            spec,
-            factors: Factors::Lora(LoraFactors {
-                lora_a,
-                lora_b,
-                magnitude: None,
-                bias: config
-                    .lora_bias
-                    .then(|| HostTensor::from_f32([outputs], &vec![0.0; outputs])),
-                initial,
-            }),
-            use_dora: config.use_dora,
-            embedding,
-        };
-        modules.insert(path.to_string(), module);
-    }
-    Ok(modules)
+    let fresh = |site: &Site| {
+        let split = split.remove(&site.key);
+        let module = start::fresh(site, config, seed, split)?;
+        Ok((site.key.clone(), module))
+    };
+    sites.iter().map(fresh).collect()
 }
 
 /// DoRA starts from the norms of the weight as it is: `‖W + scale B A‖` over the inputs, with B zero `‖W‖`.
@@ -843,7 +712,8 @@ fn initial_magnitudes<M: Module>(
             let Some(Layer { site, module, .. }) = self.layers.get(&path) else {
                 return;
             };
-            let Some(lora) = module.as_lora() else {
+            let factors = &module.factors;
+            let (Some(a), Some(b)) = (factors.get(LORA_A), factors.get(LORA_B)) else {
                 return;
             };
             let base = param.base();
@@ -856,9 +726,9 @@ fn initial_magnitudes<M: Module>(
             let factor = |t: &HostTensor| {
                 Tensor::<2>::from_data(TensorData::new(t.to_f32(), matrix_size(t)), &device)
             };
-            let mut delta = factor(&lora.lora_b).matmul(factor(&lora.lora_a));
-            if let Some(initial) = &lora.initial {
-                delta = delta - factor(&initial.lora_b).matmul(factor(&initial.lora_a));
+            let mut delta = factor(b).matmul(factor(a));
+            if let (Some(a), Some(b)) = (factors.get(INITIAL_A), factors.get(INITIAL_B)) {
+                delta = delta - factor(b).matmul(factor(a));
             }
             let delta = delta.mul_scalar(module.spec.scale());
             let norm = (weight + delta.transpose()).square().sum_dim(0).sqrt();

@@ -9,14 +9,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::Module;
 
-use crate::adapter::AdapterSpec;
 use crate::attach::{AdapterSource, ForwardPath, Plan};
 use crate::edit::edit;
 use crate::error::LoraError;
 use crate::files::host::HostTensor;
-use crate::kinds::factors::LoraFactors;
+use crate::kinds::factors::Factors;
+use crate::kinds::module::{AdapterSpec, ModuleAdapter};
+use crate::kinds::parts::{Kind, LORA_A, LORA_B};
 use crate::linalg::{Matrix, Svd, qr};
-use crate::peft::file::{AdapterFile, ModuleAdapter};
+use crate::peft::file::AdapterFile;
 
 /// How the factors of several adapters become those of one; `w` is an adapter's weight, `s` its scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,24 +141,15 @@ impl AdapterFile {
                     best(&a, &b, rank.unwrap_or(largest))
                 }
             };
-            let tensor = |m: &Matrix| {
-                let values: Vec<f32> = m.data.iter().map(|&v| v as f32).collect();
-                HostTensor::from_f32([m.rows, m.cols], &values)
-            };
+            let tensor = |m: &Matrix| HostTensor::from_f32([m.rows, m.cols], &m.to_f32());
             let spec = AdapterSpec {
                 rank: a.rows,
                 alpha: a.rows as f64,
                 use_rslora: false,
                 dropout: 0.0,
             };
-            let factors = LoraFactors {
-                lora_a: tensor(&a),
-                lora_b: tensor(&b),
-                magnitude: None,
-                bias: None,
-                initial: None,
-            };
-            modules.insert(layer.clone(), ModuleAdapter::lora(spec, factors));
+            let factors = Factors::lora(tensor(&a), tensor(&b));
+            modules.insert(layer.clone(), ModuleAdapter::new(spec, factors));
         }
         Ok(Self::new(modules))
     }
@@ -182,14 +174,15 @@ impl Part {
 
     /// `None` for anything but a plain LoRA of a linear layer.
     fn of(module: &ModuleAdapter, weight: f64) -> Option<Self> {
-        let lora = module.as_lora()?;
-        let is_plain = !module.use_dora
+        let factors = &module.factors;
+        let is_plain = factors.kind() == Kind::Lora
+            && !module.use_dora
             && !module.embedding
-            && lora.bias.is_none()
-            && lora.lora_a.shape.len() == 2;
+            && !module.has_bias()
+            && factors[LORA_A].shape.len() == 2;
         is_plain.then(|| Self {
-            a: matrix(&lora.lora_a),
-            b: matrix(&lora.lora_b),
+            a: matrix(&factors[LORA_A]),
+            b: matrix(&factors[LORA_B]),
             weight: weight * module.spec.scale(),
         })
     }

@@ -32,7 +32,7 @@ mod site;
 mod state;
 pub mod training;
 
-pub use adapter::{Adapter, AdapterSpec, Lora};
+pub use adapter::{Adapter, Lora};
 pub use attach::{AdapterSource, DEFAULT_ADAPTER, ForwardPath, Plan};
 pub use combine::{Combination, add_weighted_adapter};
 pub use dropout::DropoutScope;
@@ -40,12 +40,14 @@ pub use edit::{adapter_names, delete_adapter, detach, set_adapters};
 pub use error::LoraError;
 pub use files::replace::replace_file;
 pub use forward::linear;
-pub use kinds::factors::{Factors, Initial, LoraFactors, Side};
+pub use kinds::factors::{Factors, Side};
+pub use kinds::module::{AdapterSpec, ModuleAdapter};
+pub use kinds::parts;
 pub use merge::{merge, safe_merge};
 pub use peft::config::{
     InitLoraWeights, LoraConfig, OneOrMany, Patterns, PeftType, Targets, TrainBias,
 };
-pub use peft::file::{AdapterFile, METADATA_KEY, ModuleAdapter};
+pub use peft::file::{AdapterFile, METADATA_KEY};
 pub use state::{
     ParameterCount, adapter_state, count_parameters, host as host_tensor, trainable_parameters,
 };

@@ -25,6 +25,11 @@ impl Matrix {
         Self::new(rows, cols, vec![0.0; rows * cols])
     }
 
+    /// The elements, row by row, rounded.
+    pub fn to_f32(&self) -> Vec<f32> {
+        self.data.iter().map(|&v| v as f32).collect()
+    }
+
     /// Independent standard normals.
     pub fn normal(rows: usize, cols: usize, stream: &mut Stream) -> Self {
         let values = (0..rows * cols).map(|_| stream.normal()).collect();

@@ -30,8 +30,8 @@ pub fn merge<M: Module>(model: M) -> Result<M, LoraError> {
     let _ = edit(model.clone(), move |path, lora: Lora| {
         let layer = path.strip_suffix(".weight").unwrap_or(path);
         for adapter in lora.active() {
-            if let Some(bias) = (adapter.factors.as_lora()).and_then(|lora| lora.bias.as_ref()) {
-                let bias = bias.val().detach().mul_scalar(adapter.scale());
+            if let Some(bias) = adapter.bias() {
+                let bias = bias.detach().mul_scalar(adapter.scale());
                 let mut biases = sink.borrow_mut();
                 let sum = match biases.remove(&format!("{layer}.bias")) {
                     None => bias,

@@ -1,6 +1,6 @@
 //! What an adapter sits on: a parameter of a model, under the name and in the shapes that PEFT's files use.
 
-use crate::kinds::factors::{LORA_A, LORA_B, MAGNITUDE};
+use crate::kinds::parts::{Convolution, Part};
 
 /// How a weight lies in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,18 +48,20 @@ impl Site {
         }
     }
 
-    /// Shape in a file of the part `name`, which is `dims` in a model: PEFT's factors of a convolution are convolutions.
-    pub(crate) fn file_shape(&self, name: &str, dims: &[usize]) -> Vec<usize> {
+    /// Shape in a file of a part that is `dims` in a model: PEFT's factors of a convolution are convolutions.
+    pub(crate) fn file_shape(&self, part: Part, dims: &[usize]) -> Vec<usize> {
         let kernel = self.kernel();
         let ones = || kernel.iter().map(|_| 1);
         let flat: usize = kernel.iter().product();
-        match (name, dims) {
-            (LORA_A | "lokr_w2", &[rows, columns]) if !kernel.is_empty() => {
+        match (part.convolution, dims) {
+            (Convolution::Kernel, &[rows, columns]) if !kernel.is_empty() => {
                 let channels = [rows, columns / flat];
                 channels.into_iter().chain(kernel.iter().copied()).collect()
             }
-            (LORA_B, &[rows, columns]) => [rows, columns].into_iter().chain(ones()).collect(),
-            (MAGNITUDE, &[len]) if !kernel.is_empty() => {
+            (Convolution::Ones, &[rows, columns]) => {
+                [rows, columns].into_iter().chain(ones()).collect()
+            }
+            (Convolution::Ones, &[len]) if !kernel.is_empty() => {
                 [1, len].into_iter().chain(ones()).collect()
             }
             _ => dims.to_vec(),

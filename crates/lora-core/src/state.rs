@@ -7,7 +7,7 @@ use burn::tensor::Tensor;
 
 use crate::adapter::Lora;
 use crate::files::host::HostTensor;
-use crate::kinds::factors::WHOLE;
+use crate::kinds::parts::WHOLE;
 
 /// Parameters of a model.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -68,7 +68,7 @@ impl<F, T> Walk<F, T> {
 impl<T, F: FnMut(&str, &[usize], bool) -> T> ModuleVisitor for Walk<F, T> {
     fn enter_module(&mut self, name: &str, container: &str) {
         if container == "Struct:Adapter"
-            && name != WHOLE
+            && name != WHOLE.name
             && let [parameter @ .., _, _] = self.path.as_slice()
         {
             self.adapted.insert(parameter.join("."));

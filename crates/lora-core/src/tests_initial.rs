@@ -8,6 +8,7 @@ use burn::optim::AdamWConfig;
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::files::host::HostTensor;
+use crate::parts::{INITIAL_A, INITIAL_B, LORA_A, LORA_B, MAGNITUDE};
 use crate::test_model::{Mlp, distance, values};
 use crate::tests_peft::{Expected, deltas};
 use crate::*;
@@ -65,8 +66,7 @@ fn pissa_and_olora_split_the_weights_as_peft_does() {
                     &expected.read(&format!("{case}.{layer}.lora_A")),
                     &expected.read(&format!("{case}.{layer}.lora_B")),
                 );
-                let lora = module.as_lora().expect("LoRA");
-                let ours = product(&lora.lora_a, &lora.lora_b);
+                let ours = product(&module.factors[LORA_A], &module.factors[LORA_B]);
                 assert!(
                     distance(&values(ours.clone()), &values(theirs)) < 1e-5,
                     "{case}"
@@ -80,7 +80,7 @@ fn pissa_and_olora_split_the_weights_as_peft_does() {
                 );
                 assert!(d < 1e-5, "{case}.{layer}.residual: {d}");
                 if method == InitLoraWeights::Olora {
-                    let a = lora.lora_a.to_f32();
+                    let a = module.factors[LORA_A].to_f32();
                     expected.assert_near(&format!("{case}.{layer}.lora_A"), &a);
                 }
             }
@@ -100,25 +100,15 @@ fn a_trained_split_adapter_is_saved_as_peft_converts_it() {
             let mut modules = fresh.into_modules();
             for (layer, module) in &mut modules {
                 let read = |part: &str| expected.read(&format!("{case}.{layer}.{part}"));
-                let factors = LoraFactors {
-                    lora_a: read("trained_A"),
-                    lora_b: read("trained_B"),
-                    magnitude: None,
-                    bias: None,
-                    initial: Some(Initial {
-                        method,
-                        lora_a: read("lora_A"),
-                        lora_b: read("lora_B"),
-                    }),
-                };
-                *module = ModuleAdapter::lora(module.spec, factors);
+                module.factors = Factors::lora(read("trained_A"), read("trained_B"))
+                    .with(INITIAL_A, read("lora_A"))
+                    .with(INITIAL_B, read("lora_B"));
             }
             let trained = AdapterFile::new(modules);
             for (layer, module) in trained.to_plain().modules() {
                 let plain = |part: &str| expected.read(&format!("{case}.plain.{layer}.{part}"));
-                let lora = module.as_lora().expect("LoRA");
-                assert_eq!(lora.lora_a, plain("lora_A"));
-                assert_eq!(lora.lora_b, plain("lora_B"));
+                assert_eq!(module.factors[LORA_A], plain("lora_A"));
+                assert_eq!(module.factors[LORA_B], plain("lora_B"));
                 assert!(
                     (module.spec.scale() - if rslora { 6.0 / 3f64.sqrt() } else { 2.0 }).abs()
                         < 1e-12
@@ -219,21 +209,12 @@ fn a_split_adapter_of_dora_computes_what_peft_does() {
     let mut modules = fresh.into_modules();
     for (layer, module) in &mut modules {
         let read = |part: &str| expected.read(&format!("pissa_dora.{layer}.{part}"));
-        let lora = module.as_lora().expect("LoRA");
-        let magnitude = lora.magnitude.as_ref().expect("DoRA").to_f32();
+        let magnitude = module.factors[MAGNITUDE].to_f32();
         expected.assert_near(&format!("pissa_dora.{layer}.magnitude"), &magnitude);
-        let factors = LoraFactors {
-            lora_a: read("trained_A"),
-            lora_b: read("trained_B"),
-            magnitude: Some(read("trained_magnitude")),
-            bias: None,
-            initial: Some(Initial {
-                method: InitLoraWeights::Pissa,
-                lora_a: read("lora_A"),
-                lora_b: read("lora_B"),
-            }),
-        };
-        *module = ModuleAdapter::lora(module.spec, factors);
+        module.factors = Factors::lora(read("trained_A"), read("trained_B"))
+            .with(MAGNITUDE, read("trained_magnitude"))
+            .with(INITIAL_A, read("lora_A"))
+            .with(INITIAL_B, read("lora_B"));
     }
     let trained = AdapterFile::new(modules);
     let autodiff = device.clone().autodiff();
@@ -269,16 +250,16 @@ fn on_a_changed_base(expected: &Expected, adapter: &AdapterFile, device: &Device
     let mut modules = BTreeMap::new();
     for (layer, linear) in [("up", &mut model.up), ("down", &mut model.down)] {
         let module = &adapter.modules()[layer];
-        let mut lora = module.as_lora().expect("LoRA").clone();
-        let initial = lora.initial.take().expect("split");
+        let factors = &module.factors;
         let matrix = |t: &HostTensor| {
             let data = TensorData::new(t.to_f32(), t.shape.clone());
             Tensor::<2>::from_data(data, device)
         };
-        let start = matrix(&initial.lora_b).matmul(matrix(&initial.lora_a));
+        let start = matrix(&factors[INITIAL_B]).matmul(matrix(&factors[INITIAL_A]));
         let weight = linear.weight.val() - start.transpose() * module.spec.scale();
         linear.weight = Param::from_tensor(weight.detach());
-        modules.insert(layer.to_string(), ModuleAdapter::lora(module.spec, lora));
+        let plain = factors.clone().without(INITIAL_A).without(INITIAL_B);
+        modules.insert(layer.to_string(), ModuleAdapter::new(module.spec, plain));
     }
     let source = AdapterSource::File(AdapterFile::new(modules));
     let plan = Plan::new(&model, "default", None, source, ForwardPath::Fast);

@@ -9,6 +9,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::files::host::HostTensor;
 use crate::files::safetensors::TensorFile;
+use crate::parts::{LORA_A, LORA_B};
 use crate::test_model::{Mlp, distance, values};
 use crate::*;
 
@@ -116,11 +117,11 @@ fn weighted_combinations_are_those_of_peft() {
             for (layer, module) in file.modules() {
                 expected.assert_near(
                     &format!("{case}.{layer}.lora_A"),
-                    &module.as_lora().expect("LoRA").lora_a.to_f32(),
+                    &module.factors[LORA_A].to_f32(),
                 );
                 expected.assert_near(
                     &format!("{case}.{layer}.lora_B"),
-                    &module.as_lora().expect("LoRA").lora_b.to_f32(),
+                    &module.factors[LORA_B].to_f32(),
                 );
             }
         }
@@ -154,14 +155,11 @@ fn what_cannot_be_combined_is_refused() {
             use_rslora: false,
             dropout: 0.0,
         };
-        let factors = LoraFactors {
-            lora_a: HostTensor::from_f32([1, inputs], a),
-            lora_b: HostTensor::from_f32([out, 1], &vec![1.0; out]),
-            magnitude: None,
-            bias: None,
-            initial: None,
-        };
-        let module = ModuleAdapter::lora(spec, factors);
+        let factors = Factors::lora(
+            HostTensor::from_f32([1, inputs], a),
+            HostTensor::from_f32([out, 1], &vec![1.0; out]),
+        );
+        let module = ModuleAdapter::new(spec, factors);
         AdapterFile::new(BTreeMap::from([("fc".to_string(), module)]))
     };
     let good = one_layer(3, &[1.0, 2.0]);
@@ -320,14 +318,10 @@ fn merging_what_is_not_finite_is_refused_and_changes_nothing() {
     let (expected, device) = (Expected::new(), Device::flex());
     let mut modules = file("r3").into_modules();
     let down = modules.get_mut("down").expect("adapted");
-    let factors = LoraFactors {
-        lora_a: HostTensor::from_f32([3, 24], &[3e38; 72]),
-        lora_b: HostTensor::from_f32([12, 3], &[3e38; 36]),
-        magnitude: None,
-        bias: None,
-        initial: None,
-    };
-    *down = ModuleAdapter::lora(down.spec, factors);
+    down.factors = Factors::lora(
+        HostTensor::from_f32([3, 24], &[3e38; 72]),
+        HostTensor::from_f32([12, 3], &[3e38; 36]),
+    );
     let model = expected.model(&device);
     let source = AdapterSource::File(AdapterFile::new(modules));
     let plan = Plan::new(&model, "huge", None, source, ForwardPath::Fast).expect("finite factors");

@@ -6,7 +6,8 @@
 use std::collections::BTreeMap;
 
 use lora_core::files::host::HostTensor;
-use lora_core::{AdapterFile, AdapterSpec, LoraFactors, ModuleAdapter, Side};
+use lora_core::parts::{DIFF, Kind, LORA_A, LORA_B, LORA_BIAS, MAGNITUDE, WHOLE};
+use lora_core::{AdapterFile, AdapterSpec, ModuleAdapter, Side};
 
 use super::delta::{BaseWeight, group, group_delta};
 use super::error::LoraFormatError;
@@ -98,8 +99,7 @@ impl LoraSet {
             let adapter = adapter(update)?;
             let bias_is_adapted = adapter
                 .as_ref()
-                .and_then(ModuleAdapter::as_lora)
-                .is_some_and(|lora| lora.bias.is_some());
+                .is_some_and(|adapter| adapter.factors.get(LORA_BIAS).is_some());
             match (adapter, &update.factors) {
                 (Some(adapter), _) => {
                     modules.insert(path.clone(), adapter);
@@ -131,46 +131,44 @@ impl LoraSet {
         };
         let adapter = adapter.to_plain();
         let modules = adapter.modules().iter().map(|(path, module)| {
-            let tensor = |suffix: &str, tensor: &HostTensor| {
-                TensorRef::host(&format!("{path}.{suffix}"), tensor.clone())
+            let factors = module.factors.as_ref().map(|part, tensor| {
+                let name = format!("{path}{}", part.key.unwrap_or(".weight"));
+                TensorRef::host(&name, tensor.clone())
+            });
+            let scale = match module.factors.kind() {
+                Kind::Whole => 1.0,
+                _ => module.spec.scale(),
             };
-            let side = |name: &str, side: &Side<HostTensor>| match side {
-                Side::Full(full) => Matrix::Full(tensor(name, full)),
-                Side::Product(a, b) => Matrix::Product(
-                    tensor(&format!("{name}_a"), a),
-                    tensor(&format!("{name}_b"), b),
-                ),
+            let side = |side: Side<&TensorRef>| match side {
+                Side::Full(full) => Matrix::Full(full.clone()),
+                Side::Product(a, b) => Matrix::Product(a.clone(), b.clone()),
             };
-            let scale = module.spec.scale();
-            let update = match &module.factors {
-                lora_core::Factors::Lora(lora) => ModuleUpdate {
-                    alpha: Some(module.spec.alpha).filter(|_| !module.spec.use_rslora),
-                    bias: lora
-                        .bias
-                        .as_ref()
-                        .map(|bias| Bias::Scaled(tensor("lora_B.bias", bias))),
-                    magnitude: lora.magnitude.as_ref().map(|values| super::Magnitude {
-                        values: tensor("lora_magnitude_vector", values),
-                        axis: Axis::Output,
-                    }),
-                    ..ModuleUpdate::low_rank(
-                        tensor("lora_A.weight", &lora.lora_a),
-                        tensor("lora_B.weight", &lora.lora_b),
-                        scale,
-                    )
+            let kind = factors.kind();
+            let ours = match (factors.products(), factors.sides()) {
+                (Some([[a1, b1], [a2, b2]]), _) => Factors::LoHa {
+                    a: [a1, a2].map(TensorRef::clone),
+                    b: [b1, b2].map(TensorRef::clone),
                 },
-                lora_core::Factors::Loha { w1, w2 } => {
-                    let a = [tensor("hada_w1_a", &w1[0]), tensor("hada_w2_a", &w2[0])];
-                    let b = [tensor("hada_w1_b", &w1[1]), tensor("hada_w2_b", &w2[1])];
-                    ModuleUpdate::of(Factors::LoHa { a, b }, scale)
+                (_, Some(sides)) => {
+                    let [w1, w2] = sides.map(side);
+                    Factors::LoKr(LoKr { w1, w2, rows: None })
                 }
-                lora_core::Factors::Lokr { w1, w2 } => {
-                    let (w1, w2) = (side("lokr_w1", w1), side("lokr_w2", w2));
-                    ModuleUpdate::of(Factors::LoKr(LoKr { w1, w2, rows: None }), scale)
-                }
-                lora_core::Factors::Whole(value) => {
-                    ModuleUpdate::of(Factors::Replace(tensor("weight", value)), 1.0)
-                }
+                _ if kind == Kind::Diff => Factors::Full(factors[DIFF].clone()),
+                _ if kind == Kind::Whole => Factors::Replace(factors[WHOLE].clone()),
+                _ => Factors::LowRank {
+                    down: factors[LORA_A].clone(),
+                    up: factors[LORA_B].clone(),
+                },
+            };
+            let is_lora = kind == Kind::Lora && !module.spec.use_rslora;
+            let update = ModuleUpdate {
+                alpha: Some(module.spec.alpha).filter(|_| is_lora),
+                bias: factors.get(LORA_BIAS).cloned().map(Bias::Scaled),
+                magnitude: factors.get(MAGNITUDE).map(|values| super::Magnitude {
+                    values: values.clone(),
+                    axis: Axis::Output,
+                }),
+                ..ModuleUpdate::of(ours, scale)
             };
             (path.clone(), update)
         });
@@ -214,14 +212,13 @@ fn adapter(update: &ModuleUpdate) -> Result<Option<ModuleAdapter>, LoraFormatErr
         use_rslora: false,
         dropout: 0.0,
     };
-    let factors = LoraFactors {
-        lora_a: down.load()?,
-        lora_b: up.load()?,
-        magnitude,
-        bias,
-        initial: None,
-    };
-    Ok(Some(ModuleAdapter::lora(spec, factors)))
+    let mut factors = lora_core::Factors::lora(down.load()?, up.load()?);
+    for (part, value) in [(MAGNITUDE, magnitude), (LORA_BIAS, bias)] {
+        if let Some(value) = value {
+            factors = factors.with(part, value);
+        }
+    }
+    Ok(Some(ModuleAdapter::new(spec, factors)))
 }
 
 fn weight_residual(

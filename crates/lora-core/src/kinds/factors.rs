@@ -1,310 +1,368 @@
-//! The kinds of adapter, as what they consist of and what they add to a weight.
-//!
-//! | kind | change of the weight `[out, in]` | source |
-//! |---|---|---|
-//! | LoRA | `B A`, with `A: [r, in]`, `B: [out, r]`, less the `B₀ A₀` of its start if that is a part of the weight | Hu et al. 2021, arXiv:2106.09685 |
-//! | LoHa | `(w1_a w1_b) ⊙ (w2_a w2_b)`, the `a` `[out, r]`, the `b` `[r, in]` | Hyeon-Woo et al. 2021, arXiv:2108.06098 |
-//! | LoKr | `kron(w1, w2)`, either side a matrix or a product of rank `r` | Yeh et al. 2023, arXiv:2309.14859 |
-//! | whole | the parameter itself, trained in full (`modules_to_save`, `bias`) | |
-//!
-//! The same type holds them in a model (matrices are `Param<Tensor<2>>`, a convolution's kernel flattened) and on the host
-//! (`HostTensor`s in the shapes that PEFT's files have). Names are PEFT's.
+//! What an adapter of one layer consists of, wherever that is.
 
-use burn::module::Param;
-use burn::tensor::Tensor;
+use std::ops::Index;
+
+use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Device, Tensor};
 
 use crate::files::host::HostTensor;
-use crate::peft::config::{InitLoraWeights, PeftType};
+use crate::kinds::parts::{DIFF, Dim, Kind, LOHA, LORA_A, LORA_B, Part, SIDES, WHOLE};
 
-/// Name of the down projection, `[r, in]`.
-pub(crate) const LORA_A: &str = "lora_A";
-/// Name of the up projection, `[out, r]`.
-pub(crate) const LORA_B: &str = "lora_B";
-/// Name of the DoRA magnitude, `[out]`.
-pub(crate) const MAGNITUDE: &str = "lora_magnitude_vector";
-/// Name of the bias of the up projection, `[out]`.
-pub(crate) const LORA_BIAS: &str = "lora_B_bias";
-/// Name of the down projection that a LoRA started from, `[r, in]`.
-pub(crate) const INITIAL_A: &str = "initial_A";
-/// Name of the up projection that a LoRA started from, `[out, r]`.
-pub(crate) const INITIAL_B: &str = "initial_B";
-/// Name of a parameter that is trained in full.
-pub(crate) const WHOLE: &str = "whole";
-
-/// What an adapter of one layer consists of: matrices `M` and vectors `V`.
+/// The parts of one adapter of one layer, in the order of its kind's table.
+///
+/// `T` is a parameter in a model, a tensor on the host, or a reference into a file. Every part that its kind needs is
+/// there, and no other: so indexing with such a part finds it.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Factors<M, V = M> {
-    /// A low-rank product, with what belongs to DoRA and `lora_bias`.
-    Lora(LoraFactors<M, V>),
-    /// The element-wise product of two low-rank products.
-    Loha {
-        /// First product: `[out, r]` and `[r, in]`.
-        w1: [M; 2],
-        /// Second product, likewise.
-        w2: [M; 2],
-    },
-    /// The Kronecker product of two matrices.
-    Lokr {
-        /// Outer factor, `[a, b]`.
-        w1: Side<M>,
-        /// Inner factor, `[out / a, in / b]`.
-        w2: Side<M>,
-    },
-    /// In place of the parameter: its own values, trained. Flat in a model.
-    Whole(V),
-}
-
-/// Factors of a LoRA.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LoraFactors<M, V = M> {
-    /// Down projection, `[r, in]`; of a convolution `[r, in, kernel...]`, of an embedding `[r, entries]`.
-    pub lora_a: M,
-    /// Up projection, `[out, r]`; of a convolution `[out, r, 1...]`.
-    pub lora_b: M,
-    /// DoRA magnitude, `[out]`; of a convolution `[1, out, 1...]`.
-    pub magnitude: Option<V>,
-    /// Bias of the up projection, `[out]`.
-    pub bias: Option<V>,
-    /// What the factors started from, if they were split off the base weight.
-    pub initial: Option<Initial<M>>,
-}
-
-/// The part of the base weight that a LoRA started as; it is not trained, and the update is the difference from it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Initial<M> {
-    /// How it was split off.
-    pub method: InitLoraWeights,
-    /// Down projection, `[r, in]`.
-    pub lora_a: M,
-    /// Up projection, `[out, r]`.
-    pub lora_b: M,
+pub struct Factors<T> {
+    kind: Kind,
+    parts: Vec<(Part, T)>,
 }
 
 /// One side of a Kronecker product.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Side<M> {
+pub enum Side<T> {
     /// The matrix itself.
-    Full(M),
+    Full(T),
     /// A product of rank `r`.
-    Product(M, M),
-}
-
-/// Turns every part of some factors into something else.
-pub(crate) trait MapParts<M, V> {
-    type Matrix;
-    type Vector;
-    fn matrix(&mut self, name: &'static str, part: M) -> Self::Matrix;
-    fn vector(&mut self, name: &'static str, part: V) -> Self::Vector;
-}
-
-impl<M, V> Factors<M, V> {
-    /// The kind, if it changes a weight.
-    pub fn peft_type(&self) -> Option<PeftType> {
-        match self {
-            Self::Lora(_) => Some(PeftType::Lora),
-            Self::Loha { .. } => Some(PeftType::Loha),
-            Self::Lokr { .. } => Some(PeftType::Lokr),
-            Self::Whole(_) => None,
-        }
-    }
-
-    /// The factors, if this is a LoRA.
-    pub fn as_lora(&self) -> Option<&LoraFactors<M, V>> {
-        match self {
-            Self::Lora(lora) => Some(lora),
-            _ => None,
-        }
-    }
-
-    pub(crate) fn map<F: MapParts<M, V>>(self, f: &mut F) -> Factors<F::Matrix, F::Vector> {
-        match self {
-            Self::Lora(lora) => Factors::Lora(LoraFactors {
-                lora_a: f.matrix(LORA_A, lora.lora_a),
-                lora_b: f.matrix(LORA_B, lora.lora_b),
-                magnitude: lora.magnitude.map(|part| f.vector(MAGNITUDE, part)),
-                bias: lora.bias.map(|part| f.vector(LORA_BIAS, part)),
-                initial: lora.initial.map(|initial| Initial {
-                    method: initial.method,
-                    lora_a: f.matrix(INITIAL_A, initial.lora_a),
-                    lora_b: f.matrix(INITIAL_B, initial.lora_b),
-                }),
-            }),
-            Self::Loha {
-                w1: [w1_a, w1_b],
-                w2: [w2_a, w2_b],
-            } => Factors::Loha {
-                w1: [f.matrix("hada_w1_a", w1_a), f.matrix("hada_w1_b", w1_b)],
-                w2: [f.matrix("hada_w2_a", w2_a), f.matrix("hada_w2_b", w2_b)],
-            },
-            Self::Lokr { w1, w2 } => Factors::Lokr {
-                w1: w1.map(["lokr_w1", "lokr_w1_a", "lokr_w1_b"], f),
-                w2: w2.map(["lokr_w2", "lokr_w2_a", "lokr_w2_b"], f),
-            },
-            Self::Whole(part) => Factors::Whole(f.vector(WHOLE, part)),
-        }
-    }
-
-    /// The same factors, borrowed.
-    pub(crate) fn as_ref(&self) -> Factors<&M, &V> {
-        match self {
-            Self::Lora(lora) => Factors::Lora(LoraFactors {
-                lora_a: &lora.lora_a,
-                lora_b: &lora.lora_b,
-                magnitude: lora.magnitude.as_ref(),
-                bias: lora.bias.as_ref(),
-                initial: lora.initial.as_ref().map(|initial| Initial {
-                    method: initial.method,
-                    lora_a: &initial.lora_a,
-                    lora_b: &initial.lora_b,
-                }),
-            }),
-            Self::Loha {
-                w1: [w1_a, w1_b],
-                w2: [w2_a, w2_b],
-            } => Factors::Loha {
-                w1: [w1_a, w1_b],
-                w2: [w2_a, w2_b],
-            },
-            Self::Lokr { w1, w2 } => Factors::Lokr {
-                w1: w1.as_ref(),
-                w2: w2.as_ref(),
-            },
-            Self::Whole(part) => Factors::Whole(part),
-        }
-    }
-}
-
-impl<M> Side<M> {
-    fn map<V, F: MapParts<M, V>>(self, names: [&'static str; 3], f: &mut F) -> Side<F::Matrix> {
-        let [full, left, right] = names;
-        match self {
-            Self::Full(part) => Side::Full(f.matrix(full, part)),
-            Self::Product(a, b) => Side::Product(f.matrix(left, a), f.matrix(right, b)),
-        }
-    }
-
-    fn as_ref(&self) -> Side<&M> {
-        match self {
-            Self::Full(part) => Side::Full(part),
-            Self::Product(a, b) => Side::Product(a, b),
-        }
-    }
+    Product(T, T),
 }
 
 impl<T> Factors<T> {
-    /// Name and value of every part, where matrices and vectors are of one type.
-    pub fn parts(&self) -> Vec<(&'static str, &T)> {
-        struct Collect<'a, T>(Vec<(&'static str, &'a T)>);
-        impl<'a, T> MapParts<&'a T, &'a T> for Collect<'a, T> {
-            type Matrix = ();
-            type Vector = ();
-            fn matrix(&mut self, name: &'static str, part: &'a T) {
-                self.0.push((name, part));
-            }
-            fn vector(&mut self, name: &'static str, part: &'a T) {
-                self.0.push((name, part));
+    /// A low-rank product: the down projection `[r, in]` and the up projection `[out, r]`.
+    pub fn lora(lora_a: T, lora_b: T) -> Self {
+        Self::of(Kind::Lora, [(LORA_A, lora_a), (LORA_B, lora_b)])
+    }
+
+    /// The element-wise product of two low-rank products, each `[out, r]` and `[r, in]`.
+    pub fn loha([w1_a, w1_b]: [T; 2], [w2_a, w2_b]: [T; 2]) -> Self {
+        let parts = [w1_a, w1_b, w2_a, w2_b];
+        Self::of(Kind::Loha, LOHA.into_iter().zip(parts))
+    }
+
+    /// The Kronecker product of the outer factor `[a, b]` and the inner one `[out / a, in / b]`.
+    pub fn lokr(w1: Side<T>, w2: Side<T>) -> Self {
+        let mut parts = Vec::new();
+        for ([full, left, right], side) in SIDES.into_iter().zip([w1, w2]) {
+            match side {
+                Side::Full(part) => parts.push((full, part)),
+                Side::Product(a, b) => parts.extend([(left, a), (right, b)]),
             }
         }
-        let mut collect = Collect(Vec::new());
-        let _ = self.as_ref().map(&mut collect);
-        collect.0
+        Self::of(Kind::Lokr, parts)
+    }
+
+    /// The change itself, `[out, in]`.
+    pub fn diff(change: T) -> Self {
+        Self::of(Kind::Diff, [(DIFF, change)])
+    }
+
+    /// In place of the parameter: a value of its own.
+    pub fn whole(value: T) -> Self {
+        Self::of(Kind::Whole, [(WHOLE, value)])
+    }
+
+    fn of(kind: Kind, parts: impl IntoIterator<Item = (Part, T)>) -> Self {
+        Self {
+            kind,
+            parts: parts.into_iter().collect(),
+        }
+    }
+
+    /// The parts of an adapter of this kind, each of which `take` is asked for by its row in the table.
+    ///
+    /// # Errors
+    /// The row of a part that the kind needs and `take` does not have.
+    pub fn collect(kind: Kind, mut take: impl FnMut(&Part) -> Option<T>) -> Result<Self, Part> {
+        let mut factors = Self::of(kind, []);
+        for part in kind.parts() {
+            if !factors.has_instead(part)
+                && let Some(value) = take(part)
+            {
+                factors.parts.push((*part, value));
+            }
+        }
+        match kind.missing(|part| factors.get(*part).is_some()) {
+            None => Ok(factors),
+            Some(part) => Err(part),
+        }
+    }
+
+    /// With an optional part of the kind, in place of the one that was there; a part of another kind changes nothing.
+    #[must_use]
+    pub fn with(mut self, part: Part, value: T) -> Self {
+        let table = self.kind.parts();
+        let Some(place) = table.iter().position(|row| row.name == part.name) else {
+            return self;
+        };
+        if self.has_instead(&part) {
+            return self;
+        }
+        self.parts.retain(|(own, _)| own.name != part.name);
+        let before = |(own, _): &&(Part, T)| table[..place].iter().any(|row| row.name == own.name);
+        let at = self.parts.iter().filter(before).count();
+        self.parts.insert(at, (table[place], value));
+        self
+    }
+
+    /// Without an optional part; parts that the kind needs stay.
+    #[must_use]
+    pub fn without(mut self, part: Part) -> Self {
+        self.parts
+            .retain(|(own, _)| own.name != part.name || own.needed);
+        self
+    }
+
+    fn has_instead(&self, part: &Part) -> bool {
+        let mut parts = self.parts.iter();
+        parts.any(|(own, _)| Some(own.name) == part.instead_of)
+    }
+
+    /// Which kind this is.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// A part, if it is there.
+    pub fn get(&self, part: Part) -> Option<&T> {
+        let mut parts = self.parts.iter();
+        parts.find_map(|(own, value)| (own.name == part.name).then_some(value))
+    }
+
+    /// Every part that is there, in the order of the table.
+    pub fn iter(&self) -> impl Iterator<Item = (Part, &T)> {
+        self.parts.iter().map(|(part, value)| (*part, value))
+    }
+
+    /// The same, to be changed.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (Part, &mut T)> {
+        self.parts.iter_mut().map(|(part, value)| (*part, value))
+    }
+
+    /// Turns every part into something else.
+    pub fn map<U>(self, mut f: impl FnMut(Part, T) -> U) -> Factors<U> {
+        let parts = self.parts.into_iter();
+        Factors {
+            kind: self.kind,
+            parts: parts.map(|(part, value)| (part, f(part, value))).collect(),
+        }
+    }
+
+    /// As [`map`](Self::map), where that can fail.
+    ///
+    /// # Errors
+    /// The first error of `f`.
+    pub fn try_map<U, E>(
+        self,
+        mut f: impl FnMut(Part, T) -> Result<U, E>,
+    ) -> Result<Factors<U>, E> {
+        let parts = self.parts.into_iter();
+        Ok(Factors {
+            kind: self.kind,
+            parts: parts
+                .map(|(part, value)| Ok((part, f(part, value)?)))
+                .collect::<Result<_, E>>()?,
+        })
+    }
+
+    /// The same factors, borrowed.
+    pub fn as_ref(&self) -> Factors<&T> {
+        Factors {
+            kind: self.kind,
+            parts: self.iter().collect(),
+        }
+    }
+
+    /// Both products of a LoHa, each with its left and right factor; `None` for another kind.
+    pub fn products(&self) -> Option<[[&T; 2]; 2]> {
+        let [w1_a, w1_b, w2_a, w2_b] = LOHA.map(|part| self.get(part));
+        Some([[w1_a?, w1_b?], [w2_a?, w2_b?]])
+    }
+
+    /// Both sides of a LoKr; `None` for another kind.
+    pub fn sides(&self) -> Option<[Side<&T>; 2]> {
+        let side = |[full, left, right]: [Part; 3]| match self.get(full) {
+            Some(full) => Some(Side::Full(full)),
+            None => Some(Side::Product(self.get(left)?, self.get(right)?)),
+        };
+        let [w1, w2] = SIDES;
+        Some([side(w1)?, side(w2)?])
+    }
+
+    /// The part whose rows are the rank, where one shows it: a LoKr of two full matrices has none.
+    pub fn rank_part(&self) -> Option<&T> {
+        let mut parts = self.parts.iter().rev();
+        parts.find_map(|(part, value)| part.has(0, Dim::Rank).then_some(value))
+    }
+
+    /// Outputs and inputs of the change, from rows and columns of its parts; saturating.
+    pub fn size(&self, size: impl Fn(&T) -> [usize; 2]) -> [usize; 2] {
+        if let Some(sides) = self.sides() {
+            let [[a, b], [c, d]] = sides.map(|side| match side {
+                Side::Full(full) => size(full),
+                Side::Product(left, right) => [size(left)[0], size(right)[1]],
+            });
+            return [a.saturating_mul(c), b.saturating_mul(d)];
+        }
+        let length = |axis: usize, dim: Dim| {
+            let part = self.parts.iter().find(|(part, _)| part.has(axis, dim));
+            part.map_or(0, |(_, value)| size(value)[axis])
+        };
+        [length(0, Dim::Out), length(1, Dim::In)]
+    }
+}
+
+impl<T> Index<Part> for Factors<T> {
+    type Output = T;
+
+    /// # Panics
+    /// If this kind of adapter need not have the part.
+    fn index(&self, part: Part) -> &T {
+        match self.get(part) {
+            Some(value) => value,
+            None => panic!("{:?} has no `{}`", self.kind, part.name),
+        }
     }
 }
 
 impl Factors<HostTensor> {
     /// Rank, where a tensor shows it: a LoKr of two full matrices has none.
     pub fn rank(&self) -> Option<usize> {
-        let rows = |tensor: &HostTensor| tensor.shape.first().copied();
-        match self {
-            Self::Lora(lora) => rows(&lora.lora_a),
-            Self::Loha { w1: [_, b], .. }
-            | Self::Lokr {
-                w2: Side::Product(_, b),
-                ..
-            }
-            | Self::Lokr {
-                w1: Side::Product(_, b),
-                ..
-            } => rows(b),
-            Self::Lokr { .. } | Self::Whole(_) => None,
-        }
+        self.rank_part()?.shape.first().copied()
     }
 }
 
-/// Factors in a model.
-pub(crate) type ParamFactors = Factors<Param<Tensor<2>>, Param<Tensor<1>>>;
-
-impl ParamFactors {
-    /// The change of the weight before the scale, `[out, in]`; `None` for a whole parameter.
-    pub(crate) fn delta(&self) -> Option<Tensor<2>> {
-        let product = |a: &Param<Tensor<2>>, b: &Param<Tensor<2>>| a.val().matmul(b.val());
-        match self {
-            Self::Lora(lora) => {
-                let now = product(&lora.lora_b, &lora.lora_a);
-                Some(match &lora.initial {
-                    None => now,
-                    Some(initial) => now - product(&initial.lora_b, &initial.lora_a),
-                })
-            }
-            Self::Loha {
-                w1: [w1_a, w1_b],
-                w2: [w2_a, w2_b],
-            } => Some(product(w1_a, w1_b) * product(w2_a, w2_b)),
-            Self::Lokr { w1, w2 } => Some(kron(w1.val(), w2.val())),
-            Self::Whole(_) => None,
-        }
-    }
+/// The layer that an adapter is computed for.
+pub(crate) struct Layer<const D: usize> {
+    /// Input, `[..., in]`.
+    pub(crate) x: Tensor<D>,
+    /// Weight without any adapter, `[in, out]`.
+    pub(crate) base: Tensor<2>,
+    /// Bias, `[out]`.
+    pub(crate) bias: Option<Tensor<1>>,
+    /// Dropout of the input, as a factor of every element.
+    pub(crate) mask: Option<Tensor<D>>,
 }
 
-impl Side<Param<Tensor<2>>> {
-    fn val(&self) -> Tensor<2> {
-        match self {
-            Self::Full(part) => part.val(),
-            Self::Product(a, b) => a.val().matmul(b.val()),
-        }
-    }
-
-    /// `x wᵀ` for `x: [rows, columns of w]`.
-    fn apply(&self, x: Tensor<2>) -> Tensor<2> {
-        match self {
-            Self::Full(part) => x.matmul(part.val().transpose()),
-            Self::Product(a, b) => x.matmul(b.val().transpose()).matmul(a.val().transpose()),
-        }
-    }
+/// A part of an adapter in a model.
+#[derive(Debug, Clone)]
+pub(crate) enum Factor {
+    /// A convolution's kernel is flattened into the columns.
+    Matrix(Param<Tensor<2>>),
+    Vector(Param<Tensor<1>>),
 }
 
-/// `kron(w1, w2)`: element `[i * c + k, j * d + l]` is `w1[i, j] * w2[k, l]`, for `w2: [c, d]`.
-fn kron(w1: Tensor<2>, w2: Tensor<2>) -> Tensor<2> {
-    let ([a, b], [c, d]) = (w1.dims(), w2.dims());
-    // Outer product as a matmul of a column with a row: no reduction of a broadcast operand in the backward pass.
-    w1.reshape([a * b, 1])
-        .matmul(w2.reshape([1, c * d]))
-        .reshape([a, b, c, d])
-        .swap_dims(1, 2)
-        .reshape([a * c, b * d])
-}
-
-/// `x kron(w1, w2)ᵀ` without the Kronecker product: two small matmuls a row.
-///
-/// # Shapes
-/// - `x`: `[rows, b * d]`; returns `[rows, a * c]`
-pub(crate) fn kron_apply(
-    x: Tensor<2>,
-    w1: &Side<Param<Tensor<2>>>,
-    w2: &Side<Param<Tensor<2>>>,
-) -> Tensor<2> {
-    let [rows, inputs] = x.dims();
-    let b = match w1 {
-        Side::Full(part) => part.lazy_shape()[1],
-        Side::Product(_, right) => right.lazy_shape()[1],
+/// Runs `$body` for the parameter of whatever rank.
+macro_rules! each {
+    ($factor:expr, $param:ident => $body:expr) => {
+        match $factor {
+            Factor::Matrix($param) => $body,
+            Factor::Vector($param) => $body,
+        }
     };
-    let inner = w2.apply(x.reshape([rows * b, inputs / b])); // [rows * b, c]
-    let c = inner.dims()[1];
-    let inner = inner.reshape([rows, b, c]).swap_dims(1, 2);
-    let outer = w1.apply(inner.reshape([rows * c, b])); // [rows * c, a]
-    let a = outer.dims()[1];
-    outer
-        .reshape([rows, c, a])
-        .swap_dims(1, 2)
-        .reshape([rows, a * c])
+    ($factor:expr, move $param:ident => $body:expr) => {
+        match $factor {
+            Factor::Matrix($param) => Factor::Matrix($body),
+            Factor::Vector($param) => Factor::Vector($body),
+        }
+    };
+}
+
+impl Factor {
+    /// The values; a vector is one row.
+    pub(crate) fn matrix(&self) -> Tensor<2> {
+        match self {
+            Self::Matrix(part) => part.val(),
+            Self::Vector(part) => part.val().unsqueeze(),
+        }
+    }
+
+    /// The values, row by row.
+    pub(crate) fn vector(&self) -> Tensor<1> {
+        match self {
+            Self::Matrix(part) => part.val().flatten(0, 1),
+            Self::Vector(part) => part.val(),
+        }
+    }
+
+    pub(crate) fn set_require_grad(self, required: bool) -> Self {
+        each!(self, move part => part.set_require_grad(required))
+    }
+}
+
+impl Module for Factor {
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        each!(self, part => part.collect_devices(devices))
+    }
+
+    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
+        each!(self, part => part.visit(visitor));
+    }
+
+    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
+        each!(self, move part => Module::map(part, mapper)) // `Param::map` would drop what is attached
+    }
+
+    fn fork(self, device: &Device) -> Self {
+        each!(self, move part => part.fork(device))
+    }
+
+    fn to_device(self, device: &Device) -> Self {
+        each!(self, move part => part.to_device(device))
+    }
+
+    fn train(self) -> Self {
+        each!(self, move part => part.train())
+    }
+
+    fn valid(&self) -> Self {
+        each!(self, move part => part.valid())
+    }
+
+    fn materialize(self) -> Self {
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kinds::parts::{INITIAL_A, LORA_BIAS, MAGNITUDE};
+
+    fn collect(kind: Kind, names: &[&'static str]) -> Result<Vec<&'static str>, &'static str> {
+        let found = |part: &Part| names.iter().find(|name| **name == part.name).copied();
+        match Factors::collect(kind, found) {
+            Ok(factors) => Ok(factors.iter().map(|(_, name)| *name).collect()),
+            Err(missing) => Err(missing.name),
+        }
+    }
+
+    #[test]
+    fn factors_are_complete_and_in_the_order_of_the_table() {
+        assert_eq!(collect(Kind::Lora, &["lora_A"]), Err("lora_B"));
+        let lora = ["lora_B_bias", "lora_B", "lora_A"];
+        let sorted = vec!["lora_A", "lora_B", "lora_B_bias"];
+        assert_eq!(collect(Kind::Lora, &lora), Ok(sorted));
+        let factors = Factors::lora(1, 2).with(LORA_BIAS, 4).with(MAGNITUDE, 3);
+        let factors = factors.with(DIFF, 9).without(LORA_A).without(INITIAL_A);
+        assert_eq!(factors, factors.clone().with(LORA_A, 1));
+        assert_eq!(
+            factors.iter().map(|(_, v)| *v).collect::<Vec<_>>(),
+            [1, 2, 3, 4]
+        );
+    }
+
+    #[test]
+    fn a_side_of_a_lokr_is_a_matrix_or_both_of_its_factors() {
+        let w1 = "lokr_w1";
+        assert_eq!(collect(Kind::Lokr, &[w1]), Err("lokr_w2"));
+        assert_eq!(collect(Kind::Lokr, &[w1, "lokr_w2_a"]), Err("lokr_w2_b"));
+        assert_eq!(
+            collect(Kind::Lokr, &[w1, "lokr_w1_a", "lokr_w2_a", "lokr_w2_b"]),
+            Ok(vec![w1, "lokr_w2_a", "lokr_w2_b"])
+        );
+        let size = |factors: Factors<[usize; 2]>| factors.size(|size| *size);
+        let right = Side::Product([3, 2], [2, 4]);
+        assert_eq!(size(Factors::lokr(Side::Full([2, 5]), right)), [6, 20]);
+        assert_eq!(size(Factors::lora([2, 5], [7, 2])), [7, 5]);
+    }
 }

@@ -1,12 +1,67 @@
-//! How LoHa and LoKr start: shapes and first values, as in PEFT.
+//! LoHa and LoKr: the change they make, how they start.
 //!
 //! Source: PEFT 0.19 `tuners/loha/layer.py`, `tuners/lokr/layer.py` (without `use_effective_conv2d`).
 
+use burn::tensor::Tensor;
+
 use crate::files::host::HostTensor;
-use crate::kinds::factors::{Factors, Side};
-use crate::peft::config::{InitLoraWeights, LoraConfig, PeftType};
+use crate::kinds::factors::{Factor, Factors, Side};
+use crate::kinds::parts::{LOHA, Part, SIDES};
+use crate::peft::config::{InitLoraWeights, LoraConfig};
+use crate::peft::selection::PeftType;
 use crate::random::{Stream, name_hash};
 use crate::site::Site;
+
+pub(super) fn loha_delta(factors: &Factors<Factor>) -> Option<Tensor<2>> {
+    let [first, second] = factors
+        .products()?
+        .map(|[a, b]| a.matrix().matmul(b.matrix()));
+    Some(first * second)
+}
+
+/// `kron(w1, w2)`: element `[i * c + k, j * d + l]` is `w1[i, j] * w2[k, l]`, for `w2: [c, d]`.
+pub(super) fn lokr_delta(factors: &Factors<Factor>) -> Option<Tensor<2>> {
+    let [w1, w2] = factors.sides()?.map(|side| match side {
+        Side::Full(part) => part.matrix(),
+        Side::Product(a, b) => a.matrix().matmul(b.matrix()),
+    });
+    let ([a, b], [c, d]) = (w1.dims(), w2.dims());
+    // Outer product as a matmul of a column with a row: no reduction of a broadcast operand in the backward pass.
+    let product = w1.reshape([a * b, 1]).matmul(w2.reshape([1, c * d]));
+    let product = product.reshape([a, b, c, d]).swap_dims(1, 2);
+    Some(product.reshape([a * c, b * d]))
+}
+
+/// `result + scale * x kron(w1, w2)ᵀ` without the Kronecker product: two small matmuls a row.
+pub(super) fn lokr_forward<const D: usize>(
+    factors: &Factors<Factor>,
+    scale: f64,
+    x: Tensor<D>,
+    result: Tensor<D>,
+) -> Tensor<D> {
+    let Some([w1, w2]) = factors.sides() else {
+        return result;
+    };
+    // `x wᵀ` for `x: [rows, columns of w]`.
+    let apply = |side: &Side<&Factor>, x: Tensor<2>| match side {
+        Side::Full(part) => x.matmul(part.matrix().transpose()),
+        Side::Product(a, b) => x
+            .matmul(b.matrix().transpose())
+            .matmul(a.matrix().transpose()),
+    };
+    let (Side::Full(last) | Side::Product(_, last)) = &w1;
+    let (b, shape) = (last.matrix().dims()[1], result.dims());
+    let x: Tensor<2> = x.clone().reshape([-1, x.dims()[D - 1] as i32]);
+    let [rows, inputs] = x.dims();
+    let inner = apply(&w2, x.reshape([rows * b, inputs / b])); // [rows * b, c]
+    let c = inner.dims()[1];
+    let inner = inner.reshape([rows, b, c]).swap_dims(1, 2);
+    let outer = apply(&w1, inner.reshape([rows * c, b])); // [rows * c, a]
+    let a = outer.dims()[1];
+    let outer = outer.reshape([rows, c, a]).swap_dims(1, 2);
+    let update = outer.reshape([rows, a * c]).mul_scalar(scale);
+    result + update.reshape(shape)
+}
 
 /// Fresh factors of a LoHa or LoKr; with `init_lora_weights: false` none of them is zero.
 pub(crate) fn fresh(
@@ -18,50 +73,53 @@ pub(crate) fn fresh(
     let layer = name_hash(&site.key);
     let zero_start = config.init_lora_weights != InitLoraWeights::Random;
     // Kaiming with a = sqrt 5, as PyTorch counts the inputs of a matrix: uniform in ±1/sqrt(columns).
-    let matrix = |name: &str, [rows, columns]: [usize; 2], is_zero: bool| {
+    let matrix = |part: Part, [rows, columns]: [usize; 2], is_zero: bool| {
         let bound = 1.0 / (columns as f64).sqrt();
-        let mut stream = Stream::new(seed, &format!("init_{name}"), 0, layer);
+        let mut stream = Stream::new(seed, &format!("init_{}", part.name), 0, layer);
         let values: Vec<f32> = (0..rows * columns)
             .map(|_| match is_zero && zero_start {
                 true => 0.0,
                 false => ((2.0 * stream.uniform() - 1.0) * bound) as f32,
             })
             .collect();
-        HostTensor::from_f32(site.file_shape(name, &[rows, columns]), &values)
+        HostTensor::from_f32(site.file_shape(part, &[rows, columns]), &values)
     };
     let (inputs, outputs) = (site.inputs(), site.outputs());
     match config.peft_type {
-        PeftType::Lora | PeftType::Loha => Factors::Loha {
-            w1: [
-                matrix("hada_w1_a", [outputs, rank], false),
-                matrix("hada_w1_b", [rank, inputs], false),
-            ],
-            w2: [
-                matrix("hada_w2_a", [outputs, rank], false),
-                matrix("hada_w2_b", [rank, inputs], true),
-            ],
-        },
+        PeftType::Lora | PeftType::Loha => {
+            let [w1_a, w1_b, w2_a, w2_b] = LOHA;
+            Factors::loha(
+                [
+                    matrix(w1_a, [outputs, rank], false),
+                    matrix(w1_b, [rank, inputs], false),
+                ],
+                [
+                    matrix(w2_a, [outputs, rank], false),
+                    matrix(w2_b, [rank, inputs], true),
+                ],
+            )
+        }
         PeftType::Lokr => {
             let kernel: usize = site.kernel().iter().product();
             let (b, d) = factorization(inputs / kernel, config.decompose_factor);
             let (a, c) = factorization(outputs, config.decompose_factor);
             let is_full = |longer: usize| 2 * rank >= longer;
-            Factors::Lokr {
-                w1: match !config.decompose_both || is_full(a.max(b)) {
-                    true => Side::Full(matrix("lokr_w1", [a, b], true)),
-                    false => Side::Product(
-                        matrix("lokr_w1_a", [a, rank], true),
-                        matrix("lokr_w1_b", [rank, b], false),
-                    ),
-                },
-                w2: match is_full(c.max(d)) {
-                    true => Side::Full(matrix("lokr_w2", [c, d * kernel], false)),
-                    false => Side::Product(
-                        matrix("lokr_w2_a", [c, rank], false),
-                        matrix("lokr_w2_b", [rank, d * kernel], false),
-                    ),
-                },
-            }
+            let [[w1, w1_a, w1_b], [w2, w2_a, w2_b]] = SIDES;
+            let w1 = match !config.decompose_both || is_full(a.max(b)) {
+                true => Side::Full(matrix(w1, [a, b], true)),
+                false => Side::Product(
+                    matrix(w1_a, [a, rank], true),
+                    matrix(w1_b, [rank, b], false),
+                ),
+            };
+            let w2 = match is_full(c.max(d)) {
+                true => Side::Full(matrix(w2, [c, d * kernel], false)),
+                false => Side::Product(
+                    matrix(w2_a, [c, rank], false),
+                    matrix(w2_b, [rank, d * kernel], false),
+                ),
+            };
+            Factors::lokr(w1, w2)
         }
     }
 }

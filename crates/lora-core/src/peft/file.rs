@@ -20,72 +20,28 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use burn::module::{Module, Param};
-use burn::tensor::Tensor;
+use burn::module::Module;
 use serde_json::{Map, Value};
 
-use crate::adapter::{Adapter, AdapterSpec, Lora};
+use crate::adapter::{Adapter, Lora};
 use crate::error::LoraError;
 use crate::files::host::HostTensor;
 use crate::files::safetensors::{TensorFile, serialize};
 use crate::files::strict_json::parse_json;
-use crate::kinds::factors::{
-    Factors, LORA_A, LORA_B, LORA_BIAS, LoraFactors, MAGNITUDE, MapParts, Side,
-};
-use crate::kinds::split;
+use crate::kinds::factors::Factors;
+use crate::kinds::module::{AdapterSpec, ModuleAdapter};
+use crate::kinds::parts::{Kind, WHOLE};
+use crate::kinds::{dense, split};
 use crate::peft::config::{InitLoraWeights, LoraConfig, PeftType, Targets, TrainBias};
 use crate::peft::form;
-use crate::site::{Site, WeightLayout};
+use crate::site::WeightLayout;
 use crate::state::host;
 
 /// Header key under which diffusers keeps the PEFT configuration.
 pub const METADATA_KEY: &str = "lora_adapter_metadata";
 /// Header key of the configuration under which factors that were split off the base weight are trained: the second half of
-/// each is what they started from, see [`Initial`](crate::Initial).
+/// each is what they started from.
 const SPLIT_KEY: &str = "lora_core_split_adapter";
-
-/// Factors of one layer, as files store them.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ModuleAdapter {
-    /// Rank, alpha and the rest that is not trained.
-    pub spec: AdapterSpec,
-    /// What is trained.
-    pub factors: Factors<HostTensor>,
-    /// DoRA, even if the magnitude is still to be computed from the base weight.
-    pub use_dora: bool,
-    /// The layer is an embedding, whose factors have names of their own.
-    pub embedding: bool,
-}
-
-impl ModuleAdapter {
-    /// A LoRA of a linear layer or a convolution.
-    pub fn lora(spec: AdapterSpec, factors: LoraFactors<HostTensor>) -> Self {
-        Self {
-            spec,
-            use_dora: factors.magnitude.is_some(),
-            factors: Factors::Lora(factors),
-            embedding: false,
-        }
-    }
-
-    /// The factors, if this is a LoRA.
-    pub fn as_lora(&self) -> Option<&LoraFactors<HostTensor>> {
-        self.factors.as_lora()
-    }
-
-    pub(crate) fn has_magnitude(&self) -> bool {
-        self.as_lora().is_some_and(|lora| lora.magnitude.is_some())
-    }
-
-    fn has_bias(&self) -> bool {
-        self.as_lora().is_some_and(|lora| lora.bias.is_some())
-    }
-
-    /// How the factors were split off the base weight, if they were.
-    fn split(&self) -> Option<InitLoraWeights> {
-        Some(self.as_lora()?.initial.as_ref()?.method)
-    }
-}
 
 /// One adapter outside a model: layer path to factors.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -153,30 +109,23 @@ impl AdapterFile {
 
     fn insert(&mut self, adapter: &Adapter) {
         let site = &adapter.site;
-        if let Factors::Whole(value) = &adapter.factors {
-            let tensor = value.val().reshape([site.shape[0] as i32, -1]);
-            let (tensor, shape) = match site.layout {
-                WeightLayout::InOut => (
-                    tensor.transpose(),
-                    site.shape.iter().rev().copied().collect(),
-                ),
-                WeightLayout::OutIn | WeightLayout::Table => (tensor, site.shape.clone()),
-            };
-            let tensor = HostTensor {
-                shape,
-                ..host::<2>(tensor)
-            };
+        if let Some(value) = adapter.factors.get(WHOLE) {
+            let tensor = dense::to_file(site, &host(value.vector()));
             self.whole.insert(site.key.clone(), tensor);
             return;
         }
-        let factors = adapter.factors.as_ref().map(&mut ToHost(site));
+        let factors = adapter.factors.as_ref().map(|part, factor| {
+            let tensor = match part.is_vector() {
+                true => host(factor.vector()),
+                false => host(factor.matrix()),
+            };
+            let shape = site.file_shape(part, &tensor.shape);
+            HostTensor { shape, ..tensor }
+        });
         let module = ModuleAdapter {
-            spec: adapter.spec,
-            use_dora: factors
-                .as_lora()
-                .is_some_and(|lora| lora.magnitude.is_some()),
-            factors,
             embedding: site.layout == WeightLayout::Table,
+            split: adapter.split,
+            ..ModuleAdapter::new(adapter.spec, factors)
         };
         self.modules.insert(site.key.clone(), module);
     }
@@ -237,9 +186,8 @@ impl AdapterFile {
             let body = key
                 .strip_prefix(prefix)
                 .ok_or_else(|| leftover(&format!("its name does not start with `{prefix}`")))?;
-            let part = SUFFIXES
-                .into_iter()
-                .find_map(|suffix| body.strip_suffix(suffix).map(|layer| (layer, suffix)));
+            let part = suffixes()
+                .find_map(|(_, suffix)| body.strip_suffix(suffix).map(|layer| (layer, suffix)));
             match part {
                 Some((layer, suffix)) => {
                     let parts = layers.entry(layer.into()).or_default();
@@ -313,13 +261,11 @@ impl AdapterFile {
     #[must_use]
     pub fn fold_scale(mut self) -> Self {
         for module in self.modules.values_mut() {
-            let first = match &mut module.factors {
-                Factors::Loha { w1: [first, _], .. } => first,
-                Factors::Lokr {
-                    w1: Side::Full(first) | Side::Product(first, _),
-                    ..
-                } => first,
-                Factors::Lora(_) | Factors::Whole(_) => continue,
+            if !matches!(module.factors.kind(), Kind::Loha | Kind::Lokr) {
+                continue;
+            }
+            let Some((_, first)) = module.factors.iter_mut().next() else {
+                continue;
             };
             let scale = module.spec.scale();
             let values = first.to_f32();
@@ -352,8 +298,8 @@ impl AdapterFile {
     /// The first such factor, by name.
     pub fn check_finite(&self) -> Result<(), LoraError> {
         let factors = self.modules.iter().flat_map(|(layer, module)| {
-            let parts = module.factors.parts().into_iter();
-            parts.map(move |(name, tensor)| (format!("{layer}.{name}"), tensor))
+            let parts = module.factors.iter();
+            parts.map(move |(part, tensor)| (format!("{layer}.{}", part.name), tensor))
         });
         let whole = self.whole.iter().map(|(key, tensor)| (key.clone(), tensor));
         for (key, tensor) in factors.chain(whole) {
@@ -371,7 +317,7 @@ impl AdapterFile {
             ("format".to_string(), "pt".to_string()),
             (METADATA_KEY.to_string(), plain.metadata_json(prefix)),
         ]);
-        if !self.modules.is_empty() && self.modules.values().all(|m| m.split().is_some()) {
+        if !self.modules.is_empty() && self.modules.values().all(|m| m.split.is_some()) {
             metadata.insert(SPLIT_KEY.to_string(), show(&self.config()));
         }
         serialize(&plain.tensors(prefix), &metadata)
@@ -381,9 +327,10 @@ impl AdapterFile {
     pub(crate) fn tensors(&self, prefix: &str) -> BTreeMap<String, HostTensor> {
         let mut tensors = BTreeMap::new();
         for (layer, module) in &self.modules {
-            for (name, tensor) in module.factors.parts() {
-                let suffix = suffix(name, module.embedding);
-                tensors.insert(format!("{prefix}{layer}{suffix}"), tensor.clone());
+            for (part, tensor) in module.factors.iter() {
+                if let Some(suffix) = part.key(module.embedding) {
+                    tensors.insert(format!("{prefix}{layer}{suffix}"), tensor.clone());
+                }
             }
         }
         for (key, tensor) in &self.whole {
@@ -445,7 +392,7 @@ impl AdapterFile {
             use_dora: first.is_some_and(|m| m.use_dora),
             lora_bias: first.is_some_and(ModuleAdapter::has_bias),
             lora_dropout: first.map_or(0.0, |m| m.spec.dropout),
-            init_lora_weights: first.and_then(ModuleAdapter::split).unwrap_or_default(),
+            init_lora_weights: first.and_then(|m| m.split).unwrap_or_default(),
             ..known
         }
     }
@@ -454,7 +401,7 @@ impl AdapterFile {
     pub fn peft_type(&self) -> PeftType {
         let first = self.modules.values().next();
         first
-            .and_then(|module| module.factors.peft_type())
+            .and_then(|module| module.factors.kind().peft_type())
             .unwrap_or_default()
     }
 
@@ -540,11 +487,11 @@ impl AdapterFile {
                 );
             }
             let wanted = Some(config.init_lora_weights).filter(|init| init.splits_base());
-            if wanted != module.split() {
+            if wanted != module.split {
                 return differ(
                     format!("init_lora_weights ({layer})"),
                     config.init_lora_weights.to_string(),
-                    match module.split() {
+                    match module.split {
                         Some(method) => method.to_string(),
                         None => "no part of the base weight".into(),
                     },
@@ -598,57 +545,17 @@ fn show(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
 }
 
-/// Ends of the names of adapter parameters.
-const SUFFIXES: [&str; 16] = [
-    ".lora_A.weight",
-    ".lora_B.weight",
-    ".lora_B.bias",
-    ".lora_magnitude_vector",
-    ".lora_embedding_A",
-    ".lora_embedding_B",
-    ".hada_w1_a",
-    ".hada_w1_b",
-    ".hada_w2_a",
-    ".hada_w2_b",
-    ".lokr_w1",
-    ".lokr_w1_a",
-    ".lokr_w1_b",
-    ".lokr_w2",
-    ".lokr_w2_a",
-    ".lokr_w2_b",
-];
-
-/// End of the name of the part `name`.
-fn suffix(name: &str, embedding: bool) -> String {
-    match (name, embedding) {
-        (LORA_A, true) => ".lora_embedding_A".into(),
-        (LORA_B, true) => ".lora_embedding_B".into(),
-        (LORA_A | LORA_B, false) => format!(".{name}.weight"),
-        (LORA_BIAS, _) => ".lora_B.bias".into(),
-        _ => format!(".{name}"),
-    }
-}
-
-/// Parts of a model's factors to what a file holds.
-struct ToHost<'a>(&'a Site);
-
-impl ToHost<'_> {
-    fn part<const D: usize>(&self, name: &str, part: &Param<Tensor<D>>) -> HostTensor {
-        let tensor = host(part.val());
-        let shape = self.0.file_shape(name, &tensor.shape);
-        HostTensor { shape, ..tensor }
-    }
-}
-
-impl MapParts<&Param<Tensor<2>>, &Param<Tensor<1>>> for ToHost<'_> {
-    type Matrix = HostTensor;
-    type Vector = HostTensor;
-    fn matrix(&mut self, name: &'static str, part: &Param<Tensor<2>>) -> HostTensor {
-        self.part(name, part)
-    }
-    fn vector(&mut self, name: &'static str, part: &Param<Tensor<1>>) -> HostTensor {
-        self.part(name, part)
-    }
+/// What can follow a layer's name in a PEFT file, and the kind of adapter it belongs to.
+fn suffixes() -> impl Iterator<Item = (Kind, &'static str)> {
+    let kinds = Kind::ALL.into_iter();
+    let kinds = kinds.filter(|kind| kind.peft_type().is_some());
+    kinds.flat_map(|kind| {
+        let parts = kind.parts().iter();
+        parts.flat_map(move |part| {
+            let keys = [part.key, part.embedding_key].into_iter().flatten();
+            keys.map(move |key| (kind, key))
+        })
+    })
 }
 
 /// One layer's factors from its tensors.
@@ -659,61 +566,39 @@ fn module(
     config: Option<&LoraConfig>,
 ) -> Result<ModuleAdapter, LoraError> {
     let key = |suffix: &str| format!("{prefix}{layer}{suffix}");
-    let kind = |head: &str| parts.keys().any(|suffix| suffix.starts_with(head));
-    let (embedding, loha, lokr) = (kind(".lora_embedding"), kind(".hada"), kind(".lokr"));
-    let mut take = |suffix: &str| {
-        parts.remove(suffix).ok_or_else(|| LoraError::Missing {
-            key: key(suffix),
-            hint: Some("an adapted layer needs both factors".into()),
-        })
+    let embedding = parts
+        .keys()
+        .any(|suffix| suffix.starts_with(".lora_embedding"));
+    let is_there = |kind: &Kind| {
+        let mut found = suffixes().filter(|(of, _)| of == kind);
+        found.any(|(_, suffix)| parts.contains_key(suffix))
     };
-    let factors = if loha {
-        Factors::Loha {
-            w1: [take(".hada_w1_a")?, take(".hada_w1_b")?],
-            w2: [take(".hada_w2_a")?, take(".hada_w2_b")?],
-        }
-    } else if lokr {
-        let mut side = |full: &str, left: &str, right: &str| match take(full) {
-            Ok(full) => Ok(Side::Full(full)),
-            Err(missing) => match (take(left), take(right)) {
-                (Ok(left), Ok(right)) => Ok(Side::Product(left, right)),
-                (Err(_), Err(_)) => Err(missing),
-                (Err(missing), _) | (_, Err(missing)) => Err(missing),
-            },
-        };
-        Factors::Lokr {
-            w1: side(".lokr_w1", ".lokr_w1_a", ".lokr_w1_b")?,
-            w2: side(".lokr_w2", ".lokr_w2_a", ".lokr_w2_b")?,
-        }
-    } else {
-        let [down, up] = match embedding {
-            true => [".lora_embedding_A", ".lora_embedding_B"],
-            false => [".lora_A.weight", ".lora_B.weight"],
-        };
-        Factors::Lora(LoraFactors {
-            lora_a: take(down)?,
-            lora_b: take(up)?,
-            magnitude: take(".lora_magnitude_vector").ok(),
-            bias: take(".lora_B.bias").ok(),
-            initial: None,
-        })
-    };
+    let kind = [Kind::Loha, Kind::Lokr].into_iter().find(is_there);
+    let factors = Factors::collect(kind.unwrap_or(Kind::Lora), |part| {
+        parts.remove(part.key(embedding)?)
+    })
+    .map_err(|part| LoraError::Missing {
+        key: key(part.key(embedding).unwrap_or(part.name)),
+        hint: Some("an adapted layer needs both factors".into()),
+    })?;
     if let Some(suffix) = parts.keys().next() {
         return Err(LoraError::Leftover {
             key: key(suffix),
             reason: "the layer has factors of another kind".into(),
         });
     }
-    for (name, tensor) in factors.parts() {
-        if name != MAGNITUDE && name != LORA_BIAS && (tensor.shape.len() < 2 || tensor.numel() == 0)
-        {
+    for (part, tensor) in factors.iter() {
+        if !part.is_vector() && (tensor.shape.len() < 2 || tensor.numel() == 0) {
             return Err(LoraError::Leftover {
-                key: key(&suffix(name, embedding)),
+                key: key(part.key(embedding).unwrap_or(part.name)),
                 reason: format!("shape {:?} is no matrix", tensor.shape),
             });
         }
     }
-    let (found, kind) = (factors.rank(), factors.peft_type().unwrap_or_default());
+    let (found, kind) = (
+        factors.rank(),
+        factors.kind().peft_type().unwrap_or_default(),
+    );
     let spec = match config {
         None => {
             let rank = found.unwrap_or(1);
@@ -748,12 +633,8 @@ fn module(
         }
     };
     Ok(ModuleAdapter {
-        spec,
-        use_dora: factors
-            .as_lora()
-            .is_some_and(|lora| lora.magnitude.is_some()),
-        factors,
         embedding,
+        ..ModuleAdapter::new(spec, factors)
     })
 }
 

@@ -1,5 +1,7 @@
 //! Alpha in every form, configurations, and files that are odd but valid.
 
+use lora_core::parts::LORA_BIAS;
+
 use super::*;
 
 const Q: &str = "transformer_blocks.0.attn.to_q";
@@ -448,14 +450,7 @@ fn adapters_pass_through_lora_core() {
         (module.spec.rank, module.spec.alpha, module.use_dora),
         (2, 6.0, false)
     );
-    assert_eq!(
-        module
-            .as_lora()
-            .and_then(|lora| lora.bias.as_ref())
-            .expect("of the up projection")
-            .to_f32(),
-        noise("c", 8)
-    );
+    assert_eq!(module.factors[LORA_BIAS].to_f32(), noise("c", 8));
     let changes: Vec<_> = residuals
         .iter()
         .map(|residual| (residual.parameter.as_str(), residual.change))

@@ -1,5 +1,6 @@
 //! LoKr and LoHa: direct reconstruction, exact expansion, row slices, scales.
 
+use lora_core::parts::{LORA_A, LORA_B};
 use proptest::prelude::*;
 
 use super::*;
@@ -220,9 +221,9 @@ fn dense_changes_are_residuals_and_low_rank_ones_adapters() {
     let (adapter, residuals) = set.to_adapter(Component::Transformer).expect("readable");
     let module = &adapter.modules()["transformer_blocks.0.ff.net.0.proj"];
     assert_eq!(module.spec.rank, 1);
-    let lora = module.as_lora().expect("low rank");
+    let factors = &module.factors;
     assert_close(
-        &product(&lora.lora_b, &lora.lora_a, module.spec.scale()),
+        &product(&factors[LORA_B], &factors[LORA_A], module.spec.scale()),
         &product(&up.transposed(), &down, 3.0),
         "expanded",
     );
