@@ -9,7 +9,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use flux_lora::config::{DatasetSection, RunConfig};
-use flux_lora::data::scan::{self, ImageLimits};
+use flux_lora::data::image::{ImageLimits, decode_image};
+use flux_lora::data::scan;
 use flux_lora::run::checkpoint::Opened;
 use flux_lora::run::folder::RunDir;
 use flux_lora::run::manifest::{FORMAT_VERSION, MANIFEST, Manifest, Verified, verify};
@@ -343,7 +344,7 @@ fn image(_: &Path, data: &[u8]) {
         max_file_bytes: 1 << 20,
         max_decoded_bytes: 1 << 20,
     };
-    if let Ok(image) = scan::decode_image("x.png".as_ref(), data, &limits) {
+    if let Ok(image) = decode_image("x.png".as_ref(), data, &limits) {
         assert!(image.width() <= 128 && image.height() <= 128);
         assert!(image.width() * image.height() <= 4096);
     }

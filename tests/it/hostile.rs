@@ -8,7 +8,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use flux_lora::config::{DatasetSection, RunConfig};
-use flux_lora::data::scan::{self, ImageLimits};
+use flux_lora::data::image::ImageLimits;
+use flux_lora::data::scan;
 use flux_lora::run::checkpoint::Opened;
 use flux_lora::run::folder::RunDir;
 use flux_lora::run::manifest::verify;
@@ -860,7 +861,7 @@ fn datasets() -> Vec<Case> {
 // Images
 
 fn load_image(folder: &Path) -> anyhow::Result<()> {
-    scan::load_image(&folder.join("x.png"), &ImageLimits::default())?;
+    flux_lora::data::image::load_image(&folder.join("x.png"), &ImageLimits::default())?;
     Ok(())
 }
 

@@ -20,7 +20,9 @@ use crate::adapters;
 use crate::config::RunConfig;
 use crate::data::batch::{Data, Order};
 use crate::data::cache::{Cache, FileDigests};
-use crate::data::scan::{self, ImageLimits};
+use crate::data::digest::sample_digests;
+use crate::data::image::ImageLimits;
+use crate::data::scan;
 use crate::device::{self, NamedDevice};
 use crate::fingerprint::Fingerprint;
 use crate::previews::Previews;
@@ -95,7 +97,7 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
     let opened = verified.as_ref().map(Opened::parse).transpose()?;
 
     let samples = scan::scan(&config.dataset)?;
-    let digests = scan::sample_digests(&samples, &ImageLimits::default())?;
+    let digests = sample_digests(&samples, &ImageLimits::default())?;
     let pipeline = pipeline(config)?;
     let cache_folder = run.path().join("cache");
     let prompts = config

@@ -9,7 +9,7 @@ use super::{
     LrSchedulerSection, MAX_COUNT, MAX_SEQUENCE_LENGTH, MAX_SIDE_PX, ModelSection,
     OptimizerSection, SIDE_MULTIPLE_PX, SampleSection, TimestepShift, TrainSection,
 };
-use crate::data::scan::is_image_extension;
+use crate::data::image::is_image_extension;
 use crate::nearest::one_line;
 
 /// A key and what is wrong with its value.

@@ -23,7 +23,8 @@ use sha2::{Digest, Sha256};
 
 use crate::config::DatasetSection;
 use crate::data::bucket::{Bucket, buckets, nearest_bucket, resize_and_crop, to_chw_f32};
-use crate::data::scan::{ImageLimits, Sample, decode_image, read_image};
+use crate::data::image::{ImageLimits, decode_image, read_image};
+use crate::data::scan::Sample;
 use crate::device::NamedDevice;
 use crate::fingerprint::hex;
 use crate::progress;

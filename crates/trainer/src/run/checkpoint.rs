@@ -16,7 +16,7 @@ use lora_core::{
 use serde::{Deserialize, Serialize};
 
 use crate::config::RunConfig;
-use crate::data::scan::SampleDigest;
+use crate::data::digest::SampleDigest;
 use crate::fingerprint::Fingerprint;
 use crate::run::manifest::{ManifestFields, Verified};
 

@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use tracing::{info, warn};
 
 use crate::config::RunConfig;
-use crate::data::scan::{self, SampleDigest};
+use crate::data::digest::{self, SampleDigest};
 use crate::fingerprint::Fingerprint;
 use crate::run::checkpoint::{Event, Opened};
 use crate::run::folder::RunDir;
@@ -96,7 +96,7 @@ pub(crate) fn check_resume(
         }
         note(text);
     }
-    let changes = scan::changes(&state.samples, samples);
+    let changes = digest::changes(&state.samples, samples);
     if !changes.is_empty() {
         let list = changes.join("; ");
         if !accepted.data {

@@ -9,7 +9,7 @@ use tracing::info;
 
 use crate::config::{ExportFormat, RunConfig};
 use crate::data::batch::Data;
-use crate::data::scan;
+use crate::data::digest::dataset_digest;
 use crate::run::checkpoint::{
     FluxTraining, Snapshot, State, TRANSFORMER_PREFIX, adapter_file, manifest_fields,
 };
@@ -43,8 +43,7 @@ impl<'a> Saver<'a> {
     ) -> anyhow::Result<Self> {
         let metrics = MetricsLog::open(&RealFs, lock, resumed)?;
         replace_file(&RealFs, &run.config_path(), state.config.as_bytes())?;
-        let (config_digest, dataset_digest) =
-            (config.digest()?, scan::dataset_digest(&state.samples));
+        let (config_digest, dataset_digest) = (config.digest()?, dataset_digest(&state.samples));
         Ok(Self {
             config,
             lora,

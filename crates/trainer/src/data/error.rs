@@ -1,0 +1,173 @@
+//! Why a dataset was refused.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use image::ImageError;
+
+use crate::data::scan::METADATA_FILE;
+use crate::nearest::{one_line, shown};
+
+/// Why a dataset was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum DatasetError {
+    /// There is no such folder.
+    #[error("dataset folder `{}` does not exist", shown(path))]
+    NoFolder {
+        /// `dataset.path`.
+        path: PathBuf,
+    },
+    /// The path leads to a file.
+    #[error("dataset path `{}` is not a folder", shown(path))]
+    NotAFolder {
+        /// `dataset.path`.
+        path: PathBuf,
+    },
+    /// A file or folder could not be read.
+    #[error("cannot read `{}`", shown(path))]
+    Read {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// There is nothing to train on.
+    #[error(
+        "no images (png, jpg, jpeg or webp) in `{}`; subfolders are searched only with a {METADATA_FILE}",
+        shown(path)
+    )]
+    Empty {
+        /// `dataset.path`.
+        path: PathBuf,
+    },
+    /// A file name that cannot be kept as text.
+    #[error("the name of `{}` is not UTF-8", shown(path))]
+    Name {
+        /// The file.
+        path: PathBuf,
+    },
+    /// An image in a format that is not read here.
+    #[error(
+        "image `{}` is in an unsupported format: convert it to png, jpg or webp",
+        shown(path)
+    )]
+    UnsupportedImage {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Two images that one caption file would belong to.
+    #[error(
+        "images `{}` and `{second}` share the caption `{caption}`: rename one",
+        shown(first)
+    )]
+    SameStem {
+        /// The first, by name.
+        first: PathBuf,
+        /// File name of the second.
+        second: String,
+        /// File name of the caption.
+        caption: String,
+    },
+    /// An image without a caption.
+    #[error(
+        "image `{}` has no caption: expected `{caption}` beside it",
+        shown(image)
+    )]
+    CaptionMissing {
+        /// The image.
+        image: PathBuf,
+        /// File name of the caption.
+        caption: String,
+    },
+    /// A caption without an image.
+    #[error(
+        "caption `{}` has no image: expected `{stem}.png`, .jpg, .jpeg or .webp beside it",
+        shown(caption)
+    )]
+    ImageMissing {
+        /// The caption.
+        caption: PathBuf,
+        /// Its name without the extension.
+        stem: String,
+    },
+    /// A caption that is not text.
+    #[error("caption `{}` is not UTF-8", shown(path))]
+    CaptionNotUtf8 {
+        /// The caption.
+        path: PathBuf,
+    },
+    /// A caption longer than any caption is.
+    #[error("caption `{}` is larger than 64 KiB", shown(path))]
+    CaptionTooLarge {
+        /// The caption.
+        path: PathBuf,
+    },
+    /// A line of the list that cannot be used.
+    #[error("`{}` line {line}: {problem}", shown(path))]
+    Metadata {
+        /// The list.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// An image that the list does not mention.
+    #[error("image `{}` is not listed in {METADATA_FILE}", shown(image))]
+    Unlisted {
+        /// The image.
+        image: PathBuf,
+    },
+    /// An image with a caption in both forms.
+    #[error(
+        "image `{}` has a caption in {METADATA_FILE} and in `{caption}`: remove one",
+        shown(image)
+    )]
+    TwoCaptions {
+        /// The image.
+        image: PathBuf,
+        /// File name of the other caption.
+        caption: String,
+    },
+    /// An image that cannot be what it should be.
+    #[error("image `{}` {problem}", shown(path))]
+    Image {
+        /// The image.
+        path: PathBuf,
+        /// The rest of the sentence.
+        problem: String,
+    },
+    /// An image that its decoder refuses.
+    #[error(
+        "cannot decode image `{}`: {cause}; replace it or save it again",
+        shown(path)
+    )]
+    Decode {
+        /// The image.
+        path: PathBuf,
+        /// What the decoder says, all of it: it is no `source`, which would be said twice.
+        cause: ImageError,
+    },
+}
+
+/// serde_json's message without the line, which is always 1 here.
+pub(super) fn json_problem(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let text = text.replace("missing field", "missing key");
+    one_line(&text.replace(" at line 1 column ", " at column "))
+}
+
+pub(super) fn read_error(path: &Path, source: io::Error) -> DatasetError {
+    DatasetError::Read {
+        path: path.into(),
+        source,
+    }
+}
+
+pub(super) fn image_error(path: &Path, problem: impl Into<String>) -> DatasetError {
+    DatasetError::Image {
+        path: path.into(),
+        problem: problem.into(),
+    }
+}
