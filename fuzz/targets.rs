@@ -16,6 +16,9 @@ use flux_lora::run::folder::RunDir;
 use flux_lora::run::manifest::{FORMAT_VERSION, MANIFEST, Manifest, Verified, verify};
 use flux_lora::run::metrics::truncate_metrics;
 use flux_lora::run::vfs::RealFs;
+use flux_model::families;
+use flux_model::family::Family;
+use flux_model::flux1::Flux1;
 use flux_model::lora::{LoraFormat, ModelShape, WriteOptions, read, write};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::text::tokenizer::{ClipTokenizer, T5Tokenizer};
@@ -423,18 +426,16 @@ fn model_config(folder: &Path, data: &[u8]) {
     let Ok(pipeline) = PipelineFolder::open(folder) else {
         return;
     };
-    if let Ok(shape) = pipeline.shape() {
+    if let Ok(shape) = families::shape(&pipeline) {
         let flux = shape.transformer.expect("a transformer");
         assert_eq!(
             flux.axes_dims_rope.iter().sum::<usize>(),
             flux.attention_head_dim
         );
     }
-    if let Ok(config) = pipeline.autoencoder_config() {
-        assert!(config.downscale() <= 128);
-    }
-    if let Ok(scheduler) = pipeline.scheduler() {
-        scheduler.sigmas(4, 16);
-        scheduler.training_sigmas();
+    if let Ok(family) = Flux1::open(pipeline) {
+        assert!(family.pixel_step() <= 256);
+        family.sigmas(4, 16);
+        family.scheduler().training_sigmas();
     }
 }

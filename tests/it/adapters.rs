@@ -4,10 +4,11 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use flux_lora_tests::{CONFIG, Workbench, root};
+use flux_model::family::Network;
 use flux_model::flux1::latent::{image_positions, text_positions};
+use flux_model::flux1::load_transformer;
 use flux_model::flux1::transformer::{FluxInput, FluxTransformer};
 use flux_model::lora::{Component, ModelShape, delta, read};
-use flux_model::pipeline::load_transformer;
 use lora_core::random::Stream;
 use lora_core::{AdapterFile, AdapterSource, ForwardPath, PeftType, Plan};
 
@@ -118,7 +119,7 @@ fn output(model: &FluxTransformer) -> Vec<f32> {
         guidance: vec![3.5],
         positions: [text_positions(6), image_positions(8, 8)].concat(),
     };
-    let output = model.forward(input).into_data();
+    let output = model.forward(input).expect("resident").into_data();
     output.try_into_vec().expect("f32")
 }
 

@@ -16,6 +16,9 @@ use flux_lora::run::manifest::verify;
 use flux_lora::run::metrics::truncate_metrics;
 use flux_lora::run::vfs::RealFs;
 use flux_lora_tests::program;
+use flux_model::families;
+use flux_model::family::Family;
+use flux_model::flux1::Flux1;
 use flux_model::lora::{ModelShape, read};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::text::tokenizer::{ClipTokenizer, T5Tokenizer};
@@ -1138,9 +1141,8 @@ fn tokenizers() -> Vec<Case> {
 
 fn open_pipeline(folder: &Path) -> anyhow::Result<()> {
     let pipeline = PipelineFolder::open(folder)?;
-    pipeline.shape()?;
-    pipeline.autoencoder_config()?;
-    pipeline.scheduler()?.training_sigmas();
+    families::shape(&pipeline)?;
+    Flux1::open(pipeline)?.scheduler().training_sigmas();
     Ok(())
 }
 

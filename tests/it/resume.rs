@@ -18,6 +18,8 @@ use flux_lora::{
 #[cfg(feature = "ndarray")]
 use flux_lora_tests::last_checkpoint;
 use flux_lora_tests::{Workbench, checkpoints};
+#[cfg(feature = "ndarray")]
+use flux_model::{family::Family, flux1::Flux1};
 use lora_core::random::Stream;
 
 /// Trains once without interruption, then resumes from the checkpoint of each step in `steps`, in a new process.
@@ -197,9 +199,9 @@ fn assert_restored_to_the_byte(checkpoint: &Path, device: &str) {
     let (state, config) = (opened.state.clone(), opened.config.clone());
     let lora = config.lora.config();
     let device = open(device).unwrap();
-    let model = pipeline(&config)
+    let model = Flux1::open(pipeline(&config).unwrap())
         .unwrap()
-        .transformer(&device.device.clone().autodiff())
+        .network(&device.device.clone().autodiff())
         .unwrap();
     let (record, optimizer) = (opened.into_record(), AdamWConfig::new().build());
     let training = restore(record, model, &lora, optimizer, &device.device).unwrap();

@@ -7,8 +7,6 @@ use burn::nn::{Linear, LinearConfig};
 use burn::tensor::activation::softmax;
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::flux1::latent::Position;
-
 /// A linear layer with lazily initialised weights.
 pub(crate) fn linear_layer(inputs: usize, outputs: usize, bias: bool, device: &Device) -> Linear {
     LinearConfig::new(inputs, outputs)
@@ -72,18 +70,23 @@ pub struct RotaryTable {
 }
 
 impl RotaryTable {
-    /// The table for `positions`, with `axes` rotary dimensions for each of the three coordinates; angles in f64.
+    /// The table for `positions`, with `axes` rotary dimensions for each of their coordinates; angles in f64.
     ///
     /// # Source
-    /// diffusers `FluxPosEmbed`, `get_1d_rotary_pos_embed` (theta 10000, interleaved pairs).
-    pub fn new(positions: &[Position], axes: &[usize], device: &Device) -> Self {
+    /// diffusers `FluxPosEmbed`, `get_1d_rotary_pos_embed` (interleaved pairs).
+    pub fn new<const N: usize>(
+        positions: &[[f32; N]],
+        axes: &[usize],
+        theta: f64,
+        device: &Device,
+    ) -> Self {
         let half: usize = axes.iter().sum::<usize>() / 2;
         let mut cos = Vec::with_capacity(positions.len() * half);
         let mut sin = Vec::with_capacity(positions.len() * half);
         for position in positions {
             for (&coordinate, &dims) in position.iter().zip(axes) {
                 for pair in 0..dims / 2 {
-                    let frequency = 10000f64.powf(-2.0 * pair as f64 / dims as f64);
+                    let frequency = theta.powf(-2.0 * pair as f64 / dims as f64);
                     let (s, c) = (f64::from(coordinate) * frequency).sin_cos();
                     cos.push(c as f32);
                     sin.push(s as f32);
@@ -95,6 +98,22 @@ impl RotaryTable {
         Self {
             cos: tensor(cos),
             sin: tensor(sin),
+        }
+    }
+
+    /// On the autodiff device, not tracked.
+    pub(crate) fn lift(self) -> Self {
+        Self {
+            cos: self.cos.autodiff(),
+            sin: self.sin.autodiff(),
+        }
+    }
+
+    /// Off the autodiff device.
+    pub(crate) fn inner(self) -> Self {
+        Self {
+            cos: self.cos.inner(),
+            sin: self.sin.inner(),
         }
     }
 

@@ -2,11 +2,14 @@
 //!
 //! | file | idea |
 //! |---|---|
-//! | `flux1/` | the velocity network: double and single stream blocks; latents as tokens, positions; names in BFL's layout |
+//! | `family`, `families` | what training and sampling may ask of a model; which ones there are |
+//! | `flux1/` | FLUX.1: the velocity network, latents as tokens, positions, the rules of its pipeline, names in BFL's layout |
+//! | `blocks` | the blocks of a network, one at a time |
 //! | `autoencoder` | pixels to latents and back |
 //! | `text/` | CLIP, T5 and their tokenizers |
 //! | `scheduler` | noise levels and the Euler step |
-//! | `pipeline` | a diffusers folder; prompt to latents |
+//! | `pipeline` | a diffusers folder and its components |
+//! | `sampler` | noise to latents |
 //! | `layers` | norms, rotary attention, sinusoidal embedding |
 //! | `sizes` | what a configuration may say |
 //! | `lora` | LoRA files of every format, read and written |
@@ -15,11 +18,15 @@
 //! Every linear layer is computed by [`lora_core::linear`], so adapters run without a dense sum.
 
 pub mod autoencoder;
+pub mod blocks;
 mod error;
+pub mod families;
+pub mod family;
 pub mod flux1;
 pub mod layers;
 pub mod lora;
 pub mod pipeline;
+pub mod sampler;
 pub mod scheduler;
 mod sizes;
 pub mod text;

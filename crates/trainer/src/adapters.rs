@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use burn::module::Module;
+use flux_model::family::Adapt;
 use flux_model::lora::{Change, Component, LoraSet, ModelShape, read};
 use flux_model::weights::{change_parameters, tensors_of};
 use lora_core::files::host::HostTensor;
@@ -39,6 +40,17 @@ pub fn load(path: &Path, shape: &ModelShape) -> anyhow::Result<LoraSet> {
         warn!("{warning}");
     }
     Ok(set)
+}
+
+/// Attaching LoRAs to every network that they are for, see [`attach`].
+pub struct AttachLoras<'a>(pub &'a [LoadedLora]);
+
+impl Adapt for AttachLoras<'_> {
+    type Error = anyhow::Error;
+
+    fn adapt<M: Module>(&self, component: Component, module: M) -> anyhow::Result<M> {
+        attach(module, component, self.0)
+    }
 }
 
 /// Puts one component of every LoRA on its network: low-rank parts as named adapters, the rest into the base weights.

@@ -1,45 +1,35 @@
 //! Loss and gradients of one micro-batch, with per-block recompute or without; the bits are the same.
 
-use burn::module::Module;
 use burn::tensor::{Tensor, TensorData};
-use flux_model::flux1::transformer::{
-    Conditioning, DoubleStreamBlock, FluxInput, FluxTransformer, SingleStreamBlock, join,
-};
-use flux_model::layers::{RotaryTable, packed};
-use lora_core::training::recompute::{Chain, Constant, TensorTree};
+use flux_model::WeightsError;
+use flux_model::family::Network;
+use flux_model::layers::packed;
+use lora_core::training::recompute::{Chain, TensorTree};
 use lora_core::{Gradients, trainable_parameters};
 
-/// One micro-batch, off the autodiff device.
+/// One micro-batch.
 #[derive(Debug, Clone)]
-pub struct MicroBatch {
+pub struct MicroBatch<I> {
     /// What the network sees.
-    pub input: FluxInput,
+    pub input: I,
     /// What it should say, `[batch, img_tokens, out_channels]`.
     pub target: Tensor<3>,
     /// Weight of each sample's loss.
     pub weights: Vec<f32>,
 }
 
-/// Conditioning as blocks share it: the vector gets a gradient, the rotary table does not.
-type Shared = (Tensor<2>, Constant<(Tensor<2>, Tensor<2>)>);
-
-fn conditioning(shared: &Shared) -> Conditioning {
-    let (temb, Constant((cos, sin))) = shared.clone();
-    Conditioning {
-        temb,
-        rotary: RotaryTable { cos, sin },
-    }
-}
-
 /// Weighted mean squared error, and its gradients scaled by `1 / accumulation`.
 ///
-/// `model` is on an autodiff device. With `recompute` only each block's input is kept.
-pub fn loss_and_gradients(
-    model: &FluxTransformer,
-    batch: MicroBatch,
+/// `model` and `batch` are on an autodiff device. With `recompute` only each block's input is kept.
+///
+/// # Errors
+/// A block that cannot be read.
+pub fn loss_and_gradients<N: Network>(
+    model: &N,
+    batch: MicroBatch<N::Input>,
     accumulation: usize,
     recompute: bool,
-) -> (f32, Gradients) {
+) -> Result<(f32, Gradients), WeightsError> {
     if recompute {
         by_blocks(model, batch, accumulation)
     } else {
@@ -47,9 +37,13 @@ pub fn loss_and_gradients(
     }
 }
 
-/// The loss alone, of a model without autodiff.
-pub fn loss_of(model: &FluxTransformer, batch: MicroBatch) -> f32 {
-    loss(model.forward(batch.input), batch.target, &batch.weights).into_scalar()
+/// The loss alone, of a model and a batch without autodiff.
+///
+/// # Errors
+/// A block that cannot be read.
+pub fn loss_of<N: Network>(model: &N, batch: MicroBatch<N::Input>) -> Result<f32, WeightsError> {
+    let velocity = model.forward(batch.input)?;
+    Ok(loss(velocity, batch.target, &batch.weights).into_scalar())
 }
 
 /// Mean over the batch of the weighted squared error of each sample.
@@ -63,113 +57,46 @@ fn loss(velocity: Tensor<3>, target: Tensor<3>, weights: &[f32]) -> Tensor<1> {
     squares.reshape([batch * tokens * channels]).mean()
 }
 
-fn at_once(model: &FluxTransformer, batch: MicroBatch, accumulation: usize) -> (f32, Gradients) {
-    let input = FluxInput {
-        img: batch.input.img.autodiff(),
-        txt: batch.input.txt.autodiff(),
-        pooled: batch.input.pooled.autodiff(),
-        ..batch.input
-    };
-    let loss = loss(
-        model.forward(input),
-        batch.target.autodiff(),
-        &batch.weights,
-    );
+fn at_once<N: Network>(
+    model: &N,
+    batch: MicroBatch<N::Input>,
+    accumulation: usize,
+) -> Result<(f32, Gradients), WeightsError> {
+    let loss = loss(model.forward(batch.input)?, batch.target, &batch.weights);
     let value = loss.clone().into_scalar();
     let mut found = (loss / accumulation as f64).backward();
     let mut gradients = Gradients::default();
     gradients.take("", model, &mut found);
-    (value, gradients)
+    Ok((value, gradients))
 }
 
-fn by_blocks(model: &FluxTransformer, batch: MicroBatch, accumulation: usize) -> (f32, Gradients) {
-    let MicroBatch {
-        input,
-        target,
-        weights,
-    } = batch;
-    let txt_tokens = input.txt.dims()[1];
-    let input = FluxInput {
-        img: input.img.autodiff(),
-        txt: input.txt.autodiff(),
-        pooled: input.pooled.autodiff(),
-        ..input
-    };
-    let rotary = model.rotary(&input);
-    let stem_temb = model.condition(&input);
-    let (stem_img, stem_txt) = model.embed(input.img, input.txt);
-
-    let shared: Shared = (
-        stem_temb.clone().inner(),
-        Constant((rotary.cos.inner(), rotary.sin.inner())),
-    );
-    let (double, (img, txt)) = Chain::run(
-        &model.transformer_blocks,
-        (stem_img.clone().inner(), stem_txt.clone().inner()),
-        shared.clone(),
-        |block: &DoubleStreamBlock, (img, txt), shared: &Shared| {
-            block.forward(img, txt, &conditioning(shared))
-        },
-    );
-    let (single, hidden) = Chain::run(
-        &model.single_transformer_blocks,
-        join(txt, img),
-        shared.clone(),
-        |block: &SingleStreamBlock, hidden, shared: &Shared| {
-            block.forward(hidden, &conditioning(shared))
-        },
-    );
+fn by_blocks<N: Network>(
+    model: &N,
+    batch: MicroBatch<N::Input>,
+    accumulation: usize,
+) -> Result<(f32, Gradients), WeightsError> {
+    let (entered, shared) = model.enter(batch.input);
+    let plain = shared.clone().inner();
+    let (chain, last) = Chain::run(model, entered.clone().inner(), plain.clone())?;
 
     let mut gradients = Gradients::default();
-    let (hidden, temb) = (hidden.leaf(), shared.0.leaf());
-    let loss = loss(
-        model.finish(hidden.clone(), txt_tokens, &temb),
-        target.autodiff(),
-        &weights,
-    );
+    let (carry, shared_leaf) = (last.leaf(), plain.leaf());
+    let velocity = model.leave(carry.clone(), &shared_leaf);
+    let loss = loss(velocity, batch.target, &batch.weights);
     let value = loss.clone().into_scalar();
     let mut found = (loss / accumulation as f64).backward();
-    let (hidden_gradient, mut temb_gradient) = (
-        hidden.take_gradient(&mut found),
-        temb.take_gradient(&mut found),
-    );
+    let carry_gradient = carry.take_gradient(&mut found);
+    let shared_gradient = shared_leaf.take_gradient(&mut found);
     gradients.take("", model, &mut found);
-    drop((hidden, temb, found));
+    drop((carry, shared_leaf, found));
 
-    let from_single = single.backward("single_transformer_blocks", hidden_gradient, &mut gradients);
-    let tokens = from_single.input.dims()[1];
-    let txt_gradient = from_single.input.clone().narrow(1, 0, txt_tokens);
-    let img_gradient = from_single.input.narrow(1, txt_tokens, tokens - txt_tokens);
-    let from_double = double.backward(
-        "transformer_blocks",
-        (img_gradient, txt_gradient),
-        &mut gradients,
-    );
-    for (from_blocks, _) in [from_single.shared, from_double.shared]
-        .into_iter()
-        .flatten()
-    {
-        temb_gradient = temb_gradient + from_blocks;
+    let upstream = chain.backward(carry_gradient, shared_gradient, &mut gradients)?;
+    // What is trained and has no gradient yet is used before the first block.
+    let complete = trainable_parameters(model).len() == gradients.iter().count();
+    if !complete && let Some(dot) = (entered, shared).dot(upstream.lift()) {
+        gradients.take("", model, &mut dot.backward());
     }
-
-    if stem_is_trainable(model) {
-        let (img_gradient, txt_gradient) = from_double.input;
-        let stem = ((stem_img, stem_txt), stem_temb);
-        let upstream = ((img_gradient, txt_gradient), temb_gradient).lift();
-        if let Some(dot) = stem.dot(upstream) {
-            gradients.take("", model, &mut dot.backward());
-        }
-    }
-    (value, gradients)
-}
-
-/// Whether an embedding layer, before the blocks, is trained.
-fn stem_is_trainable<M: Module>(model: &M) -> bool {
-    trainable_parameters(model).keys().any(|path| {
-        ["x_embedder.", "context_embedder.", "time_text_embed."]
-            .iter()
-            .any(|stem| path.starts_with(stem))
-    })
+    Ok((value, gradients))
 }
 
 #[cfg(test)]

@@ -5,12 +5,15 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use burn::module::Module;
+use flux_model::WeightsError;
+use flux_model::families::{self, Visitor};
+use flux_model::family::{Family, TextEncoders};
 use flux_model::lora::Component;
 use flux_model::pipeline::PipelineFolder;
 
-use crate::adapters;
+use crate::adapters::{self, AttachLoras};
 use crate::cli::{Command, SampleArgs, TrainArgs};
 use crate::config::{ConfigError, RunConfig};
 use crate::convert::{convert, load_loras};
@@ -138,35 +141,50 @@ fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
 }
 
 fn sample(args: &SampleArgs) -> anyhow::Result<()> {
+    struct Sample<'a>(PipelineFolder, &'a SampleArgs);
+    impl Visitor for Sample<'_> {
+        type Output = anyhow::Result<()>;
+        fn visit<F: Family>(self) -> Self::Output {
+            sample_family(&F::open(self.0)?, self.1)
+        }
+    }
+    let folder = PipelineFolder::open(&args.model)?;
+    families::of_folder(&folder.clone(), Sample(folder, args))?
+}
+
+fn sample_family<F: Family>(family: &F, args: &SampleArgs) -> anyhow::Result<()> {
     let device = device::open(args.device.as_deref().unwrap_or(device::default_name()))?.device;
-    let pipeline = PipelineFolder::open(&args.model)?;
-    let (scheduler, downscale) = (
-        pipeline.scheduler()?,
-        pipeline.autoencoder_config()?.downscale(),
-    );
+    let smallest = family.pixel_step();
     if args.steps == 0
-        || args.height < 2 * downscale
-        || args.width < 2 * downscale
+        || args.height < smallest
+        || args.width < smallest
         || args.max_sequence_length == 0
     {
         return Err(UsageError(format!(
-            "--steps must be at least 1, --height and --width at least {}",
-            2 * downscale
+            "--steps must be at least 1, --height and --width at least {smallest}"
         ))
         .into());
     }
-    let loras = load_loras(&args.lora, &pipeline)?;
-    let text = pipeline
+    let loras = load_loras(&args.lora, family.folder())?;
+    let encoders = family
         .text_encoders(&device)
         .context("load the text encoders")?
-        .map_clip(|clip| adapters::attach(clip, Component::ClipL, &loras))?
-        .map_t5(|t5| adapters::attach(t5, Component::T5, &loras))?
-        .encode(&args.prompt, args.max_sequence_length, &device)?;
-    let transformer = pipeline
-        .transformer(&device)
-        .context("load the transformer")?;
-    let transformer = adapters::attach(transformer, Component::Transformer, &loras)?;
-    let transformer = transformer.no_grad();
+        .adapt(&AttachLoras(&loras))?;
+    let encode = |prompt: &str| {
+        let parts = encoders.encode(prompt, args.max_sequence_length, &device)?;
+        Ok::<_, WeightsError>(F::text(parts, &device))
+    };
+    let text = encode(&args.prompt)?;
+    let negative = family
+        .negative_prompt(args.guidance)
+        .map(encode)
+        .transpose()?;
+    drop(encoders);
+    let network = family.network(&device).context("load the transformer")?;
+    if let Some(problem) = family.problem(&network) {
+        bail!("{problem}");
+    }
+    let network = adapters::attach(network, Component::Transformer, &loras)?.no_grad();
 
     let settings = ImageSettings {
         height_px: args.height,
@@ -176,23 +194,21 @@ fn sample(args: &SampleArgs) -> anyhow::Result<()> {
         seed: args.seed,
     };
     let bar = progress::bar("denoise", args.steps as u64);
-    let (latents, settings) = generate_latents(
-        &transformer,
-        &scheduler,
-        downscale,
+    let latents = generate_latents(
+        family,
+        &network,
         &text,
+        negative.as_ref(),
         settings,
-        |_, _, _| bar.inc(1),
-    );
+        &device,
+        |_| bar.inc(1),
+    )?;
     bar.finish_and_clear();
-    drop(transformer);
-    let image = decode(
-        &pipeline
-            .autoencoder(&device)
-            .context("load the autoencoder")?,
-        latents,
-        settings,
-    );
+    drop(network);
+    let autoencoder = family
+        .autoencoder(&device)
+        .context("load the autoencoder")?;
+    let image = decode::<F>(&autoencoder, latents);
     image
         .save_with_format(&args.out, image::ImageFormat::Png)
         .with_context(|| format!("write {}", args.out.display()))?;

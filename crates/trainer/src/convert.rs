@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use flux_model::families;
 use flux_model::lora::{LoraFormat, ModelShape, WriteOptions, read, write};
 use flux_model::pipeline::PipelineFolder;
 use lora_core::files::host::Dtype;
@@ -30,7 +31,7 @@ pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
         },
     };
     let shape = match &args.model {
-        Some(model) => PipelineFolder::open(model)?.shape()?,
+        Some(model) => families::shape(&PipelineFolder::open(model)?)?,
         None => ModelShape::default(),
     };
     let set =
@@ -81,7 +82,7 @@ pub(crate) fn load_loras(
     arguments: &[String],
     pipeline: &PipelineFolder,
 ) -> anyhow::Result<Vec<LoadedLora>> {
-    let shape = pipeline.shape()?;
+    let shape = families::shape(pipeline)?;
     let load = |(index, argument): (usize, &String)| {
         let (file, strength) = parse_lora(argument)?;
         Ok(LoadedLora {

@@ -5,6 +5,9 @@ use std::fmt::Write;
 use std::path::Path;
 
 use anyhow::bail;
+use flux_model::WeightsError;
+use flux_model::families::{self, Visitor};
+use flux_model::family::Family;
 use flux_model::lora::{Factors, ModelShape, read};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::weights::Checkpoint;
@@ -43,38 +46,17 @@ pub fn describe(path: &Path) -> anyhow::Result<String> {
 }
 
 fn model(text: &mut String, path: &Path) -> anyhow::Result<()> {
-    let folder = PipelineFolder::open(path)?;
-    let flux = folder.transformer_config()?;
-    writeln!(text, "FLUX.1 pipeline {}", path.display())?;
-    writeln!(
-        text,
-        "transformer:  {} double and {} single blocks, width {}, {} heads of {}, {} input channels, guidance {}",
-        flux.num_layers,
-        flux.num_single_layers,
-        flux.hidden_size(),
-        flux.num_attention_heads,
-        flux.attention_head_dim,
-        flux.in_channels,
-        if flux.guidance_embeds {
-            "embedded"
-        } else {
-            "not used"
+    struct Describe(PipelineFolder);
+    impl Visitor for Describe {
+        type Output = Result<String, WeightsError>;
+        fn visit<F: Family>(self) -> Self::Output {
+            let path = self.0.root().to_path_buf();
+            let lines = F::open(self.0)?.describe()?;
+            Ok(format!("{} pipeline {}\n{lines}", F::NAME, path.display()))
         }
-    )?;
-    let vae = folder.autoencoder_config()?;
-    writeln!(
-        text,
-        "autoencoder:  1:{} with {} channels",
-        vae.downscale(),
-        vae.latent_channels
-    )?;
-    let scheduler = folder.scheduler()?;
-    let shift = if scheduler.use_dynamic_shifting {
-        "by image size".to_string()
-    } else {
-        scheduler.shift.to_string()
-    };
-    writeln!(text, "scheduler:    shift {shift}")?;
+    }
+    let folder = PipelineFolder::open(path)?;
+    text.push_str(&families::of_folder(&folder.clone(), Describe(folder))??);
     for component in ["transformer", "vae", "text_encoder", "text_encoder_2"] {
         match Checkpoint::open(&path.join(component)) {
             Ok(checkpoint) => writeln!(

@@ -5,7 +5,6 @@
 //! Source: diffusers 0.38 `training_utils.py` (`compute_density_for_timestep_sampling`, `compute_loss_weighting_for_sd3`),
 //! `train_dreambooth_lora_flux.py`; sigmoid and shift: kohya sd-scripts `flux_train_utils.py`.
 
-use flux_model::scheduler::SchedulerConfig;
 use lora_core::random::Stream;
 
 use crate::config::{LossWeighting, TimestepSampling, TimestepShift, TrainSection};
@@ -44,17 +43,11 @@ pub fn density(train: &TrainSection, raw: f64) -> f64 {
     }
 }
 
-/// The noise level of one sample of `image_tokens` tokens.
+/// The noise level of one sample; `mu` is the family's shift exponent for its size.
 ///
 /// All schemes but `sigmoid` go through the scheduler's table of 1000 levels, as in diffusers: density `u` picks index
 /// `floor(1000 u)`, so a large `u` is a low noise level.
-pub fn draw_sigma(
-    train: &TrainSection,
-    scheduler: &SchedulerConfig,
-    table: &[f32],
-    image_tokens: usize,
-    stream: &mut Stream,
-) -> f32 {
+pub fn draw_sigma(train: &TrainSection, mu: f64, table: &[f32], stream: &mut Stream) -> f32 {
     let raw = match train.timestep_sampling {
         TimestepSampling::None | TimestepSampling::Mode => stream.uniform(),
         TimestepSampling::LogitNormal | TimestepSampling::Sigmoid => stream.normal(),
@@ -66,7 +59,7 @@ pub fn draw_sigma(
     };
     let shift = match train.shift {
         TimestepShift::Constant(shift) => shift,
-        TimestepShift::Flux => libm::exp(scheduler.mu(image_tokens)),
+        TimestepShift::Flux => libm::exp(mu),
     };
     (shift * sigma / (1.0 + (shift - 1.0) * sigma)) as f32
 }
@@ -89,6 +82,8 @@ pub fn sigmoid(x: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use flux_model::scheduler::SchedulerConfig;
+
     use super::*;
 
     #[test]
@@ -110,9 +105,8 @@ mod tests {
                 let levels = (0..2000).map(|i| {
                     draw_sigma(
                         &train,
-                        &scheduler,
+                        scheduler.mu(1024),
                         &table,
-                        1024,
                         &mut Stream::new(1, "sigma", i, 0),
                     )
                 });

@@ -4,24 +4,39 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use burn::module::Module;
-use flux_model::pipeline::PipelineFolder;
+use flux_model::family::Family;
+use lora_core::files::host::HostTensor;
 
 use crate::config::{RunConfig, SampleSection};
-use crate::data::cache::{Cache, CachedText};
+use crate::data::cache::Cache;
 use crate::device::NamedDevice;
-use crate::generate::{ImageSettings, decode, generate_latents, text_embedding};
+use crate::generate::{ImageSettings, decode, generate_latents};
 use crate::progress::TrainReport;
-use crate::run::checkpoint::FluxTraining;
+use crate::run::checkpoint::RunTraining;
+
+/// All prompts that the previews of a run need encoded.
+pub fn prompts_of<F: Family>(config: &RunConfig, family: &F) -> Vec<String> {
+    let Some(section) = &config.sample else {
+        return Vec::new();
+    };
+    let negative = negative_prompt(section, family).map(String::from);
+    section.prompts.iter().cloned().chain(negative).collect()
+}
+
+fn negative_prompt<F: Family>(section: &SampleSection, family: &F) -> Option<&'static str> {
+    family.negative_prompt(section.guidance_scale as f32)
+}
 
 /// What is rendered, and when.
-pub struct Previews<'a> {
+pub struct Previews<'a, F> {
     section: Option<&'a SampleSection>,
-    prompts: Vec<CachedText>,
-    pipeline: &'a PipelineFolder,
+    prompts: Vec<Vec<HostTensor>>,
+    negative: Option<Vec<HostTensor>>,
+    family: &'a F,
     folder: PathBuf,
 }
 
-impl<'a> Previews<'a> {
+impl<'a, F: Family> Previews<'a, F> {
     /// The previews that `config` asks for; their prompts are in the cache.
     ///
     /// # Errors
@@ -29,8 +44,7 @@ impl<'a> Previews<'a> {
     pub fn new(
         config: &'a RunConfig,
         cache: &Cache,
-        prompts: &[String],
-        pipeline: &'a PipelineFolder,
+        family: &'a F,
         run: &Path,
     ) -> anyhow::Result<Self> {
         let folder = run.join("samples");
@@ -38,14 +52,16 @@ impl<'a> Previews<'a> {
             std::fs::create_dir_all(&folder)
                 .with_context(|| format!("create {}", folder.display()))?;
         }
-        let prompts = prompts
-            .iter()
-            .map(|prompt| cache.prompt(prompt))
-            .collect::<Result<_, _>>()?;
+        let section = config.sample.as_ref();
+        let prompts = section.into_iter().flat_map(|section| &section.prompts);
+        let negative = section.and_then(|section| negative_prompt(section, family));
         Ok(Self {
-            section: config.sample.as_ref(),
-            prompts,
-            pipeline,
+            section,
+            prompts: prompts
+                .map(|prompt| cache.prompt(prompt))
+                .collect::<Result<_, _>>()?,
+            negative: negative.map(|prompt| cache.prompt(prompt)).transpose()?,
+            family,
             folder,
         })
     }
@@ -56,7 +72,7 @@ impl<'a> Previews<'a> {
     /// An autoencoder that cannot be loaded, a full disk.
     pub fn render_if_due(
         &self,
-        training: &FluxTraining,
+        training: &RunTraining<F::Network>,
         report: &TrainReport,
         device: &NamedDevice,
     ) -> anyhow::Result<()> {
@@ -68,8 +84,8 @@ impl<'a> Previews<'a> {
             return Ok(());
         };
         let model = training.model.valid();
-        let scheduler = self.pipeline.scheduler()?;
-        let downscale = self.pipeline.autoencoder_config()?.downscale();
+        let text = |parts: &Vec<HostTensor>| F::text(parts.clone(), &device.device);
+        let negative = self.negative.as_ref().map(text);
         let latents: Vec<_> = self
             .prompts
             .iter()
@@ -82,18 +98,25 @@ impl<'a> Previews<'a> {
                     guidance_scale: section.guidance_scale as f32,
                     seed: section.seed.wrapping_add(index as u64),
                 };
-                let text = text_embedding(prompt, &device.device);
-                generate_latents(&model, &scheduler, downscale, &text, settings, |_, _, _| {})
+                generate_latents(
+                    self.family,
+                    &model,
+                    &text(prompt),
+                    negative.as_ref(),
+                    settings,
+                    &device.device,
+                    |_| {},
+                )
             })
-            .collect();
+            .collect::<Result<_, _>>()?;
         drop(model);
         let autoencoder = self
-            .pipeline
+            .family
             .autoencoder(&device.device)
             .context("load the autoencoder")?;
-        for (index, (latents, settings)) in latents.into_iter().enumerate() {
+        for (index, latents) in latents.into_iter().enumerate() {
             let path = self.folder.join(format!("step-{step:07}-{index}.png"));
-            decode(&autoencoder, latents, settings)
+            decode::<F>(&autoencoder, latents)
                 .save(&path)
                 .with_context(|| format!("write {}", path.display()))?;
             report.suspend(|| tracing::debug!(path = %path.display(), "sample"));

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, bail};
 use burn::module::Module;
+use flux_model::family::Family;
 use lora_core::{DropoutScope, Gradients};
 use serde::Serialize;
 
@@ -10,7 +11,7 @@ use crate::config::RunConfig;
 use crate::data::batch::{Data, Drawn};
 use crate::device::NamedDevice;
 use crate::lr_schedule;
-use crate::run::checkpoint::{FluxTraining, adapter_file};
+use crate::run::checkpoint::{RunTraining, adapter_file};
 
 /// One line of `metrics.jsonl`: only what a resumed run would write again in the same bits, so no times.
 #[derive(Debug, Serialize)]
@@ -23,10 +24,10 @@ pub(crate) struct StepMetrics {
 }
 
 /// One optimizer step: micro-batches, clipping, update.
-pub(crate) fn step(
-    training: &mut FluxTraining,
+pub(crate) fn step<F: Family>(
+    training: &mut RunTraining<F::Network>,
     config: &RunConfig,
-    data: &Data<'_>,
+    data: &Data<'_, F>,
     names: &[&str],
     device: &NamedDevice,
 ) -> anyhow::Result<StepMetrics> {
@@ -37,7 +38,7 @@ pub(crate) fn step(
     let mut gradients = Gradients::default();
     let (mut loss, mut drawn_from) = (0.0, Vec::new());
     for micro_step in first..first + accumulation as u64 {
-        let drawn = data.draw(config, micro_step, &device.device)?;
+        let drawn = data.draw(config, micro_step, &device.device.clone().autodiff())?;
         drawn_from.extend(describe(&drawn, names));
         let scope = DropoutScope::enter(config.train.seed, micro_step);
         let (micro_loss, micro_gradients) = loss_and_gradients(
@@ -45,7 +46,7 @@ pub(crate) fn step(
             drawn.batch,
             accumulation,
             config.train.recompute,
-        );
+        )?;
         scope.finish()?;
         #[cfg(feature = "canary")]
         let micro_loss = crate::canary::poison("loss", step + 1).map_or(micro_loss, |v| v as f32);
@@ -110,7 +111,7 @@ pub(crate) fn step(
 }
 
 /// The samples of a micro-batch, for people.
-fn describe(drawn: &Drawn, names: &[&str]) -> Vec<String> {
+fn describe<I>(drawn: &Drawn<I>, names: &[&str]) -> Vec<String> {
     let samples = drawn.samples.iter().zip(&drawn.sigmas);
     samples
         .map(|(&sample, sigma)| format!("{} (sigma {sigma})", names[sample]))
@@ -135,10 +136,10 @@ fn fault_of(loss: f32, loss_of_zero: f64, factor: Option<f64>) -> Option<String>
 
 /// Tries an update that is about to be saved on the last micro-batch it was made from: one too large shows in a loss, and
 /// that of the next step would come after the save.
-pub(crate) fn check_update(
-    training: &FluxTraining,
+pub(crate) fn check_update<F: Family>(
+    training: &RunTraining<F::Network>,
     config: &RunConfig,
-    data: &Data<'_>,
+    data: &Data<'_, F>,
     names: &[&str],
     device: &NamedDevice,
 ) -> anyhow::Result<()> {
@@ -146,7 +147,7 @@ pub(crate) fn check_update(
     let last = step * config.train.gradient_accumulation_steps as u64 - 1;
     let drawn = data.draw(config, last, &device.device)?;
     let drawn_from = describe(&drawn, names);
-    let loss = loss_of(&training.model.valid(), drawn.batch);
+    let loss = loss_of(&training.model.valid(), drawn.batch)?;
     if let Some(fault) = fault_of(loss, drawn.loss_of_zero, config.train.divergence_factor) {
         bail!(
             "{fault} after the update at step {step}, for {}; the last checkpoint is untouched",

@@ -7,8 +7,9 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use burn::optim::{AdamW, AdamWConfig};
-use flux_model::flux1::transformer::FluxTransformer;
-use flux_model::lora::{Component, ModelShape};
+use flux_model::families::{self, Visitor};
+use flux_model::family::{Family, Network};
+use flux_model::lora::Component;
 use flux_model::pipeline::PipelineFolder;
 use lora_core::{
     AdapterSource, DEFAULT_ADAPTER, ForwardPath, LoraConfig, PathOptimizer, Plan, Training,
@@ -25,9 +26,9 @@ use crate::data::image::ImageLimits;
 use crate::data::scan;
 use crate::device::{self, NamedDevice};
 use crate::fingerprint::Fingerprint;
-use crate::previews::Previews;
+use crate::previews::{Previews, prompts_of};
 use crate::progress;
-use crate::run::checkpoint::{FluxTraining, Opened, Progress, State, restore};
+use crate::run::checkpoint::{Opened, Progress, RunTraining, State, restore};
 use crate::run::folder::RunDir;
 use crate::run::resume::{Accepted, Resume, check_resume, find_checkpoint};
 use crate::run::save::Saver;
@@ -88,6 +89,22 @@ pub enum Outcome {
 /// # Errors
 /// Anything wrong with configuration, data, model, run folder or disk; what was saved before stays.
 pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outcome> {
+    struct Train<'a>(PipelineFolder, &'a RunConfig, &'a TrainOptions);
+    impl Visitor for Train<'_> {
+        type Output = anyhow::Result<Outcome>;
+        fn visit<F: Family>(self) -> Self::Output {
+            train_family(F::open(self.0)?, self.1, self.2)
+        }
+    }
+    let folder = pipeline(config)?;
+    families::of_folder(&folder.clone(), Train(folder, config, options))?
+}
+
+fn train_family<F: Family>(
+    family: F,
+    config: &RunConfig,
+    options: &TrainOptions,
+) -> anyhow::Result<Outcome> {
     let run = RunDir::open_or_create(&options.output)?;
     let lock = run.lock()?;
     lock.remove_stale(&RealFs)?;
@@ -98,27 +115,21 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
 
     let samples = scan::scan(&config.dataset)?;
     let digests = sample_digests(&samples, &ImageLimits::default())?;
-    let pipeline = pipeline(config)?;
     let cache_folder = run.path().join("cache");
-    let prompts = config
-        .sample
-        .as_ref()
-        .map(|sample| sample.prompts.clone())
-        .unwrap_or_default();
     let cache = Cache::build(
         &cache_folder,
         &samples,
         &config.dataset,
-        &prompts,
-        &pipeline,
+        &prompts_of(config, &family),
+        &family,
         &device,
     )?;
-    let base_model = base_model_digest(&pipeline, config, &cache_folder)?;
+    let base_model = base_model_digest(&family, &cache_folder)?;
 
     let fingerprint = Fingerprint::of(&device).context("read the program to fingerprint it")?;
     let lora = config.lora.config();
     let optimizer = adamw(config);
-    let model = load_model(&pipeline, &device)?;
+    let model = load_model(&family, &device)?;
     let (mut training, events) = match opened {
         Some(opened) => {
             let events = check_resume(
@@ -143,12 +154,10 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
         None => (start(model, config, &lora, optimizer)?, Vec::new()),
     };
     let order = Order::new(&cache, config.train.batch_size, config.train.seed);
-    let scheduler = pipeline.scheduler()?;
     let data = Data {
         order,
-        table: scheduler.training_sigmas(),
-        scheduler,
-        autoencoder: pipeline.autoencoder_config()?,
+        table: family.scheduler().training_sigmas(),
+        family: &family,
         cache: &cache,
     };
     let state = State {
@@ -164,8 +173,8 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
     if let Some(verified) = verified {
         lock.rewind_to(&RealFs, &verified)?; // nothing was written before: a refused resume leaves the folder as it was
     }
-    let mut saver = Saver::new(config, &lora, state, &data, &run, &lock, resumed)?;
-    let previews = Previews::new(config, &cache, &prompts, &pipeline, run.path())?;
+    let mut saver = Saver::new(config, &lora, state, &data.order, &run, &lock, resumed)?;
+    let previews = Previews::new(config, &cache, &family, run.path())?;
     summary(config, &training, &data, &device);
 
     let names: Vec<&str> = samples.iter().map(|sample| sample.name.as_str()).collect();
@@ -202,23 +211,19 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
 }
 
 /// A run that has made no step.
-fn start(
-    model: FluxTransformer,
+fn start<N: Network>(
+    model: N,
     config: &RunConfig,
     lora: &LoraConfig,
     optimizer: AdamW,
-) -> anyhow::Result<FluxTraining> {
+) -> anyhow::Result<RunTraining<N>> {
     let source = match &config.lora.init_from {
         None => AdapterSource::Fresh {
             seed: config.train.seed,
         },
         Some(path) => {
-            let shape = ModelShape {
-                transformer: Some(model.config().clone()),
-                ..ModelShape::default()
-            };
             let (file, residuals) =
-                adapters::load(path, &shape)?.to_adapter(Component::Transformer)?;
+                adapters::load(path, &model.shape())?.to_adapter(Component::Transformer)?;
             if let Some(residual) = residuals.first() {
                 bail!(
                     "`lora.init_from` {} changes `{}` by more than low-rank factors, so it cannot be trained on",
@@ -265,40 +270,30 @@ pub fn pipeline(config: &RunConfig) -> anyhow::Result<PipelineFolder> {
     Ok(pipeline)
 }
 
-fn load_model(pipeline: &PipelineFolder, device: &NamedDevice) -> anyhow::Result<FluxTransformer> {
-    let model = pipeline
-        .transformer(&device.device.clone().autodiff())
+fn load_model<F: Family>(family: &F, device: &NamedDevice) -> anyhow::Result<F::Network> {
+    let model = family
+        .network(&device.device.clone().autodiff())
         .context("load the transformer")?;
-    let (inputs, latent) = (
-        model.config().in_channels,
-        4 * pipeline.autoencoder_config()?.latent_channels,
-    );
-    if inputs != latent || model.config().out_channels() != latent {
-        bail!(
-            "this transformer reads {inputs} channels, the autoencoder gives {latent}: models that read a condition (Fill, Canny, Depth) cannot be trained yet"
-        );
+    match family.problem(&model) {
+        None => Ok(model),
+        Some(problem) => bail!("{problem}"),
     }
-    Ok(model)
 }
 
-fn base_model_digest(
-    pipeline: &PipelineFolder,
-    config: &RunConfig,
-    cache: &Path,
-) -> anyhow::Result<String> {
-    let transformer = config
-        .model
-        .transformer
-        .clone()
-        .unwrap_or_else(|| pipeline.root().join("transformer"));
+fn base_model_digest<F: Family>(family: &F, cache: &Path) -> anyhow::Result<String> {
     let mut digests = FileDigests::load(cache);
-    let digest = digests.of_all(&[transformer])?;
+    let digest = digests.of_all(&[family.folder().transformer_path().into()])?;
     digests.save()?;
     Ok(digest)
 }
 
 /// What is about to happen; most mis-set runs show here.
-fn summary(config: &RunConfig, training: &FluxTraining, data: &Data<'_>, device: &NamedDevice) {
+fn summary<F: Family>(
+    config: &RunConfig,
+    training: &RunTraining<F::Network>,
+    data: &Data<'_, F>,
+    device: &NamedDevice,
+) {
     let count = count_parameters(&training.model);
     let accumulation = config.train.gradient_accumulation_steps as u64;
     info!(

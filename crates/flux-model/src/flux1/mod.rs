@@ -1,6 +1,10 @@
-//! FLUX.1: the velocity network, its names in BFL's layout, its latents and positions.
+//! FLUX.1: the velocity network, its names in BFL's layout, its latents and positions, and the pipeline around it.
 
 pub mod config;
 pub mod keys;
 pub mod latent;
+mod pipeline;
+pub mod text;
 pub mod transformer;
+
+pub use pipeline::{Flux1, load_transformer};

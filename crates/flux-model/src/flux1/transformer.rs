@@ -4,26 +4,33 @@
 //! path. q, k and v are separate layers, as LoRA files name them; a fused checkpoint is split when it is loaded. Every linear
 //! layer is computed by [`lora_core::linear`].
 //!
-//! The forward pass is four stages with public seams: [`embed`](FluxTransformer::embed), the double blocks, the single
-//! blocks, [`finish`](FluxTransformer::finish). Training runs the same seams block by block.
+//! The forward pass is enter, the double blocks, the single blocks, leave ([`Network`]); training takes the same seams block
+//! by block.
 //!
 //! Source: diffusers 0.38 `transformer_flux.py`; black-forest-labs/flux `src/flux/model.py` (802fb47).
 
 use burn::module::Module;
 use burn::nn::{Identity, Linear};
 use burn::tensor::activation::{gelu_approximate, silu};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Gradients, Tensor};
 use lora_core::linear;
+use lora_core::training::recompute::{Blocks, TensorTree};
 
+use crate::blocks::Block;
+use crate::error::WeightsError;
+use crate::family::Network;
 use crate::flux1::config::FluxConfig;
 use crate::flux1::latent::Position;
 use crate::layers::{
     RmsNorm, RotaryTable, layer_norm, linear_layer, rotary_attention, sinusoidal_embedding,
     split_heads,
 };
+use crate::lora::ModelShape;
 
 /// Of every norm in this network.
 const EPS: f64 = 1e-6;
+/// Base of the rotary frequencies.
+const THETA: f64 = 10000.0;
 
 /// Inputs of one forward pass.
 #[derive(Debug, Clone)]
@@ -42,13 +49,54 @@ pub struct FluxInput {
     pub positions: Vec<Position>,
 }
 
-/// What every block reads besides its input.
+/// What every block reads besides its input; only `temb` gets a gradient.
 #[derive(Debug, Clone)]
 pub struct Conditioning {
     /// Time, guidance and pooled text, `[batch, hidden_size]`.
     pub temb: Tensor<2>,
     /// Rotary positions of text and image tokens.
     pub rotary: RotaryTable,
+    /// How many of the tokens are text.
+    pub txt_tokens: usize,
+}
+
+impl TensorTree for Conditioning {
+    fn lift(self) -> Self {
+        Self {
+            temb: self.temb.lift(),
+            rotary: self.rotary.lift(),
+            ..self
+        }
+    }
+    fn leaf(self) -> Self {
+        Self {
+            temb: self.temb.leaf(),
+            rotary: self.rotary.lift(),
+            ..self
+        }
+    }
+    fn inner(self) -> Self {
+        Self {
+            temb: TensorTree::inner(self.temb),
+            rotary: self.rotary.inner(),
+            ..self
+        }
+    }
+    fn dot(self, gradient: Self) -> Option<Tensor<1>> {
+        self.temb.dot(gradient.temb)
+    }
+    fn take_gradient(&self, from: &mut Gradients) -> Self {
+        Self {
+            temb: self.temb.take_gradient(from),
+            ..self.clone().inner()
+        }
+    }
+    fn plus(self, other: Self) -> Self {
+        Self {
+            temb: self.temb.plus(other.temb),
+            ..self
+        }
+    }
 }
 
 /// The network.
@@ -57,10 +105,8 @@ pub struct FluxTransformer {
     x_embedder: Linear,
     context_embedder: Linear,
     time_text_embed: TimeTextEmbed,
-    /// Double-stream blocks.
-    pub transformer_blocks: Vec<DoubleStreamBlock>,
-    /// Single-stream blocks.
-    pub single_transformer_blocks: Vec<SingleStreamBlock>,
+    transformer_blocks: Vec<DoubleStreamBlock>,
+    single_transformer_blocks: Vec<SingleStreamBlock>,
     norm_out: Modulation,
     proj_out: Linear,
     #[module(skip)]
@@ -98,26 +144,8 @@ impl FluxTransformer {
         &self.config
     }
 
-    /// Predicted velocity, `[batch, img_tokens, out_channels]`.
-    pub fn forward(&self, input: FluxInput) -> Tensor<3> {
-        let txt_tokens = input.txt.dims()[1];
-        let conditioning = Conditioning {
-            temb: self.condition(&input),
-            rotary: self.rotary(&input),
-        };
-        let (mut img, mut txt) = self.embed(input.img, input.txt);
-        for block in &self.transformer_blocks {
-            (img, txt) = block.forward(img, txt, &conditioning);
-        }
-        let mut hidden = join(txt, img);
-        for block in &self.single_transformer_blocks {
-            hidden = block.forward(hidden, &conditioning);
-        }
-        self.finish(hidden, txt_tokens, &conditioning.temb)
-    }
-
     /// The conditioning vector, `[batch, hidden_size]`.
-    pub fn condition(&self, input: &FluxInput) -> Tensor<2> {
+    fn condition(&self, input: &FluxInput) -> Tensor<2> {
         let device = input.pooled.device();
         let embed = &self.time_text_embed;
         let time = embed
@@ -131,36 +159,91 @@ impl FluxTransformer {
         };
         time + embed.text_embedder.forward(input.pooled.clone())
     }
+}
 
-    /// The rotary table of the input's tokens.
-    pub fn rotary(&self, input: &FluxInput) -> RotaryTable {
-        RotaryTable::new(
-            &input.positions,
-            &self.config.axes_dims_rope,
-            &input.img.device(),
-        )
-    }
+impl Network for FluxTransformer {
+    type Input = FluxInput;
 
-    /// Image and text tokens at the width of the network.
-    pub fn embed(&self, img: Tensor<3>, txt: Tensor<3>) -> (Tensor<3>, Tensor<3>) {
-        (
-            linear(&self.x_embedder, img),
-            linear(&self.context_embedder, txt),
-        )
+    /// Text and image tokens at the width of the network, and the conditioning.
+    fn enter(&self, input: FluxInput) -> (Vec<Tensor<3>>, Conditioning) {
+        let conditioning = Conditioning {
+            temb: self.condition(&input),
+            rotary: RotaryTable::new(
+                &input.positions,
+                &self.config.axes_dims_rope,
+                THETA,
+                &input.img.device(),
+            ),
+            txt_tokens: input.txt.dims()[1],
+        };
+        let img = linear(&self.x_embedder, input.img);
+        let txt = linear(&self.context_embedder, input.txt);
+        (vec![txt, img], conditioning)
     }
 
     /// Drops the text tokens and projects to the velocity.
-    pub fn finish(&self, hidden: Tensor<3>, txt_tokens: usize, temb: &Tensor<2>) -> Tensor<3> {
-        let tokens = hidden.dims()[1];
-        let img = hidden.narrow(1, txt_tokens, tokens - txt_tokens);
-        let [scale, shift] = self.norm_out.forward(silu(temb.clone())); // the other way round in BFL's layout
+    fn leave(&self, tokens: Vec<Tensor<3>>, c: &Conditioning) -> Tensor<3> {
+        let hidden = join(tokens);
+        let img_tokens = hidden.dims()[1] - c.txt_tokens;
+        let img = hidden.narrow(1, c.txt_tokens, img_tokens);
+        let [scale, shift] = self.norm_out.forward(silu(c.temb.clone())); // the other way round in BFL's layout
         linear(&self.proj_out, layer_norm(img, EPS) * (scale + 1.0) + shift)
+    }
+
+    fn shape(&self) -> ModelShape {
+        ModelShape {
+            transformer: Some(self.config.clone()),
+            ..ModelShape::default()
+        }
     }
 }
 
-/// Text tokens first, then image tokens: the input of the single-stream blocks.
-pub fn join(txt: Tensor<3>, img: Tensor<3>) -> Tensor<3> {
-    Tensor::cat(vec![txt, img], 1)
+/// The double-stream blocks, then the single-stream blocks. Between double-stream blocks flow text and image tokens, from
+/// the first single-stream block on both as one sequence, text first.
+impl Blocks for FluxTransformer {
+    type Block = Block<DoubleStreamBlock, SingleStreamBlock>;
+    type Carry = Vec<Tensor<3>>;
+    type Shared = Conditioning;
+    type Error = WeightsError;
+
+    fn count(&self) -> usize {
+        self.transformer_blocks.len() + self.single_transformer_blocks.len()
+    }
+
+    fn block(&self, index: usize) -> Result<Self::Block, WeightsError> {
+        Ok(match index.checked_sub(self.transformer_blocks.len()) {
+            None => Block::Double(self.transformer_blocks[index].clone()),
+            Some(index) => Block::Single(self.single_transformer_blocks[index].clone()),
+        })
+    }
+
+    fn path(&self, index: usize) -> String {
+        match index.checked_sub(self.transformer_blocks.len()) {
+            None => format!("transformer_blocks.{index}"),
+            Some(index) => format!("single_transformer_blocks.{index}"),
+        }
+    }
+
+    fn apply(block: &Self::Block, tokens: Vec<Tensor<3>>, c: &Conditioning) -> Vec<Tensor<3>> {
+        match block {
+            Block::Double(block) => {
+                let apart = <[Tensor<3>; 2]>::try_from(tokens);
+                let [txt, img] =
+                    apart.expect("double-stream blocks come before single-stream ones");
+                let (img, txt) = block.forward(img, txt, c);
+                vec![txt, img]
+            }
+            Block::Single(block) => vec![block.forward(join(tokens), c)],
+        }
+    }
+}
+
+/// Text tokens, then image tokens, as one sequence; what is one already stays as it is.
+fn join(mut tokens: Vec<Tensor<3>>) -> Tensor<3> {
+    match tokens.len() {
+        1 => tokens.remove(0),
+        _ => Tensor::cat(tokens, 1),
+    }
 }
 
 #[derive(Module, Debug)]

@@ -10,7 +10,10 @@ use burn::tensor::{Gradients as BurnGradients, Tensor};
 
 use crate::training::gradients::Gradients;
 
-/// A tensor, or a tuple of them, that flows between blocks.
+/// A tensor, a tuple or a list of them, or a type of your own made of them, that flows between blocks.
+///
+/// A part that is a constant of the step, such as a position table, is lifted by `lift` and by `leaf` alike and keeps out of
+/// the others: it gets no gradient.
 pub trait TensorTree: Clone {
     /// On the autodiff device, not tracked.
     fn lift(self) -> Self;
@@ -72,91 +75,116 @@ impl<A: TensorTree, B: TensorTree> TensorTree for (A, B) {
     }
 }
 
-/// A constant of the step, such as a position table: it gets no gradient.
-#[derive(Debug, Clone)]
-pub struct Constant<T>(pub T);
-
-impl<T: TensorTree> TensorTree for Constant<T> {
+impl<T: TensorTree> TensorTree for Vec<T> {
     fn lift(self) -> Self {
-        Self(self.0.lift())
+        self.into_iter().map(T::lift).collect()
     }
     fn leaf(self) -> Self {
-        self.lift()
+        self.into_iter().map(T::leaf).collect()
     }
     fn inner(self) -> Self {
-        Self(self.0.inner())
+        self.into_iter().map(T::inner).collect()
     }
-    fn dot(self, _: Self) -> Option<Tensor<1>> {
-        None
+    fn dot(self, gradient: Self) -> Option<Tensor<1>> {
+        let products = self.into_iter().zip(gradient);
+        products
+            .filter_map(|(part, gradient)| part.dot(gradient))
+            .reduce(|a, b| a + b)
     }
-    fn take_gradient(&self, _: &mut BurnGradients) -> Self {
-        self.clone().inner()
+    fn take_gradient(&self, from: &mut BurnGradients) -> Self {
+        self.iter().map(|part| part.take_gradient(from)).collect()
     }
-    fn plus(self, _: Self) -> Self {
-        self
+    fn plus(self, other: Self) -> Self {
+        let pairs = self.into_iter().zip(other);
+        pairs.map(|(a, b)| a.plus(b)).collect()
     }
+}
+
+/// A network whose depth is a chain of blocks.
+pub trait Blocks {
+    /// One block. Blocks of several kinds are one type that passes visitors on, without a path of its own.
+    type Block: Module;
+    /// What flows from block to block.
+    type Carry: TensorTree;
+    /// What every block reads besides.
+    type Shared: TensorTree;
+    /// Why a block cannot be had.
+    type Error;
+
+    /// How many there are.
+    fn count(&self) -> usize;
+
+    /// Block `index`, whose tensors may be shared with the network or read for this call.
+    ///
+    /// # Errors
+    /// A block that is not resident and cannot be read.
+    fn block(&self, index: usize) -> Result<Self::Block, Self::Error>;
+
+    /// Path of block `index` in the network, in front of the paths of its parameters.
+    fn path(&self, index: usize) -> String;
+
+    /// What `block` makes of `carry`.
+    fn apply(block: &Self::Block, carry: Self::Carry, shared: &Self::Shared) -> Self::Carry;
 }
 
 /// The forward pass of a chain of blocks, with what its backward pass needs.
-pub struct Chain<'a, B, X, S, F> {
-    blocks: &'a [B],
-    inputs: Vec<X>,
-    shared: S,
-    forward: F,
+pub struct Chain<'a, B: Blocks> {
+    blocks: &'a B,
+    inputs: Vec<B::Carry>,
+    shared: B::Shared,
 }
 
-/// What the backward pass of a chain leaves for the stage before it.
-pub struct ChainGradient<X, S> {
-    /// Gradient of the chain's input.
-    pub input: X,
-    /// Gradient of the shared input, summed over the blocks; `None` if there is no block.
-    pub shared: Option<S>,
-}
-
-impl<'a, B: Module, X: TensorTree, S: TensorTree, F: Fn(&B, X, &S) -> X> Chain<'a, B, X, S, F> {
-    /// Runs `forward(block, x, shared)` over all blocks without a graph. `x` and `shared` are off the autodiff device, and
-    /// so is the result.
-    pub fn run(blocks: &'a [B], x: X, shared: S, forward: F) -> (Self, X) {
+impl<'a, B: Blocks> Chain<'a, B> {
+    /// Runs all blocks without a graph. `carry` and `shared` are off the autodiff device, and so is the result.
+    ///
+    /// # Errors
+    /// A block that cannot be had.
+    pub fn run(
+        blocks: &'a B,
+        carry: B::Carry,
+        shared: B::Shared,
+    ) -> Result<(Self, B::Carry), B::Error> {
         let lifted = shared.clone().lift();
-        let mut inputs = Vec::with_capacity(blocks.len());
-        let mut current = x;
-        for block in blocks {
+        let mut inputs = Vec::with_capacity(blocks.count());
+        let mut current = carry;
+        for index in 0..blocks.count() {
+            let block = blocks.block(index)?.no_grad();
             inputs.push(current.clone());
-            current = forward(&block.clone().no_grad(), current.lift(), &lifted).inner();
+            current = B::apply(&block, current.lift(), &lifted).inner();
         }
-        (
-            Self {
-                blocks,
-                inputs,
-                shared,
-                forward,
-            },
-            current,
-        )
+        let chain = Self {
+            blocks,
+            inputs,
+            shared,
+        };
+        Ok((chain, current))
     }
 
-    /// Adds the gradients of the blocks' trainable parameters to `into`, under paths `<prefix>.<index>...`.
-    pub fn backward(self, prefix: &str, gradient: X, into: &mut Gradients) -> ChainGradient<X, S> {
-        let mut upstream = gradient;
-        let mut shared_gradient: Option<S> = None;
-        for (index, (block, input)) in self.blocks.iter().zip(self.inputs).enumerate().rev() {
-            let (x, shared) = (input.leaf(), self.shared.clone().leaf());
-            let output = (self.forward)(block, x.clone(), &shared);
+    /// Adds the gradients of the blocks' trainable parameters to `into`; takes the gradients of the chain's output and of
+    /// the shared input, as far as what follows the chain gave them, and returns those of the chain's input and of the
+    /// shared input, from the blocks too.
+    ///
+    /// # Errors
+    /// A block that cannot be had.
+    pub fn backward(
+        self,
+        carry: B::Carry,
+        shared: B::Shared,
+        into: &mut Gradients,
+    ) -> Result<(B::Carry, B::Shared), B::Error> {
+        let (mut upstream, mut shared_gradient) = (carry, shared);
+        for (index, input) in self.inputs.into_iter().enumerate().rev() {
+            let block = self.blocks.block(index)?;
+            let (carry, shared) = (input.leaf(), self.shared.clone().leaf());
+            let output = B::apply(&block, carry.clone(), &shared);
             let Some(dot) = output.dot(upstream.clone().lift()) else {
                 continue;
             };
             let mut gradients = dot.backward();
-            upstream = x.take_gradient(&mut gradients);
-            let from_block = shared.take_gradient(&mut gradients);
-            shared_gradient = Some(match shared_gradient {
-                None => from_block,
-                Some(sum) => sum.plus(from_block),
-            });
-            into.take(&format!("{prefix}.{index}"), block, &mut gradients);
+            upstream = carry.take_gradient(&mut gradients);
+            shared_gradient = shared_gradient.plus(shared.take_gradient(&mut gradients));
+            into.take(&self.blocks.path(index), &block, &mut gradients);
         }
-        ChainGradient {
-            input: upstream,
-            shared: shared_gradient,
-        }
+        Ok((upstream, shared_gradient))
     }
 }

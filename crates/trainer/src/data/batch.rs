@@ -7,10 +7,8 @@ use std::collections::BTreeMap;
 
 use anyhow::Context;
 use burn::tensor::{Device, Tensor, TensorData};
-use flux_model::autoencoder::AutoencoderConfig;
-use flux_model::flux1::latent::{image_positions, pack, text_positions};
-use flux_model::flux1::transformer::FluxInput;
-use flux_model::scheduler::SchedulerConfig;
+use flux_model::family::{Family, Network};
+use lora_core::files::host::HostTensor;
 use lora_core::random::Stream;
 
 use crate::backward::MicroBatch;
@@ -79,23 +77,21 @@ impl Order {
 }
 
 /// Everything about the data that micro-batches are made from.
-pub struct Data<'a> {
+pub struct Data<'a, F> {
     /// The encoded dataset.
     pub cache: &'a Cache,
     /// The order of samples.
     pub order: Order,
-    /// The scheduler of the model.
-    pub scheduler: SchedulerConfig,
+    /// The pipeline that is trained.
+    pub family: &'a F,
     /// Its training noise levels.
     pub table: Vec<f32>,
-    /// Shift and scale of the latents.
-    pub autoencoder: AutoencoderConfig,
 }
 
 /// A micro-batch and what is said about it if it goes wrong.
-pub struct Drawn {
+pub struct Drawn<I> {
     /// The batch.
-    pub batch: MicroBatch,
+    pub batch: MicroBatch<I>,
     /// Its samples.
     pub samples: Vec<usize>,
     /// Their noise levels.
@@ -104,8 +100,8 @@ pub struct Drawn {
     pub loss_of_zero: f64,
 }
 
-impl Data<'_> {
-    /// The micro-batch of `micro_step` on `device`, which is without autodiff.
+impl<F: Family> Data<'_, F> {
+    /// The micro-batch of `micro_step` on `device`.
     ///
     /// Noise and interpolation are computed on the host, so that every backend trains on the same numbers.
     ///
@@ -116,7 +112,7 @@ impl Data<'_> {
         config: &RunConfig,
         micro_step: u64,
         device: &Device,
-    ) -> anyhow::Result<Drawn> {
+    ) -> anyhow::Result<Drawn<<F::Network as Network>::Input>> {
         let seed = config.train.seed;
         #[cfg(feature = "canary")]
         let (micro_step, data_step) = crate::canary::steps(micro_step);
@@ -124,76 +120,50 @@ impl Data<'_> {
         let data_step = micro_step;
         let samples = self.order.samples(data_step);
         let stream = |name: &str, i: usize| Stream::new(seed, name, micro_step, i as u64);
-        let (shift, scale) = (
-            self.autoencoder.shift_factor.unwrap_or(0.0) as f32,
-            self.autoencoder.scaling_factor as f32,
-        );
-
         let (mut noisy, mut target, mut sigmas) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut sequence, mut pooled) = (Vec::new(), Vec::new());
-        let (mut latent_shape, mut text_shape) = (Vec::new(), Vec::new());
+        let (mut shape, mut texts) = ([0; 4], Vec::new());
         for (i, &sample) in samples.iter().enumerate() {
             let flipped = config.dataset.random_flip && stream("flip", i).uniform() < 0.5;
-            let latents = self.cache.latents(sample, flipped)?;
-            let (mean, std) = (latents.mean.to_f32(), latents.std.to_f32());
-            let posterior = stream("posterior", i).normals(mean.len());
-            let noise = stream("noise", i).normals(mean.len());
-            let image_tokens = latents.mean.shape[2..].iter().product::<usize>() / 4;
+            let encoded = self.cache.latents(sample, flipped)?;
+            let latents = self
+                .family
+                .latents(&encoded, |n| stream("posterior", i).normals(n));
+            let noise = stream("noise", i).normals(latents.len());
+            shape = <[usize; 4]>::try_from(encoded[0].shape.clone())
+                .ok()
+                .context("cached latents are not [1, channels, height, width]")?;
             let sigma = draw_sigma(
                 &config.train,
-                &self.scheduler,
+                self.family
+                    .training_mu(F::image_tokens([shape[2], shape[3]])),
                 &self.table,
-                image_tokens,
                 &mut stream("sigma", i),
             );
-            for (((mean, std), posterior), noise) in
-                mean.iter().zip(&std).zip(&posterior).zip(&noise)
-            {
-                let latent = (mean + std * posterior - shift) * scale;
+            for (latent, noise) in latents.iter().zip(&noise) {
                 noisy.push((1.0 - sigma) * latent + sigma * noise);
                 target.push(noise - latent);
             }
             sigmas.push(sigma);
-            latent_shape = latents.mean.shape;
 
             let dropped = stream("caption_dropout", i).uniform() < config.dataset.caption_dropout;
-            let text = self.cache.text(sample, dropped)?;
-            sequence.extend(text.sequence.to_f32());
-            pooled.extend(text.pooled.to_f32());
-            text_shape = text.sequence.shape;
+            texts.push(self.cache.text(sample, dropped)?);
         }
 
         let batch = samples.len();
-        let [_, channels, height, width] = <[usize; 4]>::try_from(latent_shape)
-            .ok()
-            .context("cached latents are not [1, channels, height, width]")?;
-        let [_, tokens, _] = <[usize; 3]>::try_from(text_shape)
-            .ok()
-            .context("cached text is not [1, tokens, width]")?;
-        let latents = |values| {
-            Tensor::<4>::from_data(
+        let [_, channels, height, width] = shape;
+        let tokens = |values| {
+            F::pack(Tensor::from_data(
                 TensorData::new(values, [batch, channels, height, width]),
                 device,
-            )
+            ))
         };
-        let width_of = |values: &Vec<f32>, rows: usize| values.len() / rows;
-        let (sequence_width, pooled_width) = (
-            width_of(&sequence, batch * tokens),
-            width_of(&pooled, batch),
+        let input = F::input(
+            tokens(noisy),
+            [height, width],
+            F::text(stacked(texts), device),
+            sigmas.clone(),
+            vec![config.train.guidance as f32; batch],
         );
-        let mut positions = text_positions(tokens);
-        positions.extend(image_positions(height, width));
-        let input = FluxInput {
-            img: pack(latents(noisy)),
-            txt: Tensor::from_data(
-                TensorData::new(sequence, [batch, tokens, sequence_width]),
-                device,
-            ),
-            pooled: Tensor::from_data(TensorData::new(pooled, [batch, pooled_width]), device),
-            sigma: sigmas.clone(),
-            guidance: vec![config.train.guidance as f32; batch],
-            positions,
-        };
         let weights: Vec<f32> = sigmas
             .iter()
             .map(|&sigma| loss_weight(config.train.loss_weighting, sigma))
@@ -202,7 +172,7 @@ impl Data<'_> {
         Ok(Drawn {
             batch: MicroBatch {
                 input,
-                target: pack(latents(target)),
+                target: tokens(target),
                 weights,
             },
             samples,
@@ -210,6 +180,19 @@ impl Data<'_> {
             loss_of_zero,
         })
     }
+}
+
+/// Encoded samples, `[1, ...]` each, as rows of one tensor for every part.
+fn stacked(samples: Vec<Vec<HostTensor>>) -> Vec<HostTensor> {
+    let parts = samples.first().map_or(0, Vec::len);
+    let part = |k: usize| {
+        let rows = samples.iter().map(|sample| &sample[k]);
+        let values: Vec<f32> = rows.clone().flat_map(HostTensor::to_f32).collect();
+        let mut shape = samples[0][k].shape.clone();
+        shape[0] = rows.map(|row| row.shape[0]).sum();
+        HostTensor::from_f32(shape, &values)
+    };
+    (0..parts).map(part).collect()
 }
 
 #[cfg(test)]

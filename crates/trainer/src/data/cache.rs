@@ -11,14 +11,12 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, bail};
-use burn::tensor::{Device, Tensor, TensorData};
-use flux_model::autoencoder::Autoencoder;
-use flux_model::pipeline::{PipelineFolder, TextEncoders};
+use burn::tensor::{Tensor, TensorData};
+use flux_model::family::{Family, TextEncoders};
 use image::imageops;
 use lora_core::files::host::HostTensor;
 use lora_core::files::safetensors::{TensorFile, serialize};
 use lora_core::files::strict_json::{parse_json, read_file};
-use lora_core::host_tensor;
 use sha2::{Digest, Sha256};
 
 use crate::config::DatasetSection;
@@ -33,6 +31,9 @@ use crate::progress;
 #[derive(Debug)]
 pub struct Cache {
     folder: PathBuf,
+    /// Names of the tensors in an entry of a picture, and of a text.
+    latents: &'static [&'static str],
+    text: &'static [&'static str],
     samples: Vec<CachedSample>,
     /// The empty caption, for caption dropout.
     unconditional: Option<String>,
@@ -48,39 +49,17 @@ struct CachedSample {
     text: String,
 }
 
-/// What the autoencoder said about an image, `[1, channels, height, width]`.
-#[derive(Debug, Clone)]
-pub struct CachedLatents {
-    /// Mean of the latent distribution.
-    pub mean: HostTensor,
-    /// Standard deviation.
-    pub std: HostTensor,
-}
-
-/// What the text encoders said about a caption.
-#[derive(Debug, Clone)]
-pub struct CachedText {
-    /// T5, `[1, tokens, width]`.
-    pub sequence: HostTensor,
-    /// CLIP, `[1, width]`.
-    pub pooled: HostTensor,
-}
-
-/// A caption or prompt to encode.
-const TEXT: [&str; 2] = ["sequence", "pooled"];
-const LATENTS: [&str; 2] = ["mean", "std"];
-
 impl Cache {
     /// Encodes what is not in `folder` yet. The backend is part of every entry's identity, since backends differ in rounding.
     ///
     /// # Errors
     /// An image that cannot be decoded, an encoder that cannot be loaded, a full disk.
-    pub fn build(
+    pub fn build<F: Family>(
         folder: &Path,
         samples: &[Sample],
         config: &DatasetSection,
         prompts: &[String],
-        pipeline: &PipelineFolder,
+        family: &F,
         device: &NamedDevice,
     ) -> anyhow::Result<Self> {
         let (backend, device) = (device.backend(), &device.device);
@@ -88,7 +67,7 @@ impl Cache {
             .with_context(|| format!("create cache folder {}", folder.display()))?;
         remove_unfinished(folder);
         let mut digests = FileDigests::load(folder);
-        let encoders = digests.of_all(&pipeline.encoder_paths())?;
+        let encoders = digests.of_all(&family.encoder_paths())?;
         digests.save()?;
         let limits = ImageLimits::default();
         let all_buckets = buckets(config.resolution, config.bucket_step);
@@ -130,16 +109,14 @@ impl Cache {
             .into_iter()
             .filter_map(|(k, f)| Some((k?, f)))
             {
-                if read_entry(folder, key, LATENTS).is_none() {
+                if read_entry(folder, key, F::LATENTS).is_none() {
                     wanted_images.push((key.clone(), sample, bucket, flip));
                 }
             }
             cached.push(entry);
         }
         if !wanted_images.is_empty() {
-            let autoencoder = pipeline
-                .autoencoder(device)
-                .context("load the autoencoder")?;
+            let autoencoder = family.autoencoder(device).context("load the autoencoder")?;
             let bar = progress::bar("encode images", wanted_images.len() as u64);
             for (key, sample, bucket, flip) in wanted_images {
                 let image =
@@ -148,8 +125,10 @@ impl Cache {
                 if flip {
                     imageops::flip_horizontal_in_place(&mut image);
                 }
-                let latents = encode_image(&autoencoder, &to_chw_f32(&image), bucket, device);
-                write_entry(folder, &key, LATENTS, [latents.mean, latents.std])?;
+                let shape = [1, 3, bucket.height_px as usize, bucket.width_px as usize];
+                let pixels = TensorData::new(to_chw_f32(&image), shape);
+                let latents = F::encode_image(&autoencoder, Tensor::from_data(pixels, device));
+                write_entry(folder, &key, F::LATENTS, latents)?;
                 bar.inc(1);
             }
             bar.finish_and_clear();
@@ -164,15 +143,15 @@ impl Cache {
                 text,
             );
         }
-        texts.retain(|key, _| read_entry(folder, key, TEXT).is_none());
+        texts.retain(|key, _| read_entry(folder, key, F::TEXT).is_none());
         if !texts.is_empty() {
-            let encoders = pipeline
+            let encoders = family
                 .text_encoders(device)
                 .context("load the text encoders")?;
             let bar = progress::bar("encode captions", texts.len() as u64);
             for (key, text) in texts {
-                let text = encode_text(&encoders, text, config.max_sequence_length, device)?;
-                write_entry(folder, &key, TEXT, [text.sequence, text.pooled])?;
+                let text = encoders.encode(text, config.max_sequence_length, device)?;
+                write_entry(folder, &key, F::TEXT, text)?;
                 bar.inc(1);
             }
             bar.finish_and_clear();
@@ -185,6 +164,8 @@ impl Cache {
             .collect();
         Ok(Self {
             folder: folder.into(),
+            latents: F::LATENTS,
+            text: F::TEXT,
             samples: cached,
             unconditional,
             prompts,
@@ -206,87 +187,52 @@ impl Cache {
         self.samples[sample].bucket
     }
 
-    /// The latents of a sample, mirrored if asked for.
+    /// What the autoencoder said about a sample, mirrored if asked for: the tensors [`Family::LATENTS`] names.
     ///
     /// # Errors
     /// An entry that has vanished or was damaged since the run started.
-    pub fn latents(&self, sample: usize, flipped: bool) -> anyhow::Result<CachedLatents> {
+    pub fn latents(&self, sample: usize, flipped: bool) -> anyhow::Result<Vec<HostTensor>> {
         let entry = &self.samples[sample];
         let key = if flipped {
             entry.flipped.as_ref().unwrap_or(&entry.latents)
         } else {
             &entry.latents
         };
-        let [mean, std] = self.entry(key, LATENTS)?;
-        Ok(CachedLatents { mean, std })
+        self.entry(key, self.latents)
     }
 
-    /// The caption of a sample, or the empty one.
+    /// What the text encoders said about the caption of a sample, or about the empty one: the tensors [`Family::TEXT`]
+    /// names.
     ///
     /// # Errors
     /// As [`latents`](Self::latents).
-    pub fn text(&self, sample: usize, unconditional: bool) -> anyhow::Result<CachedText> {
+    pub fn text(&self, sample: usize, unconditional: bool) -> anyhow::Result<Vec<HostTensor>> {
         let own = &self.samples[sample].text;
         let key = if unconditional {
             self.unconditional.as_ref().unwrap_or(own)
         } else {
             own
         };
-        let [sequence, pooled] = self.entry(key, TEXT)?;
-        Ok(CachedText { sequence, pooled })
+        self.entry(key, self.text)
     }
 
     /// A prompt that was named when the cache was built.
     ///
     /// # Errors
     /// As [`latents`](Self::latents), or another prompt.
-    pub fn prompt(&self, prompt: &str) -> anyhow::Result<CachedText> {
+    pub fn prompt(&self, prompt: &str) -> anyhow::Result<Vec<HostTensor>> {
         let key = self
             .prompts
             .get(prompt)
             .with_context(|| format!("prompt `{prompt}` is not in the cache"))?;
-        let [sequence, pooled] = self.entry(key, TEXT)?;
-        Ok(CachedText { sequence, pooled })
+        self.entry(key, self.text)
     }
 
-    fn entry<const N: usize>(
-        &self,
-        key: &str,
-        names: [&str; N],
-    ) -> anyhow::Result<[HostTensor; N]> {
+    fn entry(&self, key: &str, names: &[&str]) -> anyhow::Result<Vec<HostTensor>> {
         let path = entry_path(&self.folder, key);
         read_entry(&self.folder, key, names).with_context(|| {
             format!("cache entry {} was removed or damaged while the run was going: start it again with --resume", path.display())
         })
-    }
-}
-
-/// Encodes one prompt that is not part of a dataset.
-pub fn encode_text(
-    encoders: &TextEncoders,
-    text: &str,
-    max_sequence_length: usize,
-    device: &Device,
-) -> anyhow::Result<CachedText> {
-    let embedding = encoders.encode(text, max_sequence_length, device)?;
-    Ok(CachedText {
-        sequence: host_tensor(embedding.sequence),
-        pooled: host_tensor(embedding.pooled),
-    })
-}
-
-fn encode_image(
-    autoencoder: &Autoencoder,
-    pixels: &[f32],
-    bucket: Bucket,
-    device: &Device,
-) -> CachedLatents {
-    let shape = [1, 3, bucket.height_px as usize, bucket.width_px as usize];
-    let image = Tensor::<4>::from_data(TensorData::new(pixels.to_vec(), shape), device);
-    let distribution = autoencoder.encode(image);
-    CachedLatents {
-        std: host_tensor(distribution.std()),
-        mean: host_tensor(distribution.mean),
     }
 }
 
@@ -350,27 +296,22 @@ fn unfinished(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
 }
 
 /// An entry that is there and whole.
-fn read_entry<const N: usize>(
-    folder: &Path,
-    key: &str,
-    names: [&str; N],
-) -> Option<[HostTensor; N]> {
+fn read_entry(folder: &Path, key: &str, names: &[&str]) -> Option<Vec<HostTensor>> {
     let file = TensorFile::open(&entry_path(folder, key)).ok()?;
     let tensors: Vec<HostTensor> = names
         .iter()
         .map(|name| file.read(name).ok())
         .collect::<Option<_>>()?;
     let stored = file.metadata().get(CONTENT_DIGEST)?;
-    (*stored == content_digest(tensors.iter())).then_some(())?;
-    tensors.try_into().ok()
+    (*stored == content_digest(tensors.iter())).then_some(tensors)
 }
 
 /// Written beside and renamed, so that a stopped write leaves nothing that looks like an entry.
-fn write_entry<const N: usize>(
+fn write_entry(
     folder: &Path,
     key: &str,
-    names: [&str; N],
-    tensors: [HostTensor; N],
+    names: &[&str],
+    tensors: Vec<HostTensor>,
 ) -> anyhow::Result<()> {
     for (name, tensor) in names.iter().zip(&tensors) {
         if let Some(index) = tensor.first_non_finite() {

@@ -6,8 +6,8 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use burn::module::Module;
 use burn::optim::AdamW;
-use flux_model::flux1::transformer::FluxTransformer;
 use lora_core::files::strict_json::parse_json;
 use lora_core::{
     AdapterFile, DEFAULT_ADAPTER, ForwardPath, LoraConfig, OptimizerScalars, OptimizerState,
@@ -79,7 +79,11 @@ impl Snapshot {
     ///
     /// # Errors
     /// A weight or moment that is not finite: such a state is never saved.
-    pub fn take(training: &FluxTraining, state: State, lora: &LoraConfig) -> anyhow::Result<Self> {
+    pub fn take<M: Module>(
+        training: &RunTraining<M>,
+        state: State,
+        lora: &LoraConfig,
+    ) -> anyhow::Result<Self> {
         let adapters = adapter_file(&training.model, lora)?;
         let optimizer = training.optimizer.state();
         if let Some((name, _)) = optimizer
@@ -117,7 +121,7 @@ impl Snapshot {
 ///
 /// # Errors
 /// A weight that is NaN or infinite; the error names it.
-pub fn adapter_file(model: &FluxTransformer, lora: &LoraConfig) -> anyhow::Result<AdapterFile> {
+pub fn adapter_file<M: Module>(model: &M, lora: &LoraConfig) -> anyhow::Result<AdapterFile> {
     let file = AdapterFile::from_model(model, DEFAULT_ADAPTER, Some(lora))?;
     file.check_finite()?;
     Ok(file)
@@ -137,7 +141,7 @@ pub fn manifest_fields(
 }
 
 /// A run in memory.
-pub type FluxTraining = Training<FluxTransformer, AdamW, Progress>;
+pub type RunTraining<M> = Training<M, AdamW, Progress>;
 
 /// A verified checkpoint, parsed but not yet restored.
 pub struct Opened {
@@ -202,13 +206,13 @@ impl Opened {
 ///
 /// # Errors
 /// A record that does not fit the model, or a configuration that disagrees with it.
-pub fn restore(
+pub fn restore<M: Module>(
     record: TrainingRecord<Progress>,
-    model: FluxTransformer,
+    model: M,
     lora: &LoraConfig,
     optimizer: AdamW,
     device: &burn::tensor::Device,
-) -> anyhow::Result<FluxTraining> {
+) -> anyhow::Result<RunTraining<M>> {
     Ok(record
         .restore_adapters(model, DEFAULT_ADAPTER, Some(lora), ForwardPath::Fast)?
         .restore_optimizer(optimizer, device)?

@@ -3,15 +3,17 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use flux_model::lora::{Component, LoraFormat, LoraSet, ModelShape, WriteOptions, write};
+use burn::module::Module;
+use flux_model::family::Network;
+use flux_model::lora::{Component, LoraFormat, LoraSet, WriteOptions, write};
 use lora_core::{LoraConfig, PeftType};
 use tracing::info;
 
 use crate::config::{ExportFormat, RunConfig};
-use crate::data::batch::Data;
+use crate::data::batch::Order;
 use crate::data::digest::dataset_digest;
 use crate::run::checkpoint::{
-    FluxTraining, Snapshot, State, TRANSFORMER_PREFIX, adapter_file, manifest_fields,
+    RunTraining, Snapshot, State, TRANSFORMER_PREFIX, adapter_file, manifest_fields,
 };
 use crate::run::folder::{Retention, RunDir, RunLock};
 use crate::run::metrics::MetricsLog;
@@ -23,7 +25,7 @@ pub(crate) struct Saver<'a> {
     config: &'a RunConfig,
     lora: &'a LoraConfig,
     state: State,
-    data: &'a Data<'a>,
+    order: &'a Order,
     run: &'a RunDir,
     lock: &'a RunLock,
     pub(crate) metrics: MetricsLog,
@@ -36,7 +38,7 @@ impl<'a> Saver<'a> {
         config: &'a RunConfig,
         lora: &'a LoraConfig,
         state: State,
-        data: &'a Data<'a>,
+        order: &'a Order,
         run: &'a RunDir,
         lock: &'a RunLock,
         resumed: Option<u64>,
@@ -48,7 +50,7 @@ impl<'a> Saver<'a> {
             config,
             lora,
             state,
-            data,
+            order,
             run,
             lock,
             metrics,
@@ -57,10 +59,10 @@ impl<'a> Saver<'a> {
         })
     }
 
-    pub(crate) fn save(&mut self, training: &FluxTraining) -> anyhow::Result<()> {
+    pub(crate) fn save<M: Module>(&mut self, training: &RunTraining<M>) -> anyhow::Result<()> {
         let step = training.progress.step;
         let accumulation = self.config.train.gradient_accumulation_steps as u64;
-        let epoch = self.data.order.epoch(step * accumulation);
+        let epoch = self.order.epoch(step * accumulation);
         let state = State {
             progress: training.progress,
             epoch,
@@ -89,7 +91,7 @@ impl<'a> Saver<'a> {
     }
 
     /// The finished LoRA, beside the checkpoints.
-    pub(crate) fn export(&self, training: &FluxTraining) -> anyhow::Result<PathBuf> {
+    pub(crate) fn export<N: Network>(&self, training: &RunTraining<N>) -> anyhow::Result<PathBuf> {
         let adapter = adapter_file(&training.model, self.lora)?.fold_scale();
         let bytes = adapter.to_bytes(TRANSFORMER_PREFIX);
         let path = self.run.path().join("lora.safetensors");
@@ -101,16 +103,13 @@ impl<'a> Saver<'a> {
                 ExportFormat::Kohya => LoraFormat::Kohya,
                 ExportFormat::Comfyui => LoraFormat::ComfyUi,
             };
-            let shape = ModelShape {
-                transformer: Some(training.model.config().clone()),
-                ..ModelShape::default()
-            };
             let out = crate::convert::beside(&path, format);
             if format == LoraFormat::Peft && adapter.peft_type() != PeftType::Lora {
                 adapter.save_peft(&out)?;
                 continue;
             }
-            let set = LoraSet::from_adapter(&adapter, Component::Transformer, shape);
+            let set =
+                LoraSet::from_adapter(&adapter, Component::Transformer, training.model.shape());
             let report = write(&set, format, &out, &WriteOptions::default())
                 .with_context(|| format!("write {}", out.display()))?;
             for note in report.notes {

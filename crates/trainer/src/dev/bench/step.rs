@@ -106,7 +106,8 @@ fn step(device: &NamedDevice, recompute: bool, steps: usize) -> anyhow::Result<(
     let (mut gradient_time, mut optimizer_time, mut losses) = (Vec::new(), Vec::new(), Vec::new());
     for i in 0..=steps {
         let started = Instant::now();
-        let (loss, gradients) = loss_and_gradients(&model, batch(raw), 1, recompute);
+        let (loss, gradients) =
+            loss_and_gradients(&model, batch(&raw.clone().autodiff()), 1, recompute)?;
         let norm = gradients.norm()?; // reads the gradients, so the device is done
         let backward = started.elapsed();
         model = optimizer.step(1e-4, model, gradients.clip(norm, 1.0))?;
@@ -140,7 +141,7 @@ fn step(device: &NamedDevice, recompute: bool, steps: usize) -> anyhow::Result<(
     Ok(())
 }
 
-fn batch(device: &Device) -> MicroBatch {
+fn batch(device: &Device) -> MicroBatch<FluxInput> {
     let config = config();
     let tokens = IMAGE_SIDE * IMAGE_SIDE;
     let normal = |name: &str, shape: [usize; 3]| {

@@ -5,14 +5,14 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use burn::tensor::{Device, Tensor};
 use flux_model::autoencoder::AutoencoderConfig;
+use flux_model::family::{Family, Network, TextEncoders};
 use flux_model::flux1::config::FluxConfig;
-use flux_model::flux1::latent::{Position, image_positions, text_positions, unpack};
+use flux_model::flux1::latent::{Position, image_positions, text_positions};
 use flux_model::flux1::transformer::{FluxInput, FluxTransformer};
+use flux_model::flux1::{Flux1, load_transformer};
 use flux_model::lora::Component;
-use flux_model::pipeline::{
-    DenoiseSettings, PipelineFolder, denoise, latent_size, load_autoencoder, load_clip, load_t5,
-    load_transformer, read_json,
-};
+use flux_model::pipeline::{PipelineFolder, load_autoencoder, load_clip, load_t5, read_json};
+use flux_model::sampler::Denoise;
 use flux_model::scheduler::{SchedulerConfig, euler_step};
 use flux_model::text::clip::ClipOutput;
 use flux_model::text::tokenizer::{ClipTokenizer, T5Tokenizer};
@@ -182,7 +182,7 @@ pub(super) fn flux_input(case: &Case, device: &Device) -> anyhow::Result<FluxInp
 }
 
 fn forward(case: &Case, model: &FluxTransformer, device: &Device) -> anyhow::Result<HostTensor> {
-    Ok(host_tensor(model.forward(flux_input(case, device)?)))
+    Ok(host_tensor(model.forward(flux_input(case, device)?)?))
 }
 
 fn autoencoder(case: &Case, device: &Device) -> anyhow::Result<Tensors> {
@@ -455,43 +455,37 @@ fn holds_moved_draws(raw: &[f32], mean: f64, std: f64) -> bool {
 }
 
 fn pipeline(case: &Case, device: &Device) -> anyhow::Result<Tensors> {
-    let folder = PipelineFolder::open(&case.path("/model/path")?)?;
-    let vae = folder.autoencoder(device)?;
-    let (height, width) = latent_size(
-        case.usize("/call/height")?,
-        case.usize("/call/width")?,
-        vae.config().downscale(),
-    );
-    let text = folder.text_encoders(device)?.encode(
+    let family = Flux1::open(PipelineFolder::open(&case.path("/model/path")?)?)?;
+    let [_, height, width] =
+        family.latent_shape(case.usize("/call/height")?, case.usize("/call/width")?);
+    let grid = [height, width];
+    let text = family.text_encoders(device)?.encode(
         case.str("/call/prompt")?,
         case.usize("/call/max_sequence_length")?,
         device,
     )?;
-    let (scheduler, transformer) = (folder.scheduler()?, folder.transformer(device)?);
+    let text = Flux1::text(text, device);
     let steps = case.usize("/call/num_inference_steps")?;
-    let settings = DenoiseSettings {
-        latent_height: height,
-        latent_width: width,
-        num_inference_steps: steps,
+    let latents: Tensor<3> = case.tensor("latents_packed", device)?;
+    let sigmas = family.sigmas(steps, latents.dims()[1]);
+    let network = family.network(device)?;
+    let denoise = Denoise {
+        family: &family,
+        network: &network,
+        text: &text,
+        negative: None,
+        grid,
+        steps,
         guidance_scale: case.f64("/call/guidance_scale").unwrap_or(1.0) as f32,
     };
-    let latents: Tensor<3> = case.tensor("latents_packed", device)?;
-    let sigmas = scheduler.sigmas(steps, latents.dims()[1]);
     let mut out = Tensors::new();
-    let latents = denoise(
-        &transformer,
-        &scheduler,
-        &text,
-        latents,
-        settings,
-        |step, velocity, latents| {
-            out.insert(
-                format!("step{step}.velocity"),
-                host_tensor(velocity.clone()),
-            );
-            out.insert(format!("step{step}.latents"), host_tensor(latents.clone()));
-        },
-    );
+    let latents = denoise.run(latents, |step| {
+        let index = step.index;
+        let velocity = host_tensor(step.velocity.clone());
+        out.insert(format!("step{index}.velocity"), velocity);
+        let latents = host_tensor(step.tokens.clone());
+        out.insert(format!("step{index}.latents"), latents);
+    })?;
     let positions = |p: Vec<Position>| HostTensor::from_f32([p.len(), 3], &p.concat());
     out.insert(
         "text_ids".into(),
@@ -514,12 +508,12 @@ fn pipeline(case: &Case, device: &Device) -> anyhow::Result<Tensors> {
     );
     out.insert("sigmas".into(), vector(&sigmas));
     out.insert("final_latents_packed".into(), host_tensor(latents.clone()));
-    let unpacked = unpack(latents, height, width);
+    let unpacked = Flux1::unpack(latents, grid);
     out.insert(
         "final_latents_unpacked".into(),
         host_tensor(unpacked.clone()),
     );
-    let decoded = vae.decode(vae.from_model_space(unpacked));
+    let decoded = Flux1::decode(&family.autoencoder(device)?, unpacked);
     out.insert("decoded".into(), host_tensor(decoded.clone()));
     out.insert(
         "image".into(),
@@ -643,7 +637,7 @@ fn lora_forward(case: &Case, device: &Device) -> anyhow::Result<Tensors> {
 fn lora_format(case: &Case, device: &Device) -> anyhow::Result<Tensors> {
     let folder = PipelineFolder::open(&case.path("/model/path")?)?;
     let lora = |strength: f64| -> anyhow::Result<[LoadedLora; 1]> {
-        let set = adapters::load(&case.path("/lora/file")?, &folder.shape()?)?;
+        let set = adapters::load(&case.path("/lora/file")?, &Flux1::shape(&folder)?)?;
         Ok([LoadedLora {
             name: "default".into(),
             set,
@@ -683,7 +677,7 @@ fn lora_format(case: &Case, device: &Device) -> anyhow::Result<Tensors> {
                 host_tensor(output.last_hidden_state)
             }
         } else {
-            let model = folder.transformer(device)?;
+            let model = load_transformer(folder.transformer_path(), None, device)?;
             forward(
                 case,
                 &adapters::attach(model, Component::Transformer, loras)?,

@@ -6,8 +6,8 @@ use anyhow::{Context, bail};
 use burn::optim::AdamWConfig;
 use burn::tensor::{Device, Tensor, TensorData};
 use flux_model::flux1::latent::{image_positions, pack, text_positions};
+use flux_model::flux1::load_transformer;
 use flux_model::flux1::transformer::FluxInput;
-use flux_model::pipeline::load_transformer;
 use lora_core::files::host::HostTensor;
 use lora_core::{
     AdapterSource, DEFAULT_ADAPTER, ForwardPath, Gradients, PathOptimizer, Plan, adapter_state,
@@ -68,10 +68,10 @@ pub(super) fn replay(case: &Case, device: &Device) -> anyhow::Result<(Tensors, T
         for micro in step * accumulation..(step + 1) * accumulation {
             let (loss, micro_gradients) = loss_and_gradients(
                 &model,
-                data.batch(micro, weighting, device)?,
+                data.batch(micro, weighting, &device.clone().autodiff())?,
                 accumulation,
                 true,
-            );
+            )?;
             losses.push(loss);
             gradients.accumulate(micro_gradients);
         }
@@ -301,7 +301,7 @@ impl Data {
         micro: usize,
         weighting: LossWeighting,
         device: &Device,
-    ) -> anyhow::Result<MicroBatch> {
+    ) -> anyhow::Result<MicroBatch<FluxInput>> {
         let latents: Tensor<4> = self.row("model_input", micro, device)?;
         let noise: Tensor<4> = self.row("noise", micro, device)?;
         let txt: Tensor<3> = self.row("prompt_embeds", micro, device)?;

@@ -1,0 +1,201 @@
+//! What training, sampling and reference cases may ask of a family of models.
+//!
+//! [`Network`] is the velocity network as a chain of blocks, [`Family`] an opened pipeline with the rules that hold between
+//! its parts. FLUX.1 is [`flux1`](crate::flux1); [`families`](crate::families) finds out of which family a folder is.
+
+use std::fmt::Debug;
+use std::path::PathBuf;
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+use lora_core::files::host::HostTensor;
+use lora_core::training::recompute::Blocks;
+
+use crate::error::WeightsError;
+use crate::lora::{Component, ModelShape};
+use crate::pipeline::PipelineFolder;
+use crate::scheduler::SchedulerConfig;
+
+/// A velocity network: enter, the blocks one after the other, leave.
+pub trait Network: Module + Blocks<Error = WeightsError> {
+    /// All that one forward pass reads.
+    type Input: Clone + Debug;
+
+    /// What the first block gets, and what every block reads.
+    fn enter(&self, input: Self::Input) -> (Self::Carry, Self::Shared);
+
+    /// What the last block gave, as the velocity of the image tokens, `[batch, img_tokens, out_channels]`.
+    fn leave(&self, carry: Self::Carry, shared: &Self::Shared) -> Tensor<3>;
+
+    /// Its architecture, which LoRA files are read against.
+    fn shape(&self) -> ModelShape;
+
+    /// The velocity, `[batch, img_tokens, out_channels]`.
+    ///
+    /// # Errors
+    /// A block that is not resident and cannot be read.
+    fn forward(&self, input: Self::Input) -> Result<Tensor<3>, WeightsError> {
+        let (mut carry, shared) = self.enter(input);
+        for index in 0..self.count() {
+            carry = Self::apply(&self.block(index)?, carry, &shared);
+        }
+        Ok(self.leave(carry, &shared))
+    }
+}
+
+/// The networks that read a prompt, with their tokenizers.
+pub trait TextEncoders: Sized {
+    /// A prompt as the tensors [`Family::TEXT`] names, each `[1, ...]`; a longer prompt is cut at `max_sequence_length` tokens.
+    ///
+    /// # Errors
+    /// A prompt that a tokenizer refuses, or a token that an encoder does not know.
+    fn encode(
+        &self,
+        prompt: &str,
+        max_sequence_length: usize,
+        device: &Device,
+    ) -> Result<Vec<HostTensor>, WeightsError>;
+
+    /// Changes every network that a LoRA can name.
+    ///
+    /// # Errors
+    /// What `change` returns.
+    fn adapt<C: Adapt>(self, change: &C) -> Result<Self, C::Error>;
+}
+
+/// A change of a network of any type, such as attaching a LoRA.
+pub trait Adapt {
+    /// Why it cannot be made.
+    type Error;
+
+    /// The network of `component`, changed.
+    ///
+    /// # Errors
+    /// See [`Error`](Self::Error).
+    fn adapt<M: Module>(&self, component: Component, module: M) -> Result<M, Self::Error>;
+}
+
+/// An opened pipeline of one family.
+///
+/// *Model space* is where the network sees latents, `[batch, channels, height, width]`; a *grid* is the height and width
+/// there.
+pub trait Family: Sized + Debug {
+    /// The velocity network.
+    type Network: Network;
+    /// What reads prompts.
+    type TextEncoders: TextEncoders;
+    /// Pixels to latents and back.
+    type Autoencoder: Debug;
+    /// An encoded prompt on a device.
+    type Text: Clone + Debug;
+
+    /// The family's name, for people.
+    const NAME: &'static str;
+    /// Folders of the pipeline that decide what a prompt becomes.
+    const TEXT_FOLDERS: &'static [&'static str];
+    /// Names of the tensors that a prompt becomes.
+    const TEXT: &'static [&'static str];
+    /// Names of the tensors that an image becomes.
+    const LATENTS: &'static [&'static str];
+
+    /// Reads the configurations that the rules below need.
+    ///
+    /// # Errors
+    /// One that is missing, or describes no pipeline of this family.
+    fn open(folder: PipelineFolder) -> Result<Self, WeightsError>;
+
+    /// The architectures that a folder states, as far as LoRA files are read against them.
+    ///
+    /// # Errors
+    /// A configuration that is missing or describes no network.
+    fn shape(folder: &PipelineFolder) -> Result<ModelShape, WeightsError>;
+
+    /// Where its parts are.
+    fn folder(&self) -> &PipelineFolder;
+
+    /// Architectures and schedule in lines, for people.
+    ///
+    /// # Errors
+    /// As [`shape`](Self::shape).
+    fn describe(&self) -> Result<String, WeightsError>;
+
+    /// Loads the velocity network.
+    ///
+    /// # Errors
+    /// A malformed file, or a tensor that is missing, left over or of another shape.
+    fn network(&self, device: &Device) -> Result<Self::Network, WeightsError>;
+
+    /// Why `network` cannot be run on latents alone, if so.
+    fn problem(&self, network: &Self::Network) -> Option<String>;
+
+    /// Loads the autoencoder.
+    ///
+    /// # Errors
+    /// As [`network`](Self::network).
+    fn autoencoder(&self, device: &Device) -> Result<Self::Autoencoder, WeightsError>;
+
+    /// Loads the text encoders.
+    ///
+    /// # Errors
+    /// As [`network`](Self::network), or a tokenizer that cannot be read.
+    fn text_encoders(&self, device: &Device) -> Result<Self::TextEncoders, WeightsError>;
+
+    /// The files whose bytes decide what prompts and images become.
+    fn encoder_paths(&self) -> Vec<PathBuf> {
+        let folder = self.folder();
+        let text = Self::TEXT_FOLDERS
+            .iter()
+            .map(|name| folder.root().join(name));
+        text.chain([folder.autoencoder_path().into()]).collect()
+    }
+
+    /// Encoded prompts, one row each, on `device`.
+    fn text(parts: Vec<HostTensor>, device: &Device) -> Self::Text;
+
+    /// The prompt that sampling steers away from at this guidance scale, where the network runs twice a step.
+    fn negative_prompt(&self, guidance_scale: f32) -> Option<&'static str>;
+
+    /// An image `[1, 3, height, width]` in `[-1, 1]` as the tensors [`LATENTS`](Self::LATENTS) names, each `[1, ...]`; the
+    /// first has the shape of model space.
+    fn encode_image(autoencoder: &Self::Autoencoder, image: Tensor<4>) -> Vec<HostTensor>;
+
+    /// The latents of an encoded image in model space; `normals` gives as many standard normals as it is asked for.
+    fn latents(&self, parts: &[HostTensor], normals: impl FnOnce(usize) -> Vec<f32>) -> Vec<f32>;
+
+    /// Latents of model space as an image, `[batch, 3, height, width]`, roughly in `[-1, 1]`.
+    fn decode(autoencoder: &Self::Autoencoder, latents: Tensor<4>) -> Tensor<4>;
+
+    /// Pixels on which the sides of an image must lie; smaller ones have no latents.
+    fn pixel_step(&self) -> usize;
+
+    /// Channels and grid of an image, whose sides are rounded down to the [`pixel_step`](Self::pixel_step).
+    fn latent_shape(&self, height_px: usize, width_px: usize) -> [usize; 3];
+
+    /// Tokens of a grid.
+    fn image_tokens(grid: [usize; 2]) -> usize;
+
+    /// Latents of model space as tokens, `[batch, img_tokens, channels of a token]`.
+    fn pack(latents: Tensor<4>) -> Tensor<3>;
+
+    /// The inverse of [`pack`](Self::pack).
+    fn unpack(tokens: Tensor<3>, grid: [usize; 2]) -> Tensor<4>;
+
+    /// What the network reads: noisy tokens of a grid, the prompts, and a noise level in `[0, 1]` and a guidance strength for
+    /// each row.
+    fn input(
+        tokens: Tensor<3>,
+        grid: [usize; 2],
+        text: Self::Text,
+        sigma: Vec<f32>,
+        guidance: Vec<f32>,
+    ) -> <Self::Network as Network>::Input;
+
+    /// The scheduler's configuration.
+    fn scheduler(&self) -> &SchedulerConfig;
+
+    /// Noise levels for `steps` steps, from 1 down, with a final 0.
+    fn sigmas(&self, steps: usize, image_tokens: usize) -> Vec<f32>;
+
+    /// Exponent of the shift by image size that training's `flux` shift applies.
+    fn training_mu(&self, image_tokens: usize) -> f64;
+}
