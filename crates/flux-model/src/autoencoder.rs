@@ -144,6 +144,15 @@ pub struct LatentDistribution {
 }
 
 impl LatentDistribution {
+    /// Splits the encoder's output `[batch, 2 * latent_channels, h, w]`, mean and log-variance.
+    pub(crate) fn new(moments: Tensor<4>) -> Self {
+        let channels = moments.dims()[1] / 2;
+        Self {
+            mean: moments.clone().narrow(1, 0, channels),
+            logvar: moments.narrow(1, channels, channels).clamp(-30.0, 20.0),
+        }
+    }
+
     /// Standard deviation.
     pub fn std(&self) -> Tensor<4> {
         self.logvar.clone().mul_scalar(0.5).exp()
@@ -182,12 +191,7 @@ impl Autoencoder {
 
     /// Encodes an image, as [`moments`](Self::moments), and splits the result.
     pub fn encode(&self, image: Tensor<4>) -> LatentDistribution {
-        let moments = self.moments(image);
-        let channels = self.config.latent_channels;
-        LatentDistribution {
-            mean: moments.clone().narrow(1, 0, channels),
-            logvar: moments.narrow(1, channels, channels).clamp(-30.0, 20.0),
-        }
+        LatentDistribution::new(self.moments(image))
     }
 
     /// # Shapes
@@ -211,7 +215,7 @@ impl Autoencoder {
     }
 }
 
-fn conv(inputs: usize, outputs: usize, kernel: usize, device: &Device) -> Conv2d {
+pub(crate) fn conv(inputs: usize, outputs: usize, kernel: usize, device: &Device) -> Conv2d {
     let pad = kernel / 2;
     Conv2dConfig::new([inputs, outputs], [kernel, kernel])
         .with_padding(PaddingConfig2d::Explicit(pad, pad, pad, pad))
@@ -393,8 +397,9 @@ fn resnets(
         .collect()
 }
 
+/// Pixels to moments.
 #[derive(Module, Debug)]
-struct Encoder {
+pub(crate) struct Encoder {
     conv_in: Conv2d,
     down_blocks: Vec<DownBlock>,
     mid_block: MidBlock,
@@ -403,7 +408,7 @@ struct Encoder {
 }
 
 impl Encoder {
-    fn new(config: &AutoencoderConfig, device: &Device) -> Self {
+    pub(crate) fn new(config: &AutoencoderConfig, device: &Device) -> Self {
         let (channels, groups) = (&config.block_out_channels, config.norm_num_groups);
         let last = channels.len() - 1;
         let down_blocks = (0..=last)
@@ -431,7 +436,7 @@ impl Encoder {
         }
     }
 
-    fn forward(&self, image: Tensor<4>) -> Tensor<4> {
+    pub(crate) fn forward(&self, image: Tensor<4>) -> Tensor<4> {
         let mut x = self.conv_in.forward(image);
         for block in &self.down_blocks {
             x = block.resnets.iter().fold(x, |x, resnet| resnet.forward(x));
@@ -442,8 +447,9 @@ impl Encoder {
     }
 }
 
+/// Latents to pixels.
 #[derive(Module, Debug)]
-struct Decoder {
+pub(crate) struct Decoder {
     conv_in: Conv2d,
     mid_block: MidBlock,
     up_blocks: Vec<UpBlock>,
@@ -452,7 +458,7 @@ struct Decoder {
 }
 
 impl Decoder {
-    fn new(config: &AutoencoderConfig, device: &Device) -> Self {
+    pub(crate) fn new(config: &AutoencoderConfig, device: &Device) -> Self {
         let groups = config.norm_num_groups;
         let channels: Vec<usize> = config.block_out_channels.iter().rev().copied().collect();
         let last = channels.len() - 1;
@@ -483,7 +489,7 @@ impl Decoder {
         }
     }
 
-    fn forward(&self, z: Tensor<4>) -> Tensor<4> {
+    pub(crate) fn forward(&self, z: Tensor<4>) -> Tensor<4> {
         let mut x = self.mid_block.forward(self.conv_in.forward(z));
         for block in &self.up_blocks {
             x = block.resnets.iter().fold(x, |x, resnet| resnet.forward(x));

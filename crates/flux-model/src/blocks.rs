@@ -1,7 +1,7 @@
 //! The blocks of a network, one at a time and of two kinds.
 
 use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor};
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 
 /// A double-stream or a single-stream block as one module: it adds nothing to the paths of its parameters.
 #[derive(Debug, Clone)]
@@ -59,5 +59,13 @@ impl<D: Module, S: Module> Module for Block<D, S> {
 
     fn materialize(self) -> Self {
         either!(self, block block => block.materialize())
+    }
+}
+
+/// Text tokens, then image tokens, as one sequence; what is one already stays as it is.
+pub(crate) fn join(mut tokens: Vec<Tensor<3>>) -> Tensor<3> {
+    match tokens.len() {
+        1 => tokens.remove(0),
+        _ => Tensor::cat(tokens, 1),
     }
 }

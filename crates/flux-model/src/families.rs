@@ -1,10 +1,11 @@
 //! Which families there are, and of which one a pipeline folder is.
 //!
-//! Whoever works with a pipeline is a [`Visitor`]. Another family is a folder beside `flux1` and a line in both functions.
+//! Whoever works with a pipeline is a [`Visitor`]. Another family is a folder beside these and a line in both functions.
 
 use crate::error::WeightsError;
 use crate::family::Family;
 use crate::flux1::Flux1;
+use crate::flux2::Flux2;
 use crate::lora::ModelShape;
 use crate::pipeline::PipelineFolder;
 
@@ -25,14 +26,21 @@ pub fn of_folder<V: Visitor>(
     folder: &PipelineFolder,
     visitor: V,
 ) -> Result<V::Output, WeightsError> {
+    let refuse = |reason: String| WeightsError::Config {
+        path: folder.root().join("model_index.json"),
+        reason,
+    };
     match folder.class() {
         class if class.starts_with("Flux") && !class.starts_with("Flux2") => {
             Ok(visitor.visit::<Flux1>())
         }
-        class => Err(WeightsError::Config {
-            path: folder.root().join("model_index.json"),
-            reason: format!("a {class} is not a FLUX.1 pipeline"),
-        }),
+        class if class.starts_with("Flux2Klein") => Ok(visitor.visit::<Flux2>()),
+        "Flux2Pipeline" => Err(refuse(
+            "the text encoder of FLUX.2 dev (Mistral) is not supported; FLUX.2 klein is".into(),
+        )),
+        class => Err(refuse(format!(
+            "a {class} is not a FLUX.1 or FLUX.2 pipeline"
+        ))),
     }
 }
 
@@ -40,6 +48,7 @@ pub fn of_folder<V: Visitor>(
 pub fn named<V: Visitor>(name: &str, visitor: V) -> Option<V::Output> {
     match name {
         "flux1" => Some(visitor.visit::<Flux1>()),
+        "flux2" => Some(visitor.visit::<Flux2>()),
         _ => None,
     }
 }

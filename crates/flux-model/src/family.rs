@@ -45,16 +45,20 @@ pub trait Network: Module + Blocks<Error = WeightsError> {
 
 /// The networks that read a prompt, with their tokenizers.
 pub trait TextEncoders: Sized {
-    /// A prompt as the tensors [`Family::TEXT`] names, each `[1, ...]`; a longer prompt is cut at `max_sequence_length` tokens.
+    /// How many prompts are best encoded together: more than one where the weights are read anew for every call.
+    const AT_ONCE: usize;
+
+    /// Every prompt as the tensors [`Family::TEXT`] names, each `[1, ...]`; a longer prompt is cut at `max_sequence_length`
+    /// tokens.
     ///
     /// # Errors
-    /// A prompt that a tokenizer refuses, or a token that an encoder does not know.
+    /// A prompt that a tokenizer refuses, a token that an encoder does not know, or weights that cannot be read.
     fn encode(
         &self,
-        prompt: &str,
+        prompts: &[&str],
         max_sequence_length: usize,
         device: &Device,
-    ) -> Result<Vec<HostTensor>, WeightsError>;
+    ) -> Result<Vec<Vec<HostTensor>>, WeightsError>;
 
     /// Changes every network that a LoRA can name.
     ///

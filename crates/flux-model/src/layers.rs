@@ -190,26 +190,26 @@ pub(crate) fn attention(
         .reshape([batch, tokens, heads * head_dim])
 }
 
-/// Sinusoidal embedding of `1000 * t`, `[batch, 256]`: cosines first.
+/// Sinusoidal embedding of `1000 * t`, `[batch, channels]`: cosines first.
 ///
 /// The argument is rounded to f32 as diffusers does; cosine and sine are those of that argument.
 ///
 /// # Source
 /// diffusers `get_timestep_embedding(flip_sin_to_cos=True, downscale_freq_shift=0)`.
-pub(crate) fn sinusoidal_embedding(t: &[f32], device: &Device) -> Tensor<2> {
-    const HALF: usize = 128;
-    let mut values = Vec::with_capacity(t.len() * 2 * HALF);
+pub(crate) fn sinusoidal_embedding(t: &[f32], channels: usize, device: &Device) -> Tensor<2> {
+    let half = channels / 2;
+    let mut values = Vec::with_capacity(t.len() * 2 * half);
     for &t in t {
         let argument = t * 1000.0;
-        let angles: Vec<f64> = (0..HALF)
+        let angles: Vec<f64> = (0..half)
             .map(|j| {
                 let frequency =
-                    f64::from(-(10000f64.ln() as f32) * j as f32 / HALF as f32).exp() as f32;
+                    f64::from(-(10000f64.ln() as f32) * j as f32 / half as f32).exp() as f32;
                 f64::from(argument * frequency)
             })
             .collect();
         values.extend(angles.iter().map(|a| a.cos() as f32));
         values.extend(angles.iter().map(|a| a.sin() as f32));
     }
-    Tensor::from_data(TensorData::new(values, [t.len(), 2 * HALF]), device)
+    Tensor::from_data(TensorData::new(values, [t.len(), 2 * half]), device)
 }

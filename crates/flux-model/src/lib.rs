@@ -1,12 +1,13 @@
-//! FLUX.1 in [Burn](https://burn.dev): the networks, their checkpoints, and text to image. Knows nothing of training.
+//! FLUX in [Burn](https://burn.dev): the networks, their checkpoints, and text to image. Knows nothing of training.
 //!
 //! | file | idea |
 //! |---|---|
 //! | `family`, `families` | what training and sampling may ask of a model; which ones there are |
 //! | `flux1/` | FLUX.1: the velocity network, latents as tokens, positions, the rules of its pipeline, names in BFL's layout |
+//! | `flux2/` | FLUX.2 likewise, with its autoencoder and schedule |
 //! | `blocks` | the blocks of a network, one at a time |
 //! | `autoencoder` | pixels to latents and back |
-//! | `text/` | CLIP, T5 and their tokenizers |
+//! | `text/` | CLIP, T5, Qwen3 and their tokenizers |
 //! | `scheduler` | noise levels and the Euler step |
 //! | `pipeline` | a diffusers folder and its components |
 //! | `sampler` | noise to latents |
@@ -23,6 +24,7 @@ mod error;
 pub mod families;
 pub mod family;
 pub mod flux1;
+pub mod flux2;
 pub mod layers;
 pub mod lora;
 pub mod pipeline;

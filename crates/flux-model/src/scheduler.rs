@@ -73,6 +73,11 @@ impl SchedulerConfig {
 
     /// Noise levels for `steps` steps, from 1 down, with a final 0.
     pub fn sigmas(&self, steps: usize, image_tokens: usize) -> Vec<f32> {
+        self.sigmas_shifted(steps, self.mu(image_tokens))
+    }
+
+    /// As [`sigmas`](Self::sigmas), with the shift exponent `mu` where shifting is dynamic.
+    pub fn sigmas_shifted(&self, steps: usize, mu: f64) -> Vec<f32> {
         let levels = (0..steps).map(|i| {
             // linspace(1, 1/steps, steps)
             let t = if steps == 1 {
@@ -82,7 +87,7 @@ impl SchedulerConfig {
             };
             let t = t as f32;
             if self.use_dynamic_shifting {
-                let e = self.mu(image_tokens).exp() as f32;
+                let e = mu.exp() as f32;
                 e / (e + (1.0 / t - 1.0))
             } else {
                 static_shift(t, self.shift)

@@ -3,7 +3,7 @@
 //! A network's parameter path is its diffusers key, but for two things Burn does otherwise: norms call their parameters
 //! `gamma` and `beta`, and a linear weight is `[in, out]`. Single files in BFL's layout are read through [`keys`].
 //!
-//! [`keys`]: crate::flux1::keys
+//! [`keys`]: mod@crate::flux1::keys
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -17,7 +17,8 @@ use lora_core::files::safetensors::TensorSet;
 use crate::autoencoder::AutoencoderConfig;
 use crate::error::WeightsError;
 use crate::flux1::config::FluxConfig;
-use crate::flux1::keys::{bfl_autoencoder_module, bfl_transformer_module};
+use crate::flux1::keys::{self, BflModule};
+use crate::flux2;
 
 /// How a checkpoint names its tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +36,18 @@ pub enum Layout {
     },
     /// BFL's autoencoder, with this many resolutions.
     BflAutoencoder {
+        /// Number of `block_out_channels`.
+        levels: usize,
+    },
+    /// BFL's FLUX.2 transformer, of this width.
+    BflFlux2Transformer {
+        /// `hidden_size` of the network.
+        hidden: usize,
+    },
+    /// diffusers' FLUX.2 autoencoder, which also counts the batches its statistics were taken from.
+    Flux2Autoencoder,
+    /// BFL's FLUX.2 autoencoder, with this many resolutions.
+    BflFlux2Autoencoder {
         /// Number of `block_out_channels`.
         levels: usize,
     },
@@ -59,31 +72,41 @@ impl Layout {
             swap_halves: false,
             pointwise: false,
         };
+        let transformer = |bfl: BflModule| {
+            let parameter = if bfl.name.ends_with("_norm") {
+                "scale"
+            } else {
+                parameter
+            };
+            Some(Location {
+                rows: bfl.rows,
+                swap_halves: bfl.swap_halves,
+                ..whole(format!("{}.{parameter}", bfl.name))
+            })
+        };
+        let autoencoder = |name: String| {
+            let pointwise =
+                parameter == "weight" && name.contains(".attn_1.") && !name.ends_with("norm");
+            Some(Location {
+                pointwise,
+                ..whole(format!("{name}.{parameter}"))
+            })
+        };
         match self {
-            Self::Diffusers | Self::T5 | Self::Clip => Some(whole(key.into())),
+            Self::Diffusers | Self::T5 | Self::Clip | Self::Flux2Autoencoder => {
+                Some(whole(key.into()))
+            }
             Self::BflTransformer { hidden } => {
-                let bfl = bfl_transformer_module(module, hidden)?;
-                let parameter = if bfl.name.ends_with("_norm") {
-                    "scale"
-                } else {
-                    parameter
-                };
-                let key = format!("{}.{parameter}", bfl.name);
-                Some(Location {
-                    key,
-                    rows: bfl.rows,
-                    swap_halves: bfl.swap_halves,
-                    pointwise: false,
-                })
+                transformer(keys::bfl_transformer_module(module, hidden)?)
+            }
+            Self::BflFlux2Transformer { hidden } => {
+                transformer(flux2::keys::bfl_transformer_module(module, hidden)?)
             }
             Self::BflAutoencoder { levels } => {
-                let name = bfl_autoencoder_module(module, levels)?;
-                let pointwise =
-                    parameter == "weight" && name.contains(".attn_1.") && !name.ends_with("norm");
-                Some(Location {
-                    pointwise,
-                    ..whole(format!("{name}.{parameter}"))
-                })
+                autoencoder(keys::bfl_autoencoder_module(module, levels)?)
+            }
+            Self::BflFlux2Autoencoder { levels } => {
+                autoencoder(flux2::keys::bfl_autoencoder_module(module, levels)?)
             }
         }
     }
@@ -97,6 +120,9 @@ impl Layout {
                     key,
                     "text_model.embeddings.position_ids" | "text_projection.weight" | "logit_scale"
                 )
+            }
+            Self::Flux2Autoencoder | Self::BflFlux2Autoencoder { .. } => {
+                key == "bn.num_batches_tracked"
             }
             _ => false,
         }
@@ -145,7 +171,8 @@ impl Checkpoint {
             .filter_map(|name| name.strip_prefix(self.prefix))
     }
 
-    fn shape(&self, key: &str) -> Option<&[usize]> {
+    /// Shape of a tensor, by its name without prefix.
+    pub(crate) fn shape(&self, key: &str) -> Option<&[usize]> {
         self.tensors
             .info(&format!("{}{key}", self.prefix))
             .map(|info| info.shape.as_slice())
@@ -327,7 +354,7 @@ impl Checkpoint {
     }
 
     /// One more than the largest index after `prefix`.
-    fn blocks(&self, prefix: &str) -> usize {
+    pub(crate) fn blocks(&self, prefix: &str) -> usize {
         self.names()
             .filter_map(|name| {
                 name.strip_prefix(prefix)?
@@ -350,14 +377,7 @@ impl Checkpoint {
         layout: Layout,
         device: &Device,
     ) -> Result<M, WeightsError> {
-        let mut load = Load {
-            checkpoint: self,
-            layout,
-            device,
-            walk: Walk::default(),
-            used: BTreeMap::new(),
-            error: None,
-        };
+        let mut load = Load::new(self, layout, device);
         let module = module.map(&mut load);
         if let Some(error) = load.error {
             return Err(error);
@@ -369,6 +389,53 @@ impl Checkpoint {
                 path: self.path.clone(),
                 key: key.to_string(),
                 count: unused.len(),
+            }),
+        }
+    }
+
+    /// Fills `module`, which is the part at `path` of the network in this checkpoint; other tensors are not looked at.
+    ///
+    /// # Errors
+    /// A tensor that is missing, of another shape, or not finite.
+    pub(crate) fn load_part<M: Module>(
+        &self,
+        module: M,
+        path: &str,
+        device: &Device,
+    ) -> Result<M, WeightsError> {
+        let mut load = Load::new(self, Layout::Diffusers, device);
+        load.walk.path.extend(path.split('.').map(String::from));
+        let module = module.map(&mut load);
+        match load.error {
+            None => Ok(module),
+            Some(error) => Err(error),
+        }
+    }
+
+    /// One row of the matrix `key`, as f32.
+    ///
+    /// # Errors
+    /// No such row, or a value that is not finite.
+    pub(crate) fn row(&self, key: &str, row: usize) -> Result<Vec<f32>, WeightsError> {
+        let location = Location {
+            key: key.into(),
+            rows: Some(row..row + 1),
+            swap_halves: false,
+            pointwise: false,
+        };
+        let tensor = self.read(&location)?;
+        let mut values = tensor.to_f32();
+        if matches!(tensor.dtype, Dtype::F8E4m3 | Dtype::F8E5m2)
+            && let Some((scale, _)) = self.fp8_scale(key)?
+        {
+            values.iter_mut().for_each(|v| *v *= scale);
+        }
+        match values.iter().position(|v| !v.is_finite()) {
+            None => Ok(values),
+            Some(index) => Err(WeightsError::NotFinite {
+                path: self.path.clone(),
+                key: key.into(),
+                index: row * values.len() + index,
             }),
         }
     }
@@ -452,7 +519,18 @@ struct Load<'a> {
     error: Option<WeightsError>,
 }
 
-impl Load<'_> {
+impl<'a> Load<'a> {
+    fn new(checkpoint: &'a Checkpoint, layout: Layout, device: &'a Device) -> Self {
+        Self {
+            checkpoint,
+            layout,
+            device,
+            walk: Walk::default(),
+            used: BTreeMap::new(),
+            error: None,
+        }
+    }
+
     fn is_used(&self, key: &str) -> bool {
         let quantisation = [
             ".scale_weight",

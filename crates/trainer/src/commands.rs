@@ -7,7 +7,6 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, bail};
 use burn::module::Module;
-use flux_model::WeightsError;
 use flux_model::families::{self, Visitor};
 use flux_model::family::{Family, TextEncoders};
 use flux_model::lora::Component;
@@ -170,16 +169,13 @@ fn sample_family<F: Family>(family: &F, args: &SampleArgs) -> anyhow::Result<()>
         .text_encoders(&device)
         .context("load the text encoders")?
         .adapt(&AttachLoras(&loras))?;
-    let encode = |prompt: &str| {
-        let parts = encoders.encode(prompt, args.max_sequence_length, &device)?;
-        Ok::<_, WeightsError>(F::text(parts, &device))
-    };
-    let text = encode(&args.prompt)?;
-    let negative = family
-        .negative_prompt(args.guidance)
-        .map(encode)
-        .transpose()?;
+    let negative = family.negative_prompt(args.guidance);
+    let prompts: Vec<&str> = [args.prompt.as_str()].into_iter().chain(negative).collect();
+    let texts = encoders.encode(&prompts, args.max_sequence_length, &device)?;
     drop(encoders);
+    let mut texts = texts.into_iter().map(|parts| F::text(parts, &device));
+    let text = texts.next().context("encode the prompt")?;
+    let negative = texts.next();
     let network = family.network(&device).context("load the transformer")?;
     if let Some(problem) = family.problem(&network) {
         bail!("{problem}");

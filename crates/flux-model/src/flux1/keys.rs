@@ -19,7 +19,7 @@ pub struct BflModule {
 }
 
 impl BflModule {
-    fn whole(name: impl Into<String>) -> Self {
+    pub(crate) fn whole(name: impl Into<String>) -> Self {
         Self {
             name: name.into(),
             rows: None,
@@ -27,7 +27,7 @@ impl BflModule {
         }
     }
 
-    fn part(name: String, rows: Range<usize>) -> Self {
+    pub(crate) fn part(name: String, rows: Range<usize>) -> Self {
         Self {
             name,
             rows: Some(rows),

@@ -61,6 +61,7 @@ impl Family for Flux1 {
             transformer: Some(transformer_config(folder)?),
             clip: Some(folder.config("text_encoder/config.json", ClipConfig::problem)?),
             t5: Some(folder.config("text_encoder_2/config.json", T5Config::problem)?),
+            ..ModelShape::default()
         })
     }
 

@@ -32,8 +32,8 @@ pub struct TextEmbedding {
     pub pooled: Tensor<2>,
 }
 
-impl TextEncoders for ClipAndT5 {
-    fn encode(
+impl ClipAndT5 {
+    fn encode_one(
         &self,
         prompt: &str,
         max_sequence_length: usize,
@@ -58,6 +58,21 @@ impl TextEncoders for ClipAndT5 {
         let pooled = host_tensor(self.clip.forward(&[clip_ids], device).pooled);
         let sequence = host_tensor(self.t5.forward(&[t5_ids], device));
         Ok(vec![sequence, pooled])
+    }
+}
+
+impl TextEncoders for ClipAndT5 {
+    const AT_ONCE: usize = 1;
+
+    fn encode(
+        &self,
+        prompts: &[&str],
+        max_sequence_length: usize,
+        device: &Device,
+    ) -> Result<Vec<Vec<HostTensor>>, WeightsError> {
+        let each = prompts.iter();
+        each.map(|prompt| self.encode_one(prompt, max_sequence_length, device))
+            .collect()
     }
 
     fn adapt<C: Adapt>(self, change: &C) -> Result<Self, C::Error> {

@@ -16,7 +16,7 @@ use burn::tensor::{Device, Gradients, Tensor};
 use lora_core::linear;
 use lora_core::training::recompute::{Blocks, TensorTree};
 
-use crate::blocks::Block;
+use crate::blocks::{Block, join};
 use crate::error::WeightsError;
 use crate::family::Network;
 use crate::flux1::config::FluxConfig;
@@ -31,6 +31,8 @@ use crate::lora::ModelShape;
 const EPS: f64 = 1e-6;
 /// Base of the rotary frequencies.
 const THETA: f64 = 10000.0;
+/// Channels of the sinusoidal embeddings of time and guidance.
+const TIME_CHANNELS: usize = 256;
 
 /// Inputs of one forward pass.
 #[derive(Debug, Clone)]
@@ -121,10 +123,10 @@ impl FluxTransformer {
             x_embedder: linear_layer(config.in_channels, hidden, true, device),
             context_embedder: linear_layer(config.joint_attention_dim, hidden, true, device),
             time_text_embed: TimeTextEmbed {
-                timestep_embedder: Embedder::new(256, hidden, device),
+                timestep_embedder: Embedder::new(TIME_CHANNELS, hidden, device),
                 guidance_embedder: config
                     .guidance_embeds
-                    .then(|| Embedder::new(256, hidden, device)),
+                    .then(|| Embedder::new(TIME_CHANNELS, hidden, device)),
                 text_embedder: Embedder::new(config.pooled_projection_dim, hidden, device),
             },
             transformer_blocks: (0..config.num_layers)
@@ -148,12 +150,18 @@ impl FluxTransformer {
     fn condition(&self, input: &FluxInput) -> Tensor<2> {
         let device = input.pooled.device();
         let embed = &self.time_text_embed;
-        let time = embed
-            .timestep_embedder
-            .forward(sinusoidal_embedding(&input.sigma, &device));
+        let time = embed.timestep_embedder.forward(sinusoidal_embedding(
+            &input.sigma,
+            TIME_CHANNELS,
+            &device,
+        ));
         let time = match &embed.guidance_embedder {
             Some(guidance) => {
-                time + guidance.forward(sinusoidal_embedding(&input.guidance, &device))
+                time + guidance.forward(sinusoidal_embedding(
+                    &input.guidance,
+                    TIME_CHANNELS,
+                    &device,
+                ))
             }
             None => time,
         };
@@ -235,14 +243,6 @@ impl Blocks for FluxTransformer {
             }
             Block::Single(block) => vec![block.forward(join(tokens), c)],
         }
-    }
-}
-
-/// Text tokens, then image tokens, as one sequence; what is one already stays as it is.
-fn join(mut tokens: Vec<Tensor<3>>) -> Tensor<3> {
-    match tokens.len() {
-        1 => tokens.remove(0),
-        _ => Tensor::cat(tokens, 1),
     }
 }
 

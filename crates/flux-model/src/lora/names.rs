@@ -248,6 +248,7 @@ mod tests {
             transformer: Some(FluxConfig::dev()),
             clip: Some(ClipConfig::clip_l()),
             t5: Some(T5Config::xxl()),
+            ..ModelShape::default()
         })
     }
 

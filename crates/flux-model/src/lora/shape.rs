@@ -1,6 +1,7 @@
 //! The modules of each network that an update can name, with their sizes.
 
 use crate::flux1::config::FluxConfig;
+use crate::flux2::config::Flux2Config;
 use crate::text::clip::ClipConfig;
 use crate::text::t5::T5Config;
 
@@ -9,8 +10,10 @@ use super::Component;
 /// The networks a LoRA is for. What is `None` is inferred from the file.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ModelShape {
-    /// The velocity network.
+    /// The velocity network of FLUX.1.
     pub transformer: Option<FluxConfig>,
+    /// The velocity network of FLUX.2.
+    pub flux2: Option<Flux2Config>,
     /// The CLIP text encoder.
     pub clip: Option<ClipConfig>,
     /// The T5 text encoder.
@@ -48,7 +51,10 @@ impl ModelShape {
     /// Path and sizes of every module of a component that an update can name.
     pub fn modules(&self, component: Component) -> Vec<(String, ModuleShape)> {
         match component {
-            Component::Transformer => self.transformer.as_ref().map(transformer_modules),
+            Component::Transformer => match &self.flux2 {
+                Some(config) => Some(flux2_modules(config)),
+                None => self.transformer.as_ref().map(transformer_modules),
+            },
             Component::ClipL => self.clip.as_ref().map(clip_modules),
             Component::T5 => self.t5.as_ref().map(t5_modules),
         }
@@ -129,6 +135,78 @@ fn transformer_modules(config: &FluxConfig) -> Vec<(String, ModuleShape)> {
     modules
 }
 
+fn flux2_modules(config: &Flux2Config) -> Vec<(String, ModuleShape)> {
+    let (hidden, mlp) = (config.hidden_size(), config.mlp_hidden());
+    let square = linear(hidden, hidden);
+    let head_norm = ModuleShape::Norm {
+        len: config.attention_head_dim,
+    };
+    let double = [
+        ("attn.to_q", square),
+        ("attn.to_k", square),
+        ("attn.to_v", square),
+        ("attn.add_q_proj", square),
+        ("attn.add_k_proj", square),
+        ("attn.add_v_proj", square),
+        ("attn.to_out.0", square),
+        ("attn.to_add_out", square),
+        ("attn.norm_q", head_norm),
+        ("attn.norm_k", head_norm),
+        ("attn.norm_added_q", head_norm),
+        ("attn.norm_added_k", head_norm),
+        ("ff.linear_in", linear(2 * mlp, hidden)),
+        ("ff.linear_out", linear(hidden, mlp)),
+        ("ff_context.linear_in", linear(2 * mlp, hidden)),
+        ("ff_context.linear_out", linear(hidden, mlp)),
+    ];
+    let single = [
+        ("attn.to_qkv_mlp_proj", linear(3 * hidden + 2 * mlp, hidden)),
+        ("attn.to_out", linear(hidden, hidden + mlp)),
+        ("attn.norm_q", head_norm),
+        ("attn.norm_k", head_norm),
+    ];
+    let root = [
+        ("x_embedder", linear(hidden, config.in_channels)),
+        (
+            "context_embedder",
+            linear(hidden, config.joint_attention_dim),
+        ),
+        (
+            "double_stream_modulation_img.linear",
+            linear(6 * hidden, hidden),
+        ),
+        (
+            "double_stream_modulation_txt.linear",
+            linear(6 * hidden, hidden),
+        ),
+        (
+            "single_stream_modulation.linear",
+            linear(3 * hidden, hidden),
+        ),
+        ("norm_out.linear", linear(2 * hidden, hidden)),
+        ("proj_out", linear(config.out_channels(), hidden)),
+    ];
+    let mut modules = Vec::new();
+    for block in 0..config.num_layers {
+        let path = |name| format!("transformer_blocks.{block}.{name}");
+        modules.extend(double.map(|(name, shape)| (path(name), shape)));
+    }
+    for block in 0..config.num_single_layers {
+        let path = |name| format!("single_transformer_blocks.{block}.{name}");
+        modules.extend(single.map(|(name, shape)| (path(name), shape)));
+    }
+    modules.extend(root.map(|(name, shape)| (name.into(), shape)));
+    for (name, exists) in [("timestep", true), ("guidance", config.guidance_embeds)] {
+        if exists {
+            let path = |layer| format!("time_guidance_embed.{name}_embedder.{layer}");
+            let channels = config.timestep_guidance_channels;
+            modules.push((path("linear_1"), linear(hidden, channels)));
+            modules.push((path("linear_2"), square));
+        }
+    }
+    modules
+}
+
 fn clip_modules(config: &ClipConfig) -> Vec<(String, ModuleShape)> {
     let (hidden, mlp) = (config.hidden_size, config.intermediate_size);
     let square = linear(hidden, hidden);
@@ -196,11 +274,36 @@ mod tests {
     }
 
     #[test]
+    fn the_modules_of_flux2_are_the_layers_and_norms_of_its_network() {
+        use crate::flux2::transformer::Flux2Transformer;
+        use crate::weights::{Layout, checkpoint_tensors};
+        use burn::tensor::Device;
+
+        for config in [Flux2Config::dev(), Flux2Config::klein_4b()] {
+            let network = Flux2Transformer::new(&config, &Device::flex());
+            let shape = ModelShape {
+                flux2: Some(config),
+                ..ModelShape::default()
+            };
+            let modules = shape.modules(Component::Transformer);
+            let tensors = modules.into_iter().map(|(path, shape)| {
+                let weight = match shape {
+                    ModuleShape::Linear { out, input } => vec![out, input],
+                    ModuleShape::Norm { len } => vec![len],
+                };
+                (format!("{path}.weight"), weight)
+            });
+            let tensors: std::collections::BTreeMap<_, _> = tensors.collect();
+            assert_eq!(tensors, checkpoint_tensors(&network, Layout::Diffusers));
+        }
+    }
+
+    #[test]
     fn clip_l_has_72_linear_layers_and_t5_xxl_168() {
         let shape = ModelShape {
-            transformer: None,
             clip: Some(ClipConfig::clip_l()),
             t5: Some(T5Config::xxl()),
+            ..ModelShape::default()
         };
         let count = |component| {
             let modules = shape.modules(component);

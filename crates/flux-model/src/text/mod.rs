@@ -1,5 +1,7 @@
 //! Text to embeddings: tokenizers and encoders.
 
 pub mod clip;
+pub mod qwen3;
+pub mod qwen3_tokenizer;
 pub mod t5;
 pub mod tokenizer;

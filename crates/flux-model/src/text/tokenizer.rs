@@ -41,8 +41,8 @@ const MAX_FILE: u64 = 64 << 20;
 /// Longest unigram piece accepted: the model keeps a tree as deep as its longest piece and frees it recursively.
 const MAX_PIECE_BYTES: usize = 512;
 
-type Cause = Box<dyn std::error::Error + Send + Sync>;
-type Result<T, E = TokenizerError> = std::result::Result<T, E>;
+pub(super) type Cause = Box<dyn std::error::Error + Send + Sync>;
+pub(super) type Result<T, E = TokenizerError> = std::result::Result<T, E>;
 
 /// Why a tokenizer cannot be loaded or a prompt cannot be encoded.
 #[derive(Debug, thiserror::Error)]
@@ -87,7 +87,7 @@ impl ClipTokenizer {
             None => {
                 let (file, merges_file) = (path.join("vocab.json"), path.join("merges.txt"));
                 let vocab = strict_json::parse_json(&read(&file)?).map_err(malformed(&file))?;
-                let merges = parse_merges(&read(&merges_file)?);
+                let merges = parse_merges(&read(&merges_file)?, CLIP_MERGES);
                 let merges = merges.map_err(malformed(&merges_file))?;
                 let text = clip_pipeline(vocab, merges, unk);
                 let mut text = text.map_err(malformed(&merges_file))?;
@@ -189,25 +189,8 @@ impl Framed {
         pad: &str,
         model_max_length: usize,
     ) -> Result<Self> {
-        let id = |role, token: &str| match text.token_to_id(token) {
-            Some(id) => Ok(i64::from(id)),
-            None => Err(TokenizerError::MissingToken {
-                path: path.into(),
-                role,
-                token: token.into(),
-            }),
-        };
-        // A token that normalizes to nothing would match everywhere, even inside a character.
-        let added = text.get_added_tokens_decoder();
-        for AddedToken { content, .. } in added.values().filter(|token| token.normalized) {
-            let mut normalized = NormalizedString::from(content.as_str());
-            let normalizer = text.get_normalizer();
-            let done = normalizer.map_or(Ok(()), |it| it.normalize(&mut normalized));
-            done.map_err(malformed(path))?;
-            if normalized.is_empty() {
-                return Err(malformed(path)(format!("added token {content:?} is blank")));
-            }
-        }
+        let id = |role, token: &str| token_id(&text, path, role, token);
+        check_added_tokens(&text, path)?;
         let bos_id = bos.map(|bos| id("bos", bos)).transpose()?;
         let (eos_id, pad_id) = (id("eos", eos)?, id("pad", pad)?);
         Ok(Self {
@@ -225,35 +208,67 @@ impl Framed {
             .checked_sub(needed)
             .ok_or(TokenizerError::TooShort { max_length, needed })?;
         let mut ids = Vec::from_iter(self.bos_id);
-        ids.extend(self.first_tokens(prompt, room)?);
+        ids.extend(first_tokens(&self.text, prompt, room)?);
         ids.push(self.eos_id);
         ids.resize(max_length, self.pad_id);
         Ok(ids)
     }
+}
 
-    /// The first `count` tokens of a prompt.
-    ///
-    /// Tokenizes a head of it, longer and longer until that gives twice `count`: the head ends between words, and
-    /// whatever its end changes lies past `count`.
-    fn first_tokens(&self, prompt: &str, count: usize) -> Result<Vec<i64>> {
-        let mut length = count.saturating_mul(64);
-        loop {
-            let mut rest = prompt.bytes().skip(length);
-            let blank = rest.position(|byte| byte.is_ascii_whitespace());
-            let head = blank.map_or(prompt, |blank| &prompt[..length + blank]);
-            let tokens = self.text.encode_fast(head, false);
-            let tokens = tokens.map_err(|source| TokenizerError::Encode { source })?;
-            let ids = tokens.get_ids();
-            if head.len() == prompt.len() || ids.len() >= count.saturating_mul(2) {
-                return Ok(ids.iter().take(count).map(|&id| id.into()).collect());
-            }
-            length = head.len().saturating_mul(2);
+/// The first `count` tokens of a prompt.
+///
+/// Tokenizes a head of it, longer and longer until that gives twice `count`: the head ends between words, and
+/// whatever its end changes lies past `count`.
+pub(super) fn first_tokens(text: &Tokenizer, prompt: &str, count: usize) -> Result<Vec<i64>> {
+    let mut length = count.saturating_mul(64);
+    loop {
+        let mut rest = prompt.bytes().skip(length);
+        let blank = rest.position(|byte| byte.is_ascii_whitespace());
+        let head = blank.map_or(prompt, |blank| &prompt[..length + blank]);
+        let tokens = text.encode_fast(head, false);
+        let tokens = tokens.map_err(|source| TokenizerError::Encode { source })?;
+        let ids = tokens.get_ids();
+        if head.len() == prompt.len() || ids.len() >= count.saturating_mul(2) {
+            return Ok(ids.iter().take(count).map(|&id| id.into()).collect());
         }
+        length = head.len().saturating_mul(2);
     }
 }
 
+/// Id of a token that must be there.
+pub(super) fn token_id(
+    text: &Tokenizer,
+    path: &Path,
+    role: &'static str,
+    token: &str,
+) -> Result<i64> {
+    match text.token_to_id(token) {
+        Some(id) => Ok(i64::from(id)),
+        None => Err(TokenizerError::MissingToken {
+            path: path.into(),
+            role,
+            token: token.into(),
+        }),
+    }
+}
+
+/// Refuses an added token that normalizes to nothing: it would match everywhere, even inside a character.
+pub(super) fn check_added_tokens(text: &Tokenizer, path: &Path) -> Result<()> {
+    let added = text.get_added_tokens_decoder();
+    for AddedToken { content, .. } in added.values().filter(|token| token.normalized) {
+        let mut normalized = NormalizedString::from(content.as_str());
+        let normalizer = text.get_normalizer();
+        let done = normalizer.map_or(Ok(()), |it| it.normalize(&mut normalized));
+        done.map_err(malformed(path))?;
+        if normalized.is_empty() {
+            return Err(malformed(path)(format!("added token {content:?} is blank")));
+        }
+    }
+    Ok(())
+}
+
 /// `tokenizer_config.json` and, for what it leaves out, `special_tokens_map.json`; an absent file sets nothing.
-struct Settings {
+pub(super) struct Settings {
     json: Option<PathBuf>,
     path: PathBuf,
     config: Value,
@@ -262,7 +277,7 @@ struct Settings {
 }
 
 impl Settings {
-    fn read(path: &Path) -> Result<Self> {
+    pub(super) fn read(path: &Path) -> Result<Self> {
         let file = path.join("tokenizer.json");
         let (folder, json) = match path.parent() {
             Some(folder) if !path.is_dir() => (folder, Some(path.to_path_buf())),
@@ -287,7 +302,7 @@ impl Settings {
     }
 
     /// The text pipeline of the `tokenizer.json`, if there is one, and its path.
-    fn read_json(&self) -> Result<Option<(Tokenizer, PathBuf)>> {
+    pub(super) fn read_json(&self) -> Result<Option<(Tokenizer, PathBuf)>> {
         let Some(path) = &self.json else {
             return Ok(None);
         };
@@ -296,7 +311,7 @@ impl Settings {
     }
 
     /// A special token by role, written as a string or as an object with its `content`.
-    fn token(&self, role: &str) -> Option<&str> {
+    pub(super) fn token(&self, role: &str) -> Option<&str> {
         let mut tokens = [&self.config[role], &self.map[role]].into_iter();
         tokens.find_map(|token| token.get("content").unwrap_or(token).as_str())
     }
@@ -314,7 +329,11 @@ impl Settings {
     }
 
     /// Registers the tokens found before text is split: those of `special` that exist, and all that the settings list.
-    fn add_tokens(&self, text: &mut Tokenizer, mut special: Vec<AddedToken>) -> Result<()> {
+    pub(super) fn add_tokens(
+        &self,
+        text: &mut Tokenizer,
+        mut special: Vec<AddedToken>,
+    ) -> Result<()> {
         let listed: BTreeSet<_> = self.added.values().map(|token| &token.content).collect();
         special.retain(|token| !listed.contains(&token.content));
         special.retain(|token| text.token_to_id(&token.content).is_some());
@@ -330,7 +349,7 @@ impl Settings {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>> {
+pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
     let error = |source| TokenizerError::Read {
         path: path.into(),
         source,
@@ -338,7 +357,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     strict_json::read_file(path, MAX_FILE).map_err(error)
 }
 
-fn malformed<E: Into<Cause>>(path: &Path) -> impl Fn(E) -> TokenizerError {
+pub(super) fn malformed<E: Into<Cause>>(path: &Path) -> impl Fn(E) -> TokenizerError {
     move |source| TokenizerError::Malformed {
         path: path.into(),
         source: source.into(),
@@ -362,7 +381,8 @@ fn parse_json(bytes: &[u8]) -> Result<Tokenizer, Cause> {
     Ok(serde_json::from_value(json)?)
 }
 
-fn parse_merges(bytes: &[u8]) -> Result<Vec<(String, String)>, Cause> {
+/// The first `count` merges of a `merges.txt`.
+pub(super) fn parse_merges(bytes: &[u8], count: usize) -> Result<Vec<(String, String)>, Cause> {
     let lines = std::str::from_utf8(bytes)?.trim().lines().enumerate();
     let merge = |(index, line): (usize, &str)| {
         let (left, right) = line
@@ -371,7 +391,7 @@ fn parse_merges(bytes: &[u8]) -> Result<Vec<(String, String)>, Cause> {
             .ok_or_else(|| format!("line {} is not a pair of tokens", index + 1))?;
         Ok((left.to_owned(), right.to_owned()))
     };
-    lines.skip(1).take(CLIP_MERGES).map(merge).collect() // the first line is a version
+    lines.skip(1).take(count).map(merge).collect() // the first line is a version
 }
 
 fn clip_pipeline(
@@ -763,7 +783,7 @@ mod tests {
             for (tokenizer, count) in [(&clip()?.0, 75), (&t5()?.0, 511)] {
                 let start = &prompt[..prompt.floor_char_boundary(40_000)];
                 let whole = tokenizer.text.encode_fast(start, false)?;
-                let head = tokenizer.first_tokens(&prompt, count)?;
+                let head = first_tokens(&tokenizer.text, &prompt, count)?;
                 let head: Vec<u32> = head.into_iter().map(|id| id as u32).collect();
                 assert_eq!(head, whole.get_ids()[..count]);
             }

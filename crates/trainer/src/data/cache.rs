@@ -149,10 +149,14 @@ impl Cache {
                 .text_encoders(device)
                 .context("load the text encoders")?;
             let bar = progress::bar("encode captions", texts.len() as u64);
-            for (key, text) in texts {
-                let text = encoders.encode(text, config.max_sequence_length, device)?;
-                write_entry(folder, &key, F::TEXT, text)?;
-                bar.inc(1);
+            let texts: Vec<_> = texts.into_iter().collect();
+            for together in texts.chunks(F::TextEncoders::AT_ONCE) {
+                let prompts: Vec<&str> = together.iter().map(|(_, text)| *text).collect();
+                let parts = encoders.encode(&prompts, config.max_sequence_length, device)?;
+                for ((key, _), parts) in together.iter().zip(parts) {
+                    write_entry(folder, key, F::TEXT, parts)?;
+                    bar.inc(1);
+                }
             }
             bar.finish_and_clear();
         }

@@ -56,6 +56,7 @@ fn shape() -> ModelShape {
         transformer: Some(flux()),
         clip: Some(clip),
         t5: Some(t5),
+        ..ModelShape::default()
     }
 }
 

@@ -459,12 +459,12 @@ fn pipeline(case: &Case, device: &Device) -> anyhow::Result<Tensors> {
     let [_, height, width] =
         family.latent_shape(case.usize("/call/height")?, case.usize("/call/width")?);
     let grid = [height, width];
-    let text = family.text_encoders(device)?.encode(
-        case.str("/call/prompt")?,
+    let mut text = family.text_encoders(device)?.encode(
+        &[case.str("/call/prompt")?],
         case.usize("/call/max_sequence_length")?,
         device,
     )?;
-    let text = Flux1::text(text, device);
+    let text = Flux1::text(text.remove(0), device);
     let steps = case.usize("/call/num_inference_steps")?;
     let latents: Tensor<3> = case.tensor("latents_packed", device)?;
     let sigmas = family.sigmas(steps, latents.dims()[1]);

@@ -1,0 +1,199 @@
+//! A FLUX.2 klein pipeline: its parts and the rules between them.
+//!
+//! Source: diffusers 0.38 `Flux2KleinPipeline`.
+
+use burn::tensor::{Device, Tensor, TensorData};
+use lora_core::files::host::HostTensor;
+use lora_core::host_tensor;
+
+use crate::error::WeightsError;
+use crate::family::Family;
+use crate::flux2::autoencoder::Flux2Autoencoder;
+use crate::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
+use crate::flux2::latent::{image_positions, pack, text_positions, unpack};
+use crate::flux2::load::{load_autoencoder, load_transformer};
+use crate::flux2::schedule::empirical_mu;
+use crate::flux2::text::KleinTextEncoder;
+use crate::flux2::transformer::{Flux2Input, Flux2Transformer};
+use crate::lora::ModelShape;
+use crate::pipeline::PipelineFolder;
+use crate::scheduler::SchedulerConfig;
+
+/// Steps whose shift training's `flux` shift takes: those that the networks that can be trained are sampled with.
+const TRAINING_STEPS: usize = 50;
+
+/// An opened FLUX.2 klein pipeline.
+#[derive(Debug)]
+pub struct Flux2 {
+    folder: PipelineFolder,
+    autoencoder: Flux2AutoencoderConfig,
+    scheduler: SchedulerConfig,
+}
+
+fn transformer_config(folder: &PipelineFolder) -> Result<Flux2Config, WeightsError> {
+    folder.config("transformer/config.json", Flux2Config::problem)
+}
+
+impl Flux2 {
+    /// Whether the network was distilled to few steps without guidance.
+    pub fn is_distilled(&self) -> bool {
+        self.folder.index().get("is_distilled") == Some(&true.into())
+    }
+}
+
+impl Family for Flux2 {
+    type Network = Flux2Transformer;
+    type TextEncoders = KleinTextEncoder;
+    type Autoencoder = Flux2Autoencoder;
+    type Text = Tensor<3>;
+
+    const NAME: &'static str = "FLUX.2 klein";
+    const TEXT_FOLDERS: &'static [&'static str] = &["text_encoder", "tokenizer"];
+    const TEXT: &'static [&'static str] = &["sequence"];
+    const LATENTS: &'static [&'static str] = &["latents"];
+
+    fn open(folder: PipelineFolder) -> Result<Self, WeightsError> {
+        Ok(Self {
+            autoencoder: folder.config("vae/config.json", Flux2AutoencoderConfig::problem)?,
+            scheduler: folder
+                .config("scheduler/scheduler_config.json", SchedulerConfig::problem)?,
+            folder,
+        })
+    }
+
+    fn shape(folder: &PipelineFolder) -> Result<ModelShape, WeightsError> {
+        Ok(ModelShape {
+            flux2: Some(transformer_config(folder)?),
+            ..ModelShape::default()
+        })
+    }
+
+    fn folder(&self) -> &PipelineFolder {
+        &self.folder
+    }
+
+    fn describe(&self) -> Result<String, WeightsError> {
+        let flux = transformer_config(&self.folder)?;
+        let guidance = match (self.is_distilled(), flux.guidance_embeds) {
+            (true, _) => "distilled",
+            (false, true) => "embedded",
+            (false, false) => "by an empty negative prompt",
+        };
+        Ok(format!(
+            "transformer:  {} double and {} single blocks, width {}, {} heads of {}, {} input channels, guidance {guidance}\n\
+             autoencoder:  1:{} with {} channels, in patches of 2 x 2\n\
+             scheduler:    shift by image size and steps\n",
+            flux.num_layers,
+            flux.num_single_layers,
+            flux.hidden_size(),
+            flux.num_attention_heads,
+            flux.attention_head_dim,
+            flux.in_channels,
+            self.autoencoder.downscale(),
+            self.autoencoder.latent_channels,
+        ))
+    }
+
+    fn network(&self, device: &Device) -> Result<Flux2Transformer, WeightsError> {
+        let stated = transformer_config(&self.folder).ok();
+        load_transformer(self.folder.transformer_path(), stated.as_ref(), device)
+    }
+
+    fn problem(&self, network: &Flux2Transformer) -> Option<String> {
+        let latent = self.autoencoder.patch_channels();
+        let (inputs, outputs) = (
+            network.config().in_channels,
+            network.config().out_channels(),
+        );
+        (inputs != latent || outputs != latent).then(|| {
+            format!(
+                "this transformer reads {inputs} channels and gives {outputs}, the autoencoder has {latent}"
+            )
+        })
+    }
+
+    fn autoencoder(&self, device: &Device) -> Result<Flux2Autoencoder, WeightsError> {
+        let path = self.folder.autoencoder_path();
+        load_autoencoder(path, Some(&self.autoencoder), device)
+    }
+
+    fn text_encoders(&self, device: &Device) -> Result<KleinTextEncoder, WeightsError> {
+        KleinTextEncoder::open(self.folder.root(), device)
+    }
+
+    fn text(parts: Vec<HostTensor>, device: &Device) -> Tensor<3> {
+        let sequence = &parts[0];
+        let data = TensorData::new(sequence.to_f32(), sequence.shape.clone());
+        Tensor::from_data(data, device)
+    }
+
+    fn negative_prompt(&self, guidance_scale: f32) -> Option<&'static str> {
+        (guidance_scale > 1.0 && !self.is_distilled()).then_some("")
+    }
+
+    fn encode_image(autoencoder: &Flux2Autoencoder, image: Tensor<4>) -> Vec<HostTensor> {
+        let mean = autoencoder.encode(image).mean; // FLUX.2 never draws from the distribution
+        vec![host_tensor(autoencoder.to_model_space(mean))]
+    }
+
+    fn latents(&self, parts: &[HostTensor], _: impl FnOnce(usize) -> Vec<f32>) -> Vec<f32> {
+        parts[0].to_f32()
+    }
+
+    fn decode(autoencoder: &Flux2Autoencoder, latents: Tensor<4>) -> Tensor<4> {
+        autoencoder.decode(autoencoder.from_model_space(latents))
+    }
+
+    fn pixel_step(&self) -> usize {
+        2 * self.autoencoder.downscale()
+    }
+
+    fn latent_shape(&self, height_px: usize, width_px: usize) -> [usize; 3] {
+        let step = self.pixel_step();
+        let channels = self.autoencoder.patch_channels();
+        [channels, height_px / step, width_px / step]
+    }
+
+    fn image_tokens([rows, columns]: [usize; 2]) -> usize {
+        rows * columns
+    }
+
+    fn pack(latents: Tensor<4>) -> Tensor<3> {
+        pack(latents)
+    }
+
+    fn unpack(tokens: Tensor<3>, [rows, columns]: [usize; 2]) -> Tensor<4> {
+        unpack(tokens, rows, columns)
+    }
+
+    fn input(
+        tokens: Tensor<3>,
+        [rows, columns]: [usize; 2],
+        text: Tensor<3>,
+        sigma: Vec<f32>,
+        guidance: Vec<f32>,
+    ) -> Flux2Input {
+        let mut positions = text_positions(text.dims()[1]);
+        positions.extend(image_positions(rows, columns));
+        Flux2Input {
+            img: tokens,
+            txt: text,
+            sigma,
+            guidance,
+            positions,
+        }
+    }
+
+    fn scheduler(&self) -> &SchedulerConfig {
+        &self.scheduler
+    }
+
+    fn sigmas(&self, steps: usize, image_tokens: usize) -> Vec<f32> {
+        let mu = empirical_mu(image_tokens, steps);
+        self.scheduler.sigmas_shifted(steps, mu)
+    }
+
+    fn training_mu(&self, image_tokens: usize) -> f64 {
+        empirical_mu(image_tokens, TRAINING_STEPS)
+    }
+}

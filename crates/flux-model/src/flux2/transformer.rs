@@ -1,0 +1,516 @@
+//! The FLUX.2 transformer: double-stream and single-stream blocks that predict the velocity `noise - latents`.
+//!
+//! What differs from FLUX.1: shift, scale and gate of all blocks of a kind come from one layer, computed once a step; no
+//! layer has a bias; MLPs are gated; a single block has one layer before and one after its attention; positions have four
+//! axes, and text is rotated; there is no pooled text.
+//!
+//! Fields carry diffusers' names, so a parameter's path is its checkpoint key and its PEFT path. Every linear layer is
+//! computed by [`lora_core::linear`].
+//!
+//! The forward pass is enter, the double blocks, the single blocks, leave ([`Network`]).
+//!
+//! Source: diffusers 0.38 `transformer_flux2.py`; black-forest-labs/flux2 `model.py` (ab7cca6).
+
+use burn::module::Module;
+use burn::nn::Linear;
+use burn::tensor::activation::silu;
+use burn::tensor::{Device, Gradients, Tensor};
+use lora_core::linear;
+use lora_core::training::recompute::{Blocks, TensorTree};
+
+use crate::blocks::{Block, join};
+use crate::error::WeightsError;
+use crate::family::Network;
+use crate::flux2::config::Flux2Config;
+use crate::flux2::latent::Position;
+use crate::layers::{
+    RmsNorm, RotaryTable, layer_norm, linear_layer, rotary_attention, sinusoidal_embedding,
+    split_heads,
+};
+use crate::lora::ModelShape;
+
+/// Inputs of one forward pass.
+#[derive(Debug, Clone)]
+pub struct Flux2Input {
+    /// Noisy latents as tokens, reference pictures after them, `[batch, img_tokens, in_channels]`.
+    pub img: Tensor<3>,
+    /// Text tokens, `[batch, txt_tokens, joint_attention_dim]`.
+    pub txt: Tensor<3>,
+    /// Noise level of each sample, in `[0, 1]`, 1 = pure noise.
+    pub sigma: Vec<f32>,
+    /// Guidance strength of each sample; ignored by models without guidance embedding.
+    pub guidance: Vec<f32>,
+    /// Positions of the text tokens, then of the image tokens.
+    pub positions: Vec<Position>,
+}
+
+/// What every block reads besides its input; the rotary positions get no gradient.
+#[derive(Debug, Clone)]
+pub struct Conditioning {
+    /// Time and guidance, `[batch, hidden_size]`.
+    pub temb: Tensor<2>,
+    /// Of the image stream of every double block: shift, scale, gate of the attention, then of the MLP,
+    /// `[batch, 6 * hidden_size]`.
+    pub img_mod: Tensor<2>,
+    /// Of the text stream, likewise.
+    pub txt_mod: Tensor<2>,
+    /// Of every single block: shift, scale, gate, `[batch, 3 * hidden_size]`.
+    pub single_mod: Tensor<2>,
+    /// Rotary positions of text and image tokens.
+    pub rotary: RotaryTable,
+    /// How many of the tokens are text.
+    pub txt_tokens: usize,
+}
+
+impl Conditioning {
+    /// With every vector changed by `vector`, and the positions by `rotary`.
+    fn map(
+        self,
+        mut vector: impl FnMut(Tensor<2>) -> Tensor<2>,
+        rotary: impl FnOnce(RotaryTable) -> RotaryTable,
+    ) -> Self {
+        Self {
+            temb: vector(self.temb),
+            img_mod: vector(self.img_mod),
+            txt_mod: vector(self.txt_mod),
+            single_mod: vector(self.single_mod),
+            rotary: rotary(self.rotary),
+            txt_tokens: self.txt_tokens,
+        }
+    }
+
+    fn into_vectors(self) -> Vec<Tensor<2>> {
+        vec![self.temb, self.img_mod, self.txt_mod, self.single_mod]
+    }
+}
+
+impl TensorTree for Conditioning {
+    fn lift(self) -> Self {
+        self.map(TensorTree::lift, RotaryTable::lift)
+    }
+    fn leaf(self) -> Self {
+        self.map(TensorTree::leaf, RotaryTable::lift)
+    }
+    fn inner(self) -> Self {
+        self.map(TensorTree::inner, RotaryTable::inner)
+    }
+    fn dot(self, gradient: Self) -> Option<Tensor<1>> {
+        self.into_vectors().dot(gradient.into_vectors())
+    }
+    fn take_gradient(&self, from: &mut Gradients) -> Self {
+        let vector = |vector: Tensor<2>| vector.take_gradient(from);
+        self.clone().map(vector, RotaryTable::inner)
+    }
+    fn plus(self, other: Self) -> Self {
+        let mut others = other.into_vectors().into_iter();
+        self.map(
+            |vector| match others.next() {
+                Some(other) => vector + other,
+                None => vector,
+            },
+            |rotary| rotary,
+        )
+    }
+}
+
+/// The network.
+#[derive(Module, Debug)]
+pub struct Flux2Transformer {
+    x_embedder: Linear,
+    context_embedder: Linear,
+    time_guidance_embed: TimeGuidanceEmbed,
+    double_stream_modulation_img: Modulation,
+    double_stream_modulation_txt: Modulation,
+    single_stream_modulation: Modulation,
+    transformer_blocks: Vec<DoubleStreamBlock>,
+    single_transformer_blocks: Vec<SingleStreamBlock>,
+    norm_out: Modulation,
+    proj_out: Linear,
+    #[module(skip)]
+    config: Flux2Config,
+}
+
+impl Flux2Transformer {
+    /// A network with lazily initialised weights: nothing is allocated until a weight is read or loaded.
+    pub fn new(config: &Flux2Config, device: &Device) -> Self {
+        let hidden = config.hidden_size();
+        let embedder = || Embedder::new(config.timestep_guidance_channels, hidden, device);
+        Self {
+            x_embedder: linear_layer(config.in_channels, hidden, false, device),
+            context_embedder: linear_layer(config.joint_attention_dim, hidden, false, device),
+            time_guidance_embed: TimeGuidanceEmbed {
+                timestep_embedder: embedder(),
+                guidance_embedder: config.guidance_embeds.then(embedder),
+            },
+            double_stream_modulation_img: Modulation::new(hidden, 6, device),
+            double_stream_modulation_txt: Modulation::new(hidden, 6, device),
+            single_stream_modulation: Modulation::new(hidden, 3, device),
+            transformer_blocks: (0..config.num_layers)
+                .map(|_| DoubleStreamBlock::new(config, device))
+                .collect(),
+            single_transformer_blocks: (0..config.num_single_layers)
+                .map(|_| SingleStreamBlock::new(config, device))
+                .collect(),
+            norm_out: Modulation::new(hidden, 2, device),
+            proj_out: linear_layer(hidden, config.out_channels(), false, device),
+            config: config.clone(),
+        }
+    }
+
+    /// The architecture.
+    pub fn config(&self) -> &Flux2Config {
+        &self.config
+    }
+
+    /// Everything that is computed once a step.
+    fn condition(&self, input: &Flux2Input) -> Conditioning {
+        let device = input.img.device();
+        let embed = &self.time_guidance_embed;
+        let sinusoid =
+            |t: &[f32]| sinusoidal_embedding(t, self.config.timestep_guidance_channels, &device);
+        let temb = embed.timestep_embedder.forward(sinusoid(&input.sigma));
+        let temb = match &embed.guidance_embedder {
+            Some(guidance) => temb + guidance.forward(sinusoid(&input.guidance)),
+            None => temb,
+        };
+        let activated = silu(temb.clone());
+        Conditioning {
+            temb,
+            img_mod: self.double_stream_modulation_img.forward(activated.clone()),
+            txt_mod: self.double_stream_modulation_txt.forward(activated.clone()),
+            single_mod: self.single_stream_modulation.forward(activated),
+            rotary: RotaryTable::new(
+                &input.positions,
+                &self.config.axes_dims_rope,
+                self.config.rope_theta,
+                &device,
+            ),
+            txt_tokens: input.txt.dims()[1],
+        }
+    }
+}
+
+impl Network for Flux2Transformer {
+    type Input = Flux2Input;
+
+    /// Text and image tokens at the width of the network, and everything that is computed once a step.
+    fn enter(&self, input: Flux2Input) -> (Vec<Tensor<3>>, Conditioning) {
+        let conditioning = self.condition(&input);
+        let img = linear(&self.x_embedder, input.img);
+        let txt = linear(&self.context_embedder, input.txt);
+        (vec![txt, img], conditioning)
+    }
+
+    /// Drops the text tokens and projects to the velocity.
+    fn leave(&self, tokens: Vec<Tensor<3>>, c: &Conditioning) -> Tensor<3> {
+        let hidden = join(tokens);
+        let img_tokens = hidden.dims()[1] - c.txt_tokens;
+        let img = hidden.narrow(1, c.txt_tokens, img_tokens);
+        let vectors = self.norm_out.forward(silu(c.temb.clone()));
+        let [scale, shift] = chunks(&vectors); // the other way round in BFL's layout
+        let normed = layer_norm(img, self.config.eps);
+        linear(&self.proj_out, normed * (scale + 1.0) + shift)
+    }
+
+    fn shape(&self) -> ModelShape {
+        ModelShape {
+            flux2: Some(self.config.clone()),
+            ..ModelShape::default()
+        }
+    }
+}
+
+/// The double-stream blocks, then the single-stream blocks. Between double-stream blocks flow text and image tokens, from
+/// the first single-stream block on both as one sequence, text first.
+impl Blocks for Flux2Transformer {
+    type Block = Block<DoubleStreamBlock, SingleStreamBlock>;
+    type Carry = Vec<Tensor<3>>;
+    type Shared = Conditioning;
+    type Error = WeightsError;
+
+    fn count(&self) -> usize {
+        self.transformer_blocks.len() + self.single_transformer_blocks.len()
+    }
+
+    fn block(&self, index: usize) -> Result<Self::Block, WeightsError> {
+        Ok(match index.checked_sub(self.transformer_blocks.len()) {
+            None => Block::Double(self.transformer_blocks[index].clone()),
+            Some(index) => Block::Single(self.single_transformer_blocks[index].clone()),
+        })
+    }
+
+    fn path(&self, index: usize) -> String {
+        match index.checked_sub(self.transformer_blocks.len()) {
+            None => format!("transformer_blocks.{index}"),
+            Some(index) => format!("single_transformer_blocks.{index}"),
+        }
+    }
+
+    fn apply(block: &Self::Block, tokens: Vec<Tensor<3>>, c: &Conditioning) -> Vec<Tensor<3>> {
+        match block {
+            Block::Double(block) => {
+                let apart = <[Tensor<3>; 2]>::try_from(tokens);
+                let [txt, img] =
+                    apart.expect("double-stream blocks come before single-stream ones");
+                let (img, txt) = block.forward(img, txt, c);
+                vec![txt, img]
+            }
+            Block::Single(block) => vec![block.forward(join(tokens), c)],
+        }
+    }
+}
+
+#[derive(Module, Debug)]
+struct TimeGuidanceEmbed {
+    timestep_embedder: Embedder,
+    guidance_embedder: Option<Embedder>,
+}
+
+/// Two linear layers with SiLU between.
+#[derive(Module, Debug)]
+struct Embedder {
+    linear_1: Linear,
+    linear_2: Linear,
+}
+
+impl Embedder {
+    fn new(inputs: usize, hidden: usize, device: &Device) -> Self {
+        Self {
+            linear_1: linear_layer(inputs, hidden, false, device),
+            linear_2: linear_layer(hidden, hidden, false, device),
+        }
+    }
+
+    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        linear(&self.linear_2, silu(linear(&self.linear_1, x)))
+    }
+}
+
+/// Makes vectors of shift, scale and gate from the activated conditioning.
+#[derive(Module, Debug)]
+struct Modulation {
+    linear: Linear,
+}
+
+impl Modulation {
+    fn new(hidden: usize, chunks: usize, device: &Device) -> Self {
+        Self {
+            linear: linear_layer(hidden, chunks * hidden, false, device),
+        }
+    }
+
+    fn forward(&self, activated: Tensor<2>) -> Tensor<2> {
+        linear(&self.linear, activated)
+    }
+}
+
+/// `[batch, N * hidden]` to N times `[batch, 1, hidden]`.
+fn chunks<const N: usize>(vectors: &Tensor<2>) -> [Tensor<3>; N] {
+    let vectors = vectors.clone().unsqueeze_dim::<3>(1);
+    let hidden = vectors.dims()[2] / N;
+    std::array::from_fn(|i| vectors.clone().narrow(2, i * hidden, hidden))
+}
+
+/// `silu(first half) * second half` of the last dimension.
+fn swiglu(x: Tensor<3>) -> Tensor<3> {
+    let half = x.dims()[2] / 2;
+    silu(x.clone().narrow(2, 0, half)) * x.narrow(2, half, half)
+}
+
+#[derive(Module, Debug)]
+struct FeedForward {
+    linear_in: Linear,
+    linear_out: Linear,
+}
+
+impl FeedForward {
+    fn new(config: &Flux2Config, device: &Device) -> Self {
+        let (hidden, inner) = (config.hidden_size(), config.mlp_hidden());
+        Self {
+            linear_in: linear_layer(hidden, 2 * inner, false, device),
+            linear_out: linear_layer(inner, hidden, false, device),
+        }
+    }
+
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        linear(&self.linear_out, swiglu(linear(&self.linear_in, x)))
+    }
+}
+
+/// Joint attention over image and text, each with its own weights.
+#[derive(Module, Debug)]
+pub struct DoubleStreamBlock {
+    attn: JointAttention,
+    ff: FeedForward,
+    ff_context: FeedForward,
+    #[module(skip)]
+    eps: f64,
+}
+
+#[derive(Module, Debug)]
+struct JointAttention {
+    norm_q: RmsNorm,
+    norm_k: RmsNorm,
+    to_q: Linear,
+    to_k: Linear,
+    to_v: Linear,
+    to_out: [Linear; 1],
+    norm_added_q: RmsNorm,
+    norm_added_k: RmsNorm,
+    add_q_proj: Linear,
+    add_k_proj: Linear,
+    add_v_proj: Linear,
+    to_add_out: Linear,
+    #[module(skip)]
+    heads: usize,
+}
+
+impl DoubleStreamBlock {
+    fn new(config: &Flux2Config, device: &Device) -> Self {
+        let hidden = config.hidden_size();
+        let square = || linear_layer(hidden, hidden, false, device);
+        let norm = || RmsNorm::new(config.attention_head_dim, config.eps, device);
+        Self {
+            attn: JointAttention {
+                norm_q: norm(),
+                norm_k: norm(),
+                to_q: square(),
+                to_k: square(),
+                to_v: square(),
+                to_out: [square()],
+                norm_added_q: norm(),
+                norm_added_k: norm(),
+                add_q_proj: square(),
+                add_k_proj: square(),
+                add_v_proj: square(),
+                to_add_out: square(),
+                heads: config.num_attention_heads,
+            },
+            ff: FeedForward::new(config, device),
+            ff_context: FeedForward::new(config, device),
+            eps: config.eps,
+        }
+    }
+
+    /// # Shapes
+    /// - `img`: `[batch, img_tokens, hidden]`, `txt`: `[batch, txt_tokens, hidden]`; returns both, unchanged in shape
+    pub fn forward(
+        &self,
+        img: Tensor<3>,
+        txt: Tensor<3>,
+        c: &Conditioning,
+    ) -> (Tensor<3>, Tensor<3>) {
+        let [shift1, scale1, gate1, shift2, scale2, gate2] = chunks(&c.img_mod);
+        let [
+            txt_shift1,
+            txt_scale1,
+            txt_gate1,
+            txt_shift2,
+            txt_scale2,
+            txt_gate2,
+        ] = chunks(&c.txt_mod);
+        let norm = |x: &Tensor<3>| layer_norm(x.clone(), self.eps);
+
+        let (img_attn, txt_attn) = self.attn.forward(
+            norm(&img) * (scale1 + 1.0) + shift1,
+            norm(&txt) * (txt_scale1 + 1.0) + txt_shift1,
+            &c.rotary,
+        );
+
+        let img = img + gate1 * img_attn;
+        let mlp = self.ff.forward(norm(&img) * (scale2 + 1.0) + shift2);
+        let img = img + gate2 * mlp;
+
+        let txt = txt + txt_gate1 * txt_attn;
+        let mlp = self
+            .ff_context
+            .forward(norm(&txt) * (txt_scale2 + 1.0) + txt_shift2);
+        let txt = txt + txt_gate2 * mlp;
+        (img, txt)
+    }
+}
+
+impl JointAttention {
+    fn forward(
+        &self,
+        img: Tensor<3>,
+        txt: Tensor<3>,
+        rotary: &RotaryTable,
+    ) -> (Tensor<3>, Tensor<3>) {
+        let (img_tokens, txt_tokens) = (img.dims()[1], txt.dims()[1]);
+        let heads =
+            |layer: &Linear, x: &Tensor<3>| split_heads(linear(layer, x.clone()), self.heads);
+        let q = self.norm_q.forward(heads(&self.to_q, &img));
+        let k = self.norm_k.forward(heads(&self.to_k, &img));
+        let v = heads(&self.to_v, &img);
+        let txt_q = self.norm_added_q.forward(heads(&self.add_q_proj, &txt));
+        let txt_k = self.norm_added_k.forward(heads(&self.add_k_proj, &txt));
+        let txt_v = heads(&self.add_v_proj, &txt);
+
+        let both = |txt, img| Tensor::cat(vec![txt, img], 1); // text first
+        let out = rotary_attention(both(txt_q, q), both(txt_k, k), both(txt_v, v), rotary);
+        let txt_out = out.clone().narrow(1, 0, txt_tokens);
+        let img_out = out.narrow(1, txt_tokens, img_tokens);
+        (
+            linear(&self.to_out[0], img_out),
+            linear(&self.to_add_out, txt_out),
+        )
+    }
+}
+
+/// Attention and MLP in parallel over the joined text and image tokens, one layer before and one after both.
+#[derive(Module, Debug)]
+pub struct SingleStreamBlock {
+    attn: SingleAttention,
+    #[module(skip)]
+    eps: f64,
+}
+
+#[derive(Module, Debug)]
+struct SingleAttention {
+    norm_q: RmsNorm,
+    norm_k: RmsNorm,
+    to_qkv_mlp_proj: Linear,
+    to_out: Linear,
+    #[module(skip)]
+    heads: usize,
+}
+
+impl SingleStreamBlock {
+    fn new(config: &Flux2Config, device: &Device) -> Self {
+        let (hidden, mlp) = (config.hidden_size(), config.mlp_hidden());
+        let norm = || RmsNorm::new(config.attention_head_dim, config.eps, device);
+        Self {
+            attn: SingleAttention {
+                norm_q: norm(),
+                norm_k: norm(),
+                to_qkv_mlp_proj: linear_layer(hidden, 3 * hidden + 2 * mlp, false, device),
+                to_out: linear_layer(hidden + mlp, hidden, false, device),
+                heads: config.num_attention_heads,
+            },
+            eps: config.eps,
+        }
+    }
+
+    /// # Shapes
+    /// - `hidden`: `[batch, txt_tokens + img_tokens, hidden]`, unchanged
+    pub fn forward(&self, hidden: Tensor<3>, c: &Conditioning) -> Tensor<3> {
+        let [shift, scale, gate] = chunks(&c.single_mod);
+        let x = layer_norm(hidden.clone(), self.eps) * (scale + 1.0) + shift;
+        hidden + gate * self.attn.forward(x, &c.rotary)
+    }
+}
+
+impl SingleAttention {
+    fn forward(&self, x: Tensor<3>, rotary: &RotaryTable) -> Tensor<3> {
+        let width = x.dims()[2];
+        let fused = linear(&self.to_qkv_mlp_proj, x); // q, k, v, gate of the MLP, its values
+        let head = |i| split_heads(fused.clone().narrow(2, i * width, width), self.heads);
+        let q = self.norm_q.forward(head(0));
+        let k = self.norm_k.forward(head(1));
+        let attn = rotary_attention(q, k, head(2), rotary);
+        let mlp = fused.dims()[2] - 3 * width;
+        let mlp = swiglu(fused.narrow(2, 3 * width, mlp));
+        linear(&self.to_out, Tensor::cat(vec![attn, mlp], 2)) // attention first
+    }
+}
