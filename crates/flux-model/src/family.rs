@@ -129,6 +129,13 @@ pub trait Family: Sized + Debug {
     /// A malformed file, or a tensor that is missing, left over or of another shape.
     fn network(&self, device: &Device) -> Result<Self::Network, WeightsError>;
 
+    /// The velocity network as configurations and headers describe it, without a weight: for what can be checked before it is
+    /// loaded. Its parameters have shapes, and must not be asked for values.
+    ///
+    /// # Errors
+    /// As [`network`](Self::network), as far as headers show it.
+    fn outline(&self, device: &Device) -> Result<Self::Network, WeightsError>;
+
     /// Why `network` cannot be run on latents alone, if so.
     fn problem(&self, network: &Self::Network) -> Option<String>;
 

@@ -663,6 +663,28 @@ fn similarity(path: &str, pattern: &str) -> usize {
     suffix + prefix
 }
 
+/// The layers that `config` adapts on `model`, each with its inputs and outputs. No weight is read, so a model that is not
+/// loaded will do.
+///
+/// # Errors
+/// A pattern that matches nothing, a layer that cannot be adapted in this way or whose size does not allow the rank.
+pub fn targeted<M: Module>(
+    model: &M,
+    config: &LoraConfig,
+) -> Result<BTreeMap<String, [usize; 2]>, LoraError> {
+    config.validate()?;
+    let mut scan = Scan::default();
+    model.visit(&mut scan);
+    let mut layers = BTreeMap::new();
+    for path in scan.targets(config)? {
+        if let Some(site) = scan.weights[path].site(path) {
+            start::check(config, &site)?;
+            layers.insert(path.to_string(), [site.inputs(), site.outputs()]);
+        }
+    }
+    Ok(layers)
+}
+
 /// Fresh factors for every target.
 fn fresh<M: Module>(
     model: &M,

@@ -33,7 +33,7 @@ mod state;
 pub mod training;
 
 pub use adapter::{Adapter, Lora};
-pub use attach::{AdapterSource, DEFAULT_ADAPTER, ForwardPath, Plan};
+pub use attach::{AdapterSource, DEFAULT_ADAPTER, ForwardPath, Plan, targeted};
 pub use combine::{Combination, add_weighted_adapter};
 pub use dropout::DropoutScope;
 pub use edit::{adapter_names, delete_adapter, detach, set_adapters};

@@ -21,7 +21,7 @@ use crate::scheduler::SchedulerConfig;
 use crate::text::clip::ClipConfig;
 use crate::text::t5::T5Config;
 use crate::text::tokenizer::{ClipTokenizer, T5Tokenizer};
-use crate::weights::Checkpoint;
+use crate::weights::{Checkpoint, Layout};
 
 /// An opened FLUX.1 pipeline.
 #[derive(Debug)]
@@ -97,6 +97,12 @@ impl Family for Flux1 {
     fn network(&self, device: &Device) -> Result<FluxTransformer, WeightsError> {
         let stated = transformer_config(&self.folder).ok();
         load_transformer(self.folder.transformer_path(), stated.as_ref(), device)
+    }
+
+    fn outline(&self, device: &Device) -> Result<FluxTransformer, WeightsError> {
+        let stated = transformer_config(&self.folder).ok();
+        let (_, _, config) = open_transformer(self.folder.transformer_path(), stated.as_ref())?;
+        Ok(FluxTransformer::new(&config, device))
     }
 
     fn problem(&self, network: &FluxTransformer) -> Option<String> {
@@ -237,6 +243,14 @@ pub fn load_transformer(
     config: Option<&FluxConfig>,
     device: &Device,
 ) -> Result<FluxTransformer, WeightsError> {
+    let (checkpoint, layout, config) = open_transformer(path, config)?;
+    checkpoint.load(FluxTransformer::new(&config, device), layout, device)
+}
+
+fn open_transformer(
+    path: &Path,
+    config: Option<&FluxConfig>,
+) -> Result<(Checkpoint, Layout, FluxConfig), WeightsError> {
     let own: Option<FluxConfig> = match path.is_dir() {
         true => Some(read_config(&path.join("config.json"), FluxConfig::problem)?),
         false => None,
@@ -256,7 +270,7 @@ pub fn load_transformer(
             });
         }
     }
-    checkpoint.load(FluxTransformer::new(&inferred, device), layout, device)
+    Ok((checkpoint, layout, inferred))
 }
 
 fn normalized(config: &FluxConfig) -> FluxConfig {

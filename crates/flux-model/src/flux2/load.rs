@@ -20,6 +20,18 @@ pub fn load_transformer(
     config: Option<&Flux2Config>,
     device: &Device,
 ) -> Result<Flux2Transformer, WeightsError> {
+    let (checkpoint, layout, config) = open_transformer(path, config)?;
+    checkpoint.load(Flux2Transformer::new(&config, device), layout, device)
+}
+
+/// The files of a transformer and the architecture they hold.
+///
+/// # Errors
+/// As [`load_transformer`], as far as headers show it.
+pub fn open_transformer(
+    path: &Path,
+    config: Option<&Flux2Config>,
+) -> Result<(Checkpoint, Layout, Flux2Config), WeightsError> {
     let own: Option<Flux2Config> = match path.is_dir() {
         true => Some(read_config(
             &path.join("config.json"),
@@ -41,7 +53,7 @@ pub fn load_transformer(
             });
         }
     }
-    checkpoint.load(Flux2Transformer::new(&inferred, device), layout, device)
+    Ok((checkpoint, layout, inferred))
 }
 
 /// With what may be left out written down, so that two ways to state one architecture are equal.

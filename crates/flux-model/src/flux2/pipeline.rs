@@ -11,7 +11,7 @@ use crate::family::Family;
 use crate::flux2::autoencoder::Flux2Autoencoder;
 use crate::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
 use crate::flux2::latent::{image_positions, pack, text_positions, unpack};
-use crate::flux2::load::{load_autoencoder, load_transformer};
+use crate::flux2::load::{load_autoencoder, load_transformer, open_transformer};
 use crate::flux2::schedule::empirical_mu;
 use crate::flux2::text::KleinTextEncoder;
 use crate::flux2::transformer::{Flux2Input, Flux2Transformer};
@@ -97,6 +97,12 @@ impl Family for Flux2 {
     fn network(&self, device: &Device) -> Result<Flux2Transformer, WeightsError> {
         let stated = transformer_config(&self.folder).ok();
         load_transformer(self.folder.transformer_path(), stated.as_ref(), device)
+    }
+
+    fn outline(&self, device: &Device) -> Result<Flux2Transformer, WeightsError> {
+        let stated = transformer_config(&self.folder).ok();
+        let (_, _, config) = open_transformer(self.folder.transformer_path(), stated.as_ref())?;
+        Ok(Flux2Transformer::new(&config, device))
     }
 
     fn problem(&self, network: &Flux2Transformer) -> Option<String> {
