@@ -2,7 +2,22 @@
 //!
 //! Source: diffusers 0.38 `optimization.py` (`get_scheduler`).
 
-use crate::config::LrSchedulerName;
+use crate::config::{LrSchedulerName, RunConfig};
+
+impl RunConfig {
+    /// The learning rate of optimizer step `step`, counted from 0.
+    pub fn learning_rate(&self, step: u64) -> f64 {
+        let schedule = &self.lr_scheduler;
+        self.optimizer.learning_rate
+            * factor(
+                schedule.name,
+                step,
+                schedule.warmup_steps,
+                self.train.steps,
+                schedule.num_cycles,
+            )
+    }
+}
 
 /// Factor on the learning rate for optimizer step `step`, counted from 0.
 ///

@@ -10,7 +10,6 @@ use crate::backward::{loss_and_gradients, loss_of};
 use crate::config::RunConfig;
 use crate::data::batch::{Data, Drawn};
 use crate::device::NamedDevice;
-use crate::lr_schedule;
 use crate::run::checkpoint::{RunTraining, adapter_file};
 
 /// One line of `metrics.jsonl`: only what a resumed run would write again in the same bits, so no times.
@@ -83,15 +82,7 @@ pub(crate) fn step<F: Family>(
         Some(max_norm) => gradients.clip(grad_norm, max_norm),
         None => gradients,
     };
-    let schedule = &config.lr_scheduler;
-    let factor = lr_schedule::factor(
-        schedule.name,
-        step,
-        schedule.warmup_steps,
-        config.train.steps,
-        schedule.num_cycles,
-    );
-    let lr = config.optimizer.learning_rate * factor;
+    let lr = config.learning_rate(step);
     #[cfg(feature = "canary")]
     let lr = crate::canary::poison("update", step + 1).unwrap_or(lr);
     // The model is taken out for the step: a failed step leaves no half-updated model behind that could be saved.

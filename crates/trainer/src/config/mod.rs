@@ -6,11 +6,12 @@
 //! (`read::fields_of`), so there is no second list to keep in step.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use lora_core::files::digest::sha256_hex;
+use lora_core::files::strict_json::read_file;
 use lora_core::{InitLoraWeights, LoraConfig, OneOrMany, Patterns, PeftType, Targets};
 use serde::{Deserialize, Serialize};
 use toml::Table;
@@ -656,18 +657,18 @@ impl RunConfig {
             path: path.to_path_buf(),
             source,
         };
-        let mut bytes = Vec::new();
-        File::open(path)
-            .and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes))
-            .map_err(cannot_read)?;
         let not_text = |problem: &str| ConfigError::NotText {
             path: path.to_path_buf(),
             problem: problem.into(),
         };
-        if bytes.len() as u64 > MAX_FILE_BYTES {
-            return Err(not_text("it is larger than 1 MiB"));
-        }
-        let text = String::from_utf8(bytes).map_err(|_| not_text("it is not UTF-8 text"))?;
+        let bytes = read_file(path, MAX_FILE_BYTES).map_err(|error| match error.kind() {
+            io::ErrorKind::FileTooLarge => not_text("it is larger than 1 MiB"),
+            _ => cannot_read(error),
+        })?;
+        let text = String::from_utf8(bytes).map_err(|error| match error.as_bytes() {
+            [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => not_text("it is UTF-16 text: save it as UTF-8"),
+            _ => not_text("it is not UTF-8 text"),
+        })?;
 
         let mut config = Self::from_toml(&text, path, overrides)?;
         let folder = match path.parent() {
@@ -756,6 +757,38 @@ impl RunConfig {
             }
         }
         Ok(flat)
+    }
+
+    /// The sides of images in pixels, with their keys: models may want them to be multiples of more than 16.
+    pub(crate) fn sides(&self) -> Vec<(&'static str, u32)> {
+        let mut sides = vec![
+            ("dataset.resolution", self.dataset.resolution),
+            ("dataset.bucket_step", self.dataset.bucket_step),
+        ];
+        if let Some(sample) = &self.sample {
+            sides.extend([
+                ("sample.height", sample.height),
+                ("sample.width", sample.width),
+            ]);
+        }
+        sides
+    }
+
+    /// What is allowed and hardly meant, a sentence each.
+    pub fn warnings(&self) -> Vec<String> {
+        let (warmup, steps) = (self.lr_scheduler.warmup_steps, self.train.steps);
+        if warmup == 0 || warmup < steps {
+            return Vec::new();
+        }
+        let reached = self.optimizer.learning_rate * (steps - 1) as f64 / warmup as f64;
+        let reached = match reached {
+            0.0 => "is 0 throughout, so nothing is learned".to_string(),
+            rate => format!("rises to {rate:.1e} and never reaches it"),
+        };
+        vec![format!(
+            "the warm-up (`lr_scheduler.warmup_steps` = {warmup}) is as long as the run or longer (`train.steps` = {steps}): the learning rate, {:.1e}, {reached}",
+            self.optimizer.learning_rate
+        )]
     }
 
     /// Every path in the configuration, with its key.

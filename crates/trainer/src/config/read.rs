@@ -61,13 +61,36 @@ pub(super) fn parse(text: &str, file: &Path) -> Result<Table, ConfigError> {
         let start = error.span().map_or(0, |span| span.start.min(text.len()));
         let before = text.get(..start).unwrap_or(text);
         let column = before.rsplit('\n').next().unwrap_or("").chars().count() + 1;
+        let line = text.lines().nth(line_of(text, start) - 1).unwrap_or("");
+        let mut problem = one_line(error.message());
+        if let Some(hint) = syntax_hint(line, text.get(start..).unwrap_or("")) {
+            problem = format!("{problem}; {hint}");
+        }
         ConfigError::Syntax {
             path: file.to_path_buf(),
             line: line_of(text, start),
             column,
-            problem: one_line(error.message()),
+            problem,
         }
     })
+}
+
+/// What is meant by a line that is no TOML, where it is what people often write; `rest` begins at the error.
+fn syntax_hint(line: &str, rest: &str) -> Option<&'static str> {
+    let word = rest.split(|c: char| !c.is_alphanumeric()).next();
+    if line.contains('"') && line.contains('\\') {
+        Some(
+            "in double quotes a backslash starts an escape: write a Windows path in single quotes, as in 'C:\\Users\\me', or with / in place of each backslash",
+        )
+    } else if matches!(word, Some("True" | "False")) {
+        Some("write true or false in lower case")
+    } else if matches!(word, Some("None" | "null")) {
+        Some("leave the key out for its default")
+    } else if !line.contains('=') && line.contains(':') {
+        Some("this is TOML, not YAML: write key = value")
+    } else {
+        None
+    }
 }
 
 /// Line of the byte at `offset`, from 1.
@@ -97,9 +120,18 @@ pub(super) fn parse_override(text: &str) -> Result<(Vec<String>, Value), ConfigE
         return Err(malformed());
     }
     let value = value.trim();
-    let value = value
-        .parse::<Value>()
-        .unwrap_or_else(|_| Value::String(value.into()));
+    let meant_as_toml =
+        value.starts_with(['"', '\'', '{']) || (value.starts_with('[') && value.ends_with(']'));
+    let value = match value.parse::<Value>() {
+        Ok(value) => value,
+        Err(_) if meant_as_toml => {
+            let hint = syntax_hint(value, "").unwrap_or(
+                "quote each string, and the whole for the shell, as in --set 'section.key=[\"a\", \"b\"]'",
+            );
+            return Err(set_error(text, &format!("the value is no TOML: {hint}")));
+        }
+        Err(_) => Value::String(value.into()),
+    };
     Ok((keys, value))
 }
 
@@ -225,6 +257,13 @@ pub(super) fn deserialize_error(error: &toml::de::Error, origins: &Origins) -> C
         ("floating point", "number"),
     ] {
         problem = problem.replace(serde, ours);
+    }
+    if let Some((_, rest)) = problem.split_once("string \"")
+        && let Some((text, expected)) = rest.split_once('"')
+        && text.parse::<f64>().is_ok()
+        && expected.ends_with("number")
+    {
+        problem = format!("{problem}: write {text} without quotes");
     }
     value_error(&one_line(path), &origins.place(&key.join(".")), problem)
 }

@@ -246,17 +246,31 @@ fn check_side(key: &'static str, side_px: u32) -> Result<(), Invalid> {
     {
         return Ok(());
     }
+    let below =
+        (side_px / SIDE_MULTIPLE_PX * SIDE_MULTIPLE_PX).clamp(SIDE_MULTIPLE_PX, MAX_SIDE_PX);
+    let nearest = match below + SIDE_MULTIPLE_PX {
+        above if side_px > below && above <= MAX_SIDE_PX => format!("{below} or {above}"),
+        _ => below.to_string(),
+    };
     let problem = format!(
-        "must be a multiple of {SIDE_MULTIPLE_PX} between {SIDE_MULTIPLE_PX} and {MAX_SIDE_PX}, found {side_px}"
+        "must be a multiple of {SIDE_MULTIPLE_PX} between {SIDE_MULTIPLE_PX} and {MAX_SIDE_PX}, found {side_px}: take {nearest}"
     );
     Err((key, problem))
 }
 
 fn check_path(key: &'static str, path: Option<&Path>) -> Result<(), Invalid> {
-    let problem = match path {
-        Some(path) if path.as_os_str().is_empty() => "required, but not given",
-        Some(path) if path.starts_with("~") => "`~` is not expanded here: write the path in full",
-        _ => return Ok(()),
+    let Some(path) = path else { return Ok(()) };
+    let text = path.to_string_lossy();
+    let problem = if text.is_empty() {
+        "required, but not given"
+    } else if text.starts_with('~') {
+        "`~` is not expanded to your home folder here: write the path in full"
+    } else if text.starts_with('$') || text.starts_with('%') {
+        "variables are not expanded here: write the path in full"
+    } else if text.contains(char::is_control) {
+        "has a control character in it: in double quotes \\t is a tab and \\n a line break, so write a Windows path in single quotes or with /"
+    } else {
+        return Ok(());
     };
     Err((key, problem.into()))
 }

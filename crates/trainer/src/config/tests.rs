@@ -248,6 +248,75 @@ fn not_toml() {
 }
 
 #[test]
+fn what_people_write_for_toml_gets_the_mend() {
+    let backslash = "in double quotes a backslash starts an escape: write a Windows path in single quotes, as in 'C:\\Users\\me', or with / in place of each backslash";
+    for (text, ends) in [
+        ("[dataset]\npath = \"C:\\Users\\me\"", backslash),
+        ("[dataset]\npath = \"D:\\my pictures\"", backslash),
+        ("[dataset]\npath = \"C:\\pics\\\"\n", backslash),
+        (
+            "[train]\nrecompute = True",
+            "write true or false in lower case",
+        ),
+        (
+            "[optimizer]\nmax_grad_norm = None",
+            "leave the key out for its default",
+        ),
+        (
+            "[train]\nsteps: 5",
+            "this is TOML, not YAML: write key = value",
+        ),
+    ] {
+        let error = read(text).expect_err("no TOML").to_string();
+        assert!(error.starts_with("run.toml:2:"), "{error}");
+        assert!(error.ends_with(ends), "{error}");
+    }
+    // Both are paths already.
+    let config = read("[lora]\ninit_from = 'C:\\Users\\me'\n").expect("single quotes");
+    assert_eq!(config.lora.init_from, Some(PathBuf::from("C:\\Users\\me")));
+}
+
+#[test]
+fn a_byte_order_mark_and_line_ends_of_windows_are_fine() {
+    let config = read("\u{feff}[train]\r\nsteps = 7\r\n").expect("a good configuration");
+    assert_eq!(config.train.steps, 7);
+}
+
+#[test]
+fn a_number_in_quotes_is_told_from_a_word() {
+    assert_refused(
+        "[optimizer]\nlearning_rate = \"1e-4\"",
+        "`optimizer.learning_rate` in run.toml:2: invalid type: string \"1e-4\", expected a number: write 1e-4 without quotes",
+    );
+    assert_refused(
+        "[train]\nsteps = \"500\"",
+        "`train.steps` in run.toml:2: invalid type: string \"500\", expected a whole number: write 500 without quotes",
+    );
+}
+
+#[test]
+fn a_warm_up_as_long_as_the_run_is_said() {
+    let warnings = |warmup: u64, steps: u64| {
+        let text = format!(
+            "[lr_scheduler]\nname = \"cosine\"\nwarmup_steps = {warmup}\n[train]\nsteps = {steps}"
+        );
+        read(&text).expect("a good configuration").warnings()
+    };
+    assert_eq!(warnings(4, 5), [""; 0]);
+    assert_eq!(warnings(0, 1), [""; 0]);
+    let said = warnings(5, 5).concat();
+    assert!(
+        said.ends_with("the learning rate, 1.0e-4, rises to 8.0e-5 and never reaches it"),
+        "{said}"
+    );
+    let said = warnings(100, 1).concat();
+    assert!(
+        said.ends_with("is 0 throughout, so nothing is learned"),
+        "{said}"
+    );
+}
+
+#[test]
 fn deep_nesting_is_refused() {
     let text = format!("x = {}", "[".repeat(100_000));
     let error = read(&text).expect_err("too deep").to_string();
@@ -420,9 +489,9 @@ fn wrong_choice() {
 
 /// What is written, and what is said of it.
 const OUT_OF_RANGE: &str = r#"
-dataset.resolution = 500 -> must be a multiple of 16 between 16 and 8192, found 500
-dataset.resolution = 0 -> must be a multiple of 16 between 16 and 8192, found 0
-dataset.bucket_step = 24 -> must be a multiple of 16 between 16 and 8192, found 24
+dataset.resolution = 500 -> must be a multiple of 16 between 16 and 8192, found 500: take 496 or 512
+dataset.resolution = 0 -> must be a multiple of 16 between 16 and 8192, found 0: take 16
+dataset.bucket_step = 24 -> must be a multiple of 16 between 16 and 8192, found 24: take 16 or 32
 dataset.caption_extension = ".txt" -> must be a file extension such as "txt", found ".txt"
 dataset.caption_extension = "png" -> must be a file extension such as "txt", found "png"
 dataset.caption_dropout = 1.5 -> must be between 0 and 1, found 1.5
@@ -433,7 +502,9 @@ lora.rank_pattern = { a = 0 } -> must be between 1 and 65536, found 0
 lora.alpha_pattern = { a = inf } -> must be above 0, found inf
 lora.target_modules = [] -> must name at least one layer
 lora.lora_dropout = 1.0 -> must be at least 0 and below 1, found 1
-lora.init_from = "~/x.safetensors" -> `~` is not expanded here: write the path in full
+lora.init_from = "~/x.safetensors" -> `~` is not expanded to your home folder here: write the path in full
+lora.init_from = "$HOME/x.safetensors" -> variables are not expanded here: write the path in full
+model.vae = "C:\temp\new" -> has a control character in it: in double quotes \t is a tab and \n a line break, so write a Windows path in single quotes or with /
 optimizer.learning_rate = 0 -> must be above 0, found 0
 optimizer.learning_rate = nan -> must be above 0, found NaN
 optimizer.betas = [0.9, 1.0] -> must be at least 0 and below 1, found 1
@@ -458,8 +529,8 @@ sample.prompts = [] -> required, but not given: list at least one prompt
 sample.every = 0 -> must be at least 1, found 0
 sample.num_inference_steps = 0 -> must be between 1 and 65536, found 0
 sample.guidance_scale = -1 -> must be at least 0, found -1
-sample.height = 8 -> must be a multiple of 16 between 16 and 8192, found 8
-sample.width = 100000 -> must be a multiple of 16 between 16 and 8192, found 100000
+sample.height = 8 -> must be a multiple of 16 between 16 and 8192, found 8: take 16
+sample.width = 100000 -> must be a multiple of 16 between 16 and 8192, found 100000: take 8192
 "#;
 
 #[test]
@@ -594,6 +665,16 @@ fn malformed_override() {
             &format!("`--set {shown}`: write it as section.key=value"),
         );
     }
+    // A list whose quotes the shell has taken is no pattern.
+    assert_set_refused(
+        "lora.target_modules=[to_q, to_k]",
+        "`--set lora.target_modules=[to_q, to_k]`: the value is no TOML: quote each string, and the whole for the shell, as in --set 'section.key=[\"a\", \"b\"]'",
+    );
+    let error = read_with("", &["dataset.path=\"C:\\Users\""]).expect_err("an escape");
+    assert!(
+        error.to_string().contains("a backslash starts an escape"),
+        "{error}"
+    );
     assert_set_refused(
         "model.path.x=1",
         "`--set model.path.x=1`: `path` is not a section",
@@ -666,6 +747,10 @@ fn file_that_is_not_text() {
     let file = folder.path().join("run.toml");
     for (bytes, problem) in [
         (vec![0xff; 10], "it is not UTF-8 text"),
+        (
+            b"\xff\xfe[\0".to_vec(),
+            "it is UTF-16 text: save it as UTF-8",
+        ),
         (vec![b'#'; (1 << 20) + 1], "it is larger than 1 MiB"),
     ] {
         fs::write(&file, bytes).expect("write file");
