@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use flux_lora::cli::Cli;
 use flux_lora::commands;
-use flux_lora::nearest::printable;
+use flux_lora::nearest::{printable, sentence};
 
 fn main() -> ExitCode {
     let cli = Cli::parse(); // exits with 2 on bad usage
@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     match commands::run(cli.command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {}", printable(&format!("{error:#}")));
+            eprintln!("error: {}", printable(&sentence(&error)));
             ExitCode::from(commands::exit_code(&error))
         }
     }

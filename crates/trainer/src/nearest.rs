@@ -41,6 +41,30 @@ pub fn printable(message: &str) -> String {
     }
 }
 
+/// An error and its causes as one sentence that says nothing twice: a cause that only repeats is left out, and so is what
+/// names a path that a cause names as well.
+pub fn sentence(error: &anyhow::Error) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if parts.last().is_some_and(|last| last.ends_with(&cause)) {
+            continue;
+        }
+        parts.retain(|part| !paths_in(part).any(|path| cause.contains(path)));
+        parts.push(cause);
+    }
+    parts.join(": ")
+}
+
+/// The words of a message that are paths.
+fn paths_in(message: &str) -> impl Iterator<Item = &str> {
+    let is_around = |c: char| matches!(c, '`' | '"' | '\'' | '(' | ')' | ',' | ';' | ':' | '.');
+    let words = message.split_whitespace();
+    words
+        .map(move |word| word.trim_matches(is_around))
+        .filter(|word| word.len() > 1 && word.contains('/'))
+}
+
 /// A path for an error: whole, since its end says most, with control characters escaped.
 pub(crate) fn shown(path: &Path) -> String {
     escaped(&path.to_string_lossy())
@@ -118,6 +142,38 @@ mod tests {
     #[test]
     fn a_huge_word_is_cut_before_comparing() {
         assert_eq!(nearest(&"x".repeat(1 << 20), &["steps"]), Some("steps"));
+    }
+
+    #[test]
+    fn a_chain_of_errors_is_one_sentence_without_repetition() {
+        let io = || std::io::Error::other("disk full");
+        let chain = |contexts: &[&str]| {
+            let contexts = contexts.iter().rev();
+            contexts.fold(anyhow::Error::new(io()), |error, context| {
+                error.context(context.to_string())
+            })
+        };
+        for (contexts, says) in [
+            (&["write /a/b.png"][..], "write /a/b.png: disk full"),
+            (
+                &["load LoRA /a/b.st", "cannot access `/a/b.st`"],
+                "cannot access `/a/b.st`: disk full",
+            ),
+            (
+                &["merge into /out", "write /out/vae/x"],
+                "write /out/vae/x: disk full",
+            ),
+            (
+                &["load the vae", "write /a: disk full"],
+                "load the vae: write /a: disk full",
+            ),
+            (
+                &["/a/b is not valid", "line 3"],
+                "/a/b is not valid: line 3: disk full",
+            ),
+        ] {
+            assert_eq!(sentence(&chain(contexts)), says);
+        }
     }
 
     #[test]
