@@ -6,14 +6,14 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use flux_lora::config::{DatasetSection, RunConfig};
 use flux_lora::data::image::{ImageLimits, decode_image};
 use flux_lora::data::scan;
 use flux_lora::run::checkpoint::Opened;
 use flux_lora::run::folder::RunDir;
-use flux_lora::run::manifest::{FORMAT_VERSION, MANIFEST, Manifest, Verified, verify};
+use flux_lora::run::manifest::{FORMAT_VERSION, FileEntry, MANIFEST, Manifest, Verified, verify};
 use flux_lora::run::metrics::truncate_metrics;
 use flux_lora::run::vfs::RealFs;
 use flux_model::families;
@@ -261,14 +261,15 @@ fn manifest(folder: &Path, data: &[u8]) {
     }
     if let Ok(verified) = verify(&checkpoint) {
         assert_eq!(verified.manifest.step, 1);
-        assert_eq!(verified.files.keys().collect::<Vec<_>>(), ["state.json"]);
+        let names = verified.manifest.files.iter().map(|file| &file.name);
+        assert_eq!(names.collect::<Vec<_>>(), ["state.json"]);
     }
     let _ = run.latest();
     let _ = run.newest_valid();
 }
 
 /// `state.json` of a verified checkpoint.
-fn state(_: &Path, data: &[u8]) {
+fn state(folder: &Path, data: &[u8]) {
     let module = "transformer.transformer_blocks.0.attn.to_q";
     let tensor = |shape: [usize; 2]| HostTensor::from_f32(shape, &[0.5; 8]);
     let lora = BTreeMap::from([
@@ -276,29 +277,39 @@ fn state(_: &Path, data: &[u8]) {
         (format!("{module}.lora_B.weight"), tensor([4, 2])),
     ]);
     let file = |tensors: &BTreeMap<String, HostTensor>| serialize(tensors, &BTreeMap::new());
+    let dir = folder.join("ckpt-0000000001");
+    let files = [
+        ("lora.safetensors", file(&lora)),
+        ("optimizer.safetensors", file(&BTreeMap::new())),
+        ("state.json", data.to_vec()),
+    ];
+    let entries = files.map(|(name, bytes)| {
+        put(&dir.join(name), &bytes);
+        FileEntry {
+            name: name.to_string(),
+            length: bytes.len() as u64,
+            sha256: sha256_hex(&bytes),
+        }
+    });
     let verified = Verified {
-        dir: PathBuf::from("ckpt-0000000001"),
+        dir,
         manifest: Manifest {
             format_version: FORMAT_VERSION,
             step: 1,
-            files: Vec::new(),
+            files: entries.to_vec(),
             config_digest: String::new(),
             dataset_digest: String::new(),
             fingerprint: serde_json::Value::Null,
         },
         manifest_sha256: String::new(),
-        files: BTreeMap::from([
-            ("lora.safetensors".to_string(), file(&lora)),
-            ("optimizer.safetensors".to_string(), file(&BTreeMap::new())),
-            ("state.json".to_string(), data.to_vec()),
-        ]),
     };
-    if let Ok(opened) = Opened::parse(&verified) {
+    if let Ok(opened) = Opened::read(verified) {
         assert_eq!(opened.state.progress.step, 1);
         opened
             .config
             .validate()
             .expect("a configuration that was checked");
+        let _ = opened.record();
     }
 }
 

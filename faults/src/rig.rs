@@ -509,12 +509,11 @@ pub fn copy(from: &Path, to: &Path, keep: &dyn Fn(&str) -> bool) -> Result<()> {
     Ok(())
 }
 
-/// Digest of the names and contents of a run folder, but for its lock and its cache.
+/// Digest of the names and contents of a run folder, cache included.
 pub fn digest(folder: &Path) -> Result<String> {
     let mut entries: Vec<PathBuf> = fs::read_dir(folder)?
         .map(|entry| entry.map(|e| e.path()))
         .collect::<Result<_, _>>()?;
-    entries.retain(|path| !path.ends_with("run.lock") && !path.ends_with("cache"));
     entries.sort();
     let mut all = String::new();
     for path in entries {

@@ -551,7 +551,7 @@ fn verify_checkpoint(folder: &Path) -> anyhow::Result<()> {
 }
 
 fn parse_checkpoint(folder: &Path) -> anyhow::Result<()> {
-    Opened::parse(&verify(&folder.join(NAME))?)?;
+    Opened::read(verify(&folder.join(NAME))?)?;
     Ok(())
 }
 
@@ -760,7 +760,7 @@ fn run_configs() -> Vec<Case> {
     let tables = format!("[{}x]", "x.".repeat(400_000));
     let inline = format!("x = {}", "{x = ".repeat(100_000));
     vec![
-        with(b"\xff\xfe[\0m\0", &format!("{not} it is not UTF-8 text")),
+        with(b"\xff\xfe[\0m\0", &format!("{not} it is UTF-16 text: save it as UTF-8")),
         with(
             &vec![b'#'; 10 << 20],
             &format!("{not} it is larger than 1 MiB"),

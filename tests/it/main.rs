@@ -10,3 +10,4 @@ mod hostile;
 mod parity;
 mod replay;
 mod resume;
+mod start;

@@ -195,7 +195,7 @@ fn recompute_and_plain_autodiff_train_to_the_same_bits() {
 #[cfg(feature = "ndarray")]
 fn assert_restored_to_the_byte(checkpoint: &Path, device: &str) {
     let verified = verify(checkpoint).unwrap();
-    let opened = Opened::parse(&verified).unwrap();
+    let opened = Opened::read(verified).unwrap();
     let (state, config) = (opened.state.clone(), opened.config.clone());
     let lora = config.lora.config();
     let device = open(device).unwrap();
@@ -203,13 +203,18 @@ fn assert_restored_to_the_byte(checkpoint: &Path, device: &str) {
         .unwrap()
         .network(&device.device.clone().autodiff())
         .unwrap();
-    let (record, optimizer) = (opened.into_record(), AdamWConfig::new().build());
+    let (record, optimizer) = (opened.record().unwrap(), AdamWConfig::new().build());
     let training = restore(record, model, &lora, optimizer, &device.device).unwrap();
     let snapshot = Snapshot::take(&training, state, &lora).unwrap();
-    assert_eq!(verified.files.len(), snapshot.files().len());
-    for (name, bytes) in snapshot.files() {
-        assert!(verified.files[name] == bytes, "{}: {name}", device.name);
-    }
+    snapshot.with_files(|files| {
+        assert_eq!(opened.verified.manifest.files.len(), files.len());
+        for (name, content) in files {
+            let mut bytes = Vec::new();
+            content(&mut bytes).unwrap();
+            let stored = std::fs::read(opened.verified.path(name).unwrap()).unwrap();
+            assert!(stored == bytes, "{}: {name}", device.name);
+        }
+    });
 }
 
 #[cfg(feature = "ndarray")]
@@ -257,7 +262,7 @@ fn a_run_moves_from_backend_to_backend_with_its_state_intact() {
         let message = String::from_utf8_lossy(&out.stderr);
         assert!(out.status.success(), "{device}: {message}");
     }
-    let opened = Opened::parse(&verify(&run.join(last_checkpoint(&run))).unwrap()).unwrap();
+    let opened = Opened::read(verify(&run.join(last_checkpoint(&run))).unwrap()).unwrap();
     for (moves, pair) in devices.windows(2).enumerate() {
         let (step, what) = (
             2 * (moves as u64 + 1),

@@ -59,6 +59,11 @@ pub enum Command {
     },
 }
 
+/// An argument that does not fit.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(pub String);
+
 /// `flux-lora train`
 #[derive(Debug, Args)]
 pub struct TrainArgs {
@@ -120,9 +125,12 @@ pub struct SampleArgs {
     /// Longest prompt in T5 tokens
     #[arg(long, default_value_t = 512)]
     pub max_sequence_length: usize,
-    /// PNG file to write
+    /// Image file to write: .png, .jpg or .webp
     #[arg(long)]
     pub out: PathBuf,
+    /// Replace the image file if it exists
+    #[arg(long)]
+    pub overwrite: bool,
     /// Device, as for train
     #[arg(long)]
     pub device: Option<String>,

@@ -13,12 +13,13 @@ use flux_model::lora::Component;
 use flux_model::pipeline::PipelineFolder;
 
 use crate::adapters::{self, AttachLoras};
-use crate::cli::{Command, SampleArgs, TrainArgs};
+use crate::cli::{Command, SampleArgs, TrainArgs, UsageError};
 use crate::config::{ConfigError, RunConfig};
 use crate::convert::{convert, load_loras};
 use crate::dev::{bench, parity, random_weights};
 use crate::device::{self, BACKENDS, DeviceError};
 use crate::generate::{ImageSettings, decode, generate_latents};
+use crate::image_file::ImagePlace;
 use crate::run::checkpoint::is_checkpoint_folder;
 use crate::run::resume::{Accepted, Resume};
 use crate::train::{Outcome, TrainOptions};
@@ -60,11 +61,6 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
     });
     if is_usage { 2 } else { 1 }
 }
-
-/// An argument that does not fit.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct UsageError(pub String);
 
 fn train(args: TrainArgs) -> anyhow::Result<()> {
     let mut overrides = args.set.clone();
@@ -140,18 +136,23 @@ fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
 }
 
 fn sample(args: &SampleArgs) -> anyhow::Result<()> {
-    struct Sample<'a>(PipelineFolder, &'a SampleArgs);
+    struct Sample<'a>(PipelineFolder, &'a SampleArgs, &'a ImagePlace);
     impl Visitor for Sample<'_> {
         type Output = anyhow::Result<()>;
         fn visit<F: Family>(self) -> Self::Output {
-            sample_family(&F::open(self.0)?, self.1)
+            sample_family(&F::open(self.0)?, self.1, self.2)
         }
     }
+    let place = ImagePlace::new(&args.out, args.overwrite)?;
     let folder = PipelineFolder::open(&args.model)?;
-    families::of_folder(&folder.clone(), Sample(folder, args))?
+    families::of_folder(&folder.clone(), Sample(folder, args, &place))?
 }
 
-fn sample_family<F: Family>(family: &F, args: &SampleArgs) -> anyhow::Result<()> {
+fn sample_family<F: Family>(
+    family: &F,
+    args: &SampleArgs,
+    place: &ImagePlace,
+) -> anyhow::Result<()> {
     let device = device::open(args.device.as_deref().unwrap_or(device::default_name()))?.device;
     let smallest = family.pixel_step();
     if args.steps == 0
@@ -205,9 +206,7 @@ fn sample_family<F: Family>(family: &F, args: &SampleArgs) -> anyhow::Result<()>
         .autoencoder(&device)
         .context("load the autoencoder")?;
     let image = decode::<F>(&autoencoder, latents);
-    image
-        .save_with_format(&args.out, image::ImageFormat::Png)
-        .with_context(|| format!("write {}", args.out.display()))?;
+    place.write(&image)?;
     println!(
         "image: {} ({} x {})",
         args.out.display(),

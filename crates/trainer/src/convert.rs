@@ -10,7 +10,7 @@ use lora_core::files::host::Dtype;
 
 use crate::adapters::{self, LoadedLora};
 use crate::cli::ConvertArgs;
-use crate::commands::UsageError;
+use crate::cli::UsageError;
 
 /// Writes one LoRA in another format, or in all.
 pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {

@@ -109,7 +109,7 @@ fn checkpoint(text: &mut String, verified: Verified) -> anyhow::Result<()> {
             &file.sha256[..16]
         )?;
     }
-    let Opened { state, config, .. } = Opened::parse(&verified)?;
+    let Opened { state, config, .. } = Opened::read(verified)?;
     let State {
         progress,
         epoch,

@@ -15,6 +15,7 @@
 //! | `adapters` | LoRA files of any format onto the networks |
 //! | `merge`, `convert` | LoRAs into a pipeline on disk; a LoRA in another format |
 //! | `generate`, `previews` | text to image, and previews during training |
+//! | `image_file` | the place of an image, tried before the work |
 //! | `inspect` | what a file or folder is |
 //! | `dev/` | reference cases, benchmarks, random weights |
 //! | `device` | the only file that names a backend |
@@ -34,6 +35,7 @@ pub mod dev;
 pub mod device;
 pub mod fingerprint;
 pub mod generate;
+mod image_file;
 pub mod inspect;
 pub mod loss;
 pub mod lr_schedule;

@@ -1,6 +1,6 @@
 //! Preview images during training. They draw from streams of their own, so they change nothing about the run.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context;
 use burn::module::Module;
@@ -13,6 +13,7 @@ use crate::device::NamedDevice;
 use crate::generate::{ImageSettings, decode, generate_latents};
 use crate::progress::TrainReport;
 use crate::run::checkpoint::RunTraining;
+use crate::run::folder::RunDir;
 
 /// All prompts that the previews of a run need encoded.
 pub fn prompts_of<F: Family>(config: &RunConfig, family: &F) -> Vec<String> {
@@ -45,9 +46,9 @@ impl<'a, F: Family> Previews<'a, F> {
         config: &'a RunConfig,
         cache: &Cache,
         family: &'a F,
-        run: &Path,
+        run: &RunDir,
     ) -> anyhow::Result<Self> {
-        let folder = run.join("samples");
+        let folder = run.samples_path();
         if config.sample.is_some() {
             std::fs::create_dir_all(&folder)
                 .with_context(|| format!("create {}", folder.display()))?;

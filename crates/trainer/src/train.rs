@@ -1,19 +1,19 @@
 //! The training run: prepare, loop, save. Read top to bottom.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use burn::optim::{AdamW, AdamWConfig};
 use flux_model::families::{self, Visitor};
 use flux_model::family::{Family, Network};
 use flux_model::lora::Component;
 use flux_model::pipeline::PipelineFolder;
 use lora_core::{
-    AdapterSource, DEFAULT_ADAPTER, ForwardPath, LoraConfig, PathOptimizer, Plan, Training,
-    count_parameters,
+    AdapterSource, DEFAULT_ADAPTER, ForwardPath, LoraConfig, LoraError, PathOptimizer, Plan,
+    Targets, Training, count_parameters, targeted,
 };
 use tracing::{info, warn};
 
@@ -23,7 +23,7 @@ use crate::data::batch::{Data, Order};
 use crate::data::cache::{Cache, FileDigests};
 use crate::data::digest::sample_digests;
 use crate::data::image::ImageLimits;
-use crate::data::scan;
+use crate::data::scan::{self, Sample};
 use crate::device::{self, NamedDevice};
 use crate::fingerprint::Fingerprint;
 use crate::previews::{Previews, prompts_of};
@@ -32,7 +32,8 @@ use crate::run::checkpoint::{Opened, Progress, RunTraining, State, restore};
 use crate::run::folder::RunDir;
 use crate::run::resume::{Accepted, Resume, check_resume, find_checkpoint};
 use crate::run::save::Saver;
-use crate::run::vfs::RealFs;
+use crate::run::space;
+use crate::run::vfs::{RealFs, create_dir_durably};
 use crate::step::{check_update, step};
 
 /// How a run is started, besides its configuration.
@@ -105,17 +106,41 @@ fn train_family<F: Family>(
     config: &RunConfig,
     options: &TrainOptions,
 ) -> anyhow::Result<Outcome> {
+    let device = device::open(&options.device)?;
     let run = RunDir::open_or_create(&options.output)?;
     let lock = run.lock()?;
-    lock.remove_stale(&RealFs)?;
-    let device = device::open(&options.device)?;
-    let verified = find_checkpoint(&run, &options.resume)?;
-    let resumed = verified.as_ref().map(|verified| verified.manifest.step);
-    let opened = verified.as_ref().map(Opened::parse).transpose()?;
+    let opened = find_checkpoint(&run, &options.resume)?
+        .map(Opened::read)
+        .transpose()?;
 
     let samples = scan::scan(&config.dataset)?;
     let digests = sample_digests(&samples, &ImageLimits::default())?;
-    let cache_folder = run.path().join("cache");
+    let cache_folder = run.cache_path();
+    let mut known = FileDigests::load(&cache_folder);
+    let base_model = known.of_all(&[family.folder().transformer_path().into()])?;
+    let fingerprint = Fingerprint::of(&device).context("read the program to fingerprint it")?;
+    let events = match &opened {
+        Some(opened) => check_resume(
+            opened,
+            config,
+            options.accepted,
+            &digests,
+            &base_model,
+            &fingerprint,
+        )?,
+        None => Vec::new(),
+    };
+    let outline = check_start(config, &family, &run, &device)?;
+    let begin = match opened {
+        Some(opened) => Begin::Resumed(Box::new(opened)),
+        None => Begin::New(check_new(config, &family, &run, &samples, &outline)?),
+    };
+    drop(outline);
+
+    // From here on the folder is written to: what is refused above leaves it as it was.
+    lock.begin(&RealFs)?;
+    create_dir_durably(&cache_folder)?;
+    known.save()?;
     let cache = Cache::build(
         &cache_folder,
         &samples,
@@ -124,34 +149,17 @@ fn train_family<F: Family>(
         &family,
         &device,
     )?;
-    let base_model = base_model_digest(&family, &cache_folder)?;
 
-    let fingerprint = Fingerprint::of(&device).context("read the program to fingerprint it")?;
     let lora = config.lora.config();
     let optimizer = adamw(config);
-    let model = load_model(&family, &device)?;
-    let (mut training, events) = match opened {
-        Some(opened) => {
-            let events = check_resume(
-                &opened,
-                config,
-                options.accepted,
-                &digests,
-                &base_model,
-                &fingerprint,
-            )?;
-            (
-                restore(
-                    opened.into_record(),
-                    model,
-                    &lora,
-                    optimizer,
-                    &device.device,
-                )?,
-                events,
-            )
+    let model = family
+        .network(&device.device.clone().autodiff())
+        .context("load the transformer")?;
+    let mut training = match &begin {
+        Begin::New(source) => start(model, source.clone(), &lora, optimizer)?,
+        Begin::Resumed(opened) => {
+            restore(opened.record()?, model, &lora, optimizer, &device.device)?
         }
-        None => (start(model, config, &lora, optimizer)?, Vec::new()),
     };
     let order = Order::new(&cache, config.train.batch_size, config.train.seed);
     let data = Data {
@@ -170,11 +178,13 @@ fn train_family<F: Family>(
         events,
         optimizer: Default::default(),
     };
-    if let Some(verified) = verified {
-        lock.rewind_to(&RealFs, &verified)?; // nothing was written before: a refused resume leaves the folder as it was
+    let mut resumed = None;
+    if let Begin::Resumed(opened) = begin {
+        resumed = Some(opened.state.progress.step);
+        lock.rewind_to(&RealFs, &opened.verified)?;
     }
     let mut saver = Saver::new(config, &lora, state, &data.order, &run, &lock, resumed)?;
-    let previews = Previews::new(config, &cache, &family, run.path())?;
+    let previews = Previews::new(config, &cache, &family, &run)?;
     summary(config, &training, &data, &device);
 
     let names: Vec<&str> = samples.iter().map(|sample| sample.name.as_str()).collect();
@@ -210,30 +220,98 @@ fn train_family<F: Family>(
     Ok(Outcome::Finished { lora })
 }
 
+/// What a run goes on from.
+enum Begin {
+    New(AdapterSource),
+    Resumed(Box<Opened>),
+}
+
+/// Finds what would go wrong later and can be known from configurations and headers; the model without its weights.
+fn check_start<F: Family>(
+    config: &RunConfig,
+    family: &F,
+    run: &RunDir,
+    device: &NamedDevice,
+) -> anyhow::Result<F::Network> {
+    for warning in config.warnings() {
+        warn!("{warning}");
+    }
+    run.check_places()?;
+    let outline = family
+        .outline(&device.device)
+        .context("open the transformer")?;
+    if let Some(problem) = family.problem(&outline) {
+        bail!("{problem}");
+    }
+    let step = family.pixel_step();
+    for (key, side) in config.sides() {
+        if !(side as usize).is_multiple_of(step) {
+            bail!("`{key}` must be a multiple of {step} for this model, found {side}");
+        }
+    }
+    Ok(outline)
+}
+
+/// The same for what only a run that begins needs: layers and ranks, the file it continues from, room on the disk. (A
+/// checkpoint fits its model, and a save takes the place of another.)
+fn check_new<F: Family>(
+    config: &RunConfig,
+    family: &F,
+    run: &RunDir,
+    samples: &[Sample],
+    outline: &F::Network,
+) -> anyhow::Result<AdapterSource> {
+    let lora = config.lora.config();
+    let layers = targeted(outline, &lora)
+        .map_err(|error| explain_targets(error, &config.lora.target_modules))?;
+    space::check(config, family, run, samples, &layers)?;
+    let source = source(config, outline)?;
+    // The magnitudes of DoRA are those of the weights, which an outline has not.
+    if matches!(source, AdapterSource::File(_)) && !lora.use_dora {
+        let path = ForwardPath::Fast;
+        Plan::new(outline, DEFAULT_ADAPTER, Some(&lora), source.clone(), path)?;
+    }
+    Ok(source)
+}
+
+/// Where the factors of a run that begins come from; `model` may be an outline.
+fn source<N: Network>(config: &RunConfig, model: &N) -> anyhow::Result<AdapterSource> {
+    let Some(path) = &config.lora.init_from else {
+        return Ok(AdapterSource::Fresh {
+            seed: config.train.seed,
+        });
+    };
+    let (file, residuals) =
+        adapters::load(path, &model.shape())?.to_adapter(Component::Transformer)?;
+    if let Some(residual) = residuals.first() {
+        bail!(
+            "`lora.init_from` {} changes `{}` by more than low-rank factors, so it cannot be trained on",
+            path.display(),
+            residual.parameter
+        );
+    }
+    Ok(AdapterSource::File(
+        file.with_dropout(config.lora.lora_dropout),
+    ))
+}
+
+/// Says what is meant by a string, where it names no layer.
+fn explain_targets(error: LoraError, targets: &Targets) -> anyhow::Error {
+    match targets {
+        Targets::Pattern(pattern) if matches!(error, LoraError::NoMatch { .. }) => anyhow!(
+            "{error}: `lora.target_modules` = \"{pattern}\" is a string, so a pattern for whole paths; for every layer whose path ends so, write a list: [\"{pattern}\"]"
+        ),
+        _ => error.into(),
+    }
+}
+
 /// A run that has made no step.
 fn start<N: Network>(
     model: N,
-    config: &RunConfig,
+    source: AdapterSource,
     lora: &LoraConfig,
     optimizer: AdamW,
 ) -> anyhow::Result<RunTraining<N>> {
-    let source = match &config.lora.init_from {
-        None => AdapterSource::Fresh {
-            seed: config.train.seed,
-        },
-        Some(path) => {
-            let (file, residuals) =
-                adapters::load(path, &model.shape())?.to_adapter(Component::Transformer)?;
-            if let Some(residual) = residuals.first() {
-                bail!(
-                    "`lora.init_from` {} changes `{}` by more than low-rank factors, so it cannot be trained on",
-                    path.display(),
-                    residual.parameter
-                );
-            }
-            AdapterSource::File(file.with_dropout(lora.lora_dropout))
-        }
-    };
     let plan = Plan::new(
         &model,
         DEFAULT_ADAPTER,
@@ -268,23 +346,6 @@ pub fn pipeline(config: &RunConfig) -> anyhow::Result<PipelineFolder> {
         pipeline = pipeline.with_autoencoder(file);
     }
     Ok(pipeline)
-}
-
-fn load_model<F: Family>(family: &F, device: &NamedDevice) -> anyhow::Result<F::Network> {
-    let model = family
-        .network(&device.device.clone().autodiff())
-        .context("load the transformer")?;
-    match family.problem(&model) {
-        None => Ok(model),
-        Some(problem) => bail!("{problem}"),
-    }
-}
-
-fn base_model_digest<F: Family>(family: &F, cache: &Path) -> anyhow::Result<String> {
-    let mut digests = FileDigests::load(cache);
-    let digest = digests.of_all(&[family.folder().transformer_path().into()])?;
-    digests.save()?;
-    Ok(digest)
 }
 
 /// What is about to happen; most mis-set runs show here.

@@ -8,7 +8,8 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use burn::module::Module;
 use burn::optim::AdamW;
-use lora_core::files::strict_json::parse_json;
+use lora_core::files::safetensors::{FileError, TensorFile};
+use lora_core::files::strict_json::{parse_json, read_file};
 use lora_core::{
     AdapterFile, DEFAULT_ADAPTER, ForwardPath, LoraConfig, OptimizerScalars, OptimizerState,
     Training, TrainingRecord,
@@ -19,6 +20,7 @@ use crate::config::RunConfig;
 use crate::data::digest::SampleDigest;
 use crate::fingerprint::Fingerprint;
 use crate::run::manifest::{ManifestFields, Verified};
+use crate::run::transaction::Files;
 
 /// Prefix of the transformer's keys in a diffusers LoRA file.
 pub const TRANSFORMER_PREFIX: &str = "transformer.";
@@ -66,11 +68,10 @@ pub struct State {
     pub optimizer: OptimizerScalars,
 }
 
-/// The files of a checkpoint.
+/// A run on the host, to be written as a checkpoint.
 pub struct Snapshot {
-    /// Bytes of the adapter file.
-    pub lora: Vec<u8>,
-    optimizer: Vec<u8>,
+    adapters: AdapterFile,
+    optimizer: OptimizerState,
     state: Vec<u8>,
 }
 
@@ -101,19 +102,21 @@ impl Snapshot {
             ..state
         };
         Ok(Self {
-            lora: adapters.to_bytes(TRANSFORMER_PREFIX),
-            optimizer: optimizer.to_bytes(),
+            adapters,
+            optimizer,
             state: serde_json::to_vec_pretty(&state).context("write state.json")?,
         })
     }
 
-    /// Name and content of every file.
-    pub fn files(&self) -> [(&str, &[u8]); 3] {
-        [
-            (LORA, &self.lora),
-            (OPTIMIZER, &self.optimizer),
-            (STATE, &self.state),
-        ]
+    /// Does something with the name and content of every file.
+    pub fn with_files<T>(&self, work: impl FnOnce(Files) -> T) -> T {
+        work(&[
+            (LORA, &|out| {
+                out.write_all(&self.adapters.to_bytes(TRANSFORMER_PREFIX))
+            }),
+            (OPTIMIZER, &|out| out.write_all(&self.optimizer.to_bytes())),
+            (STATE, &|out| out.write_all(&self.state)),
+        ])
     }
 }
 
@@ -143,62 +146,71 @@ pub fn manifest_fields(
 /// A run in memory.
 pub type RunTraining<M> = Training<M, AdamW, Progress>;
 
-/// A verified checkpoint, parsed but not yet restored.
+/// A verified checkpoint of which everything but the tensors is read.
 pub struct Opened {
     /// `state.json`.
     pub state: State,
     /// The configuration inside it.
     pub config: RunConfig,
-    record: TrainingRecord<Progress>,
+    /// The files.
+    pub verified: Verified,
 }
 
 impl Opened {
-    /// Parses the bytes that were verified.
+    /// Reads the state, and the headers of the other files.
     ///
     /// # Errors
     /// A checkpoint of another format, or one that contradicts itself.
-    pub fn parse(verified: &Verified) -> anyhow::Result<Self> {
-        let dir = &verified.dir;
-        let bytes = |name: &str| {
-            verified
-                .files
-                .get(name)
-                .with_context(|| format!("checkpoint {} has no {name}", dir.display()))
-        };
-        let (lora, optimizer, state) = (
-            bytes(LORA)?.clone(),
-            bytes(OPTIMIZER)?.clone(),
-            bytes(STATE)?,
-        );
-        let state_path = dir.join(STATE);
-        let state: State = parse_json(state)
-            .with_context(|| format!("`{}` is not valid", state_path.display()))?;
+    pub fn read(verified: Verified) -> anyhow::Result<Self> {
+        let path = verified.path(STATE)?;
+        let length = std::fs::metadata(&path).map_or(0, |metadata| metadata.len());
+        let bytes = read_file(&path, length).with_context(|| format!("read {}", path.display()))?;
+        let state: State =
+            parse_json(&bytes).with_context(|| format!("`{}` is not valid", path.display()))?;
         if state.progress.step != verified.manifest.step {
             bail!(
                 "`{}` says step {}, the folder step {}",
-                state_path.display(),
+                path.display(),
                 state.progress.step,
                 verified.manifest.step
             );
         }
-        let config = RunConfig::from_toml(&state.config, &state_path, &[])
+        let config = RunConfig::from_toml(&state.config, &path, &[])
             .context("the checkpoint's configuration")?;
-        let adapters = AdapterFile::from_bytes(&dir.join(LORA), lora, TRANSFORMER_PREFIX)?;
-        let optimizer =
-            OptimizerState::from_bytes(&dir.join(OPTIMIZER), optimizer, state.optimizer.clone())?;
-        #[cfg(feature = "canary")]
-        let optimizer = crate::canary::resumed(optimizer);
-        let record = TrainingRecord::new(adapters, optimizer, state.progress);
+        for name in [LORA, OPTIMIZER] {
+            TensorFile::open(&verified.path(name)?)?;
+        }
         Ok(Self {
             state,
             config,
-            record,
+            verified,
         })
     }
 
-    /// The record, to be restored onto a model.
-    pub fn into_record(self) -> TrainingRecord<Progress> {
-        self.record
+    /// Reads the tensors, to be restored onto a model.
+    ///
+    /// # Errors
+    /// Tensors that are no adapter, and files that are no longer what was verified.
+    pub fn record(&self) -> anyhow::Result<TrainingRecord<Progress>> {
+        let adapters = AdapterFile::load(&self.verified.path(LORA)?, TRANSFORMER_PREFIX)?;
+        let moments = TensorFile::open(&self.verified.path(OPTIMIZER)?)?;
+        let read = |name: &str| Ok((name.to_string(), moments.read(name)?));
+        let optimizer = OptimizerState {
+            tensors: moments
+                .names()
+                .map(read)
+                .collect::<Result<_, FileError>>()?,
+            scalars: self.state.optimizer.clone(),
+        };
+        // What was parsed is what was verified.
+        self.verified.check()?;
+        #[cfg(feature = "canary")]
+        let optimizer = crate::canary::resumed(optimizer);
+        Ok(TrainingRecord::new(
+            adapters,
+            optimizer,
+            self.state.progress,
+        ))
     }
 }
 

@@ -50,6 +50,15 @@ pub enum CheckpointError {
         holder: String,
     },
 
+    /// A folder with files of somebody else's.
+    #[error("{} is not a run folder, but holds {holds}, and nothing of yours is to be overwritten; choose another --output, or an empty folder", path.display())]
+    NotARun {
+        /// The folder.
+        path: PathBuf,
+        /// The first thing in it.
+        holds: String,
+    },
+
     /// The run folder holds no checkpoint at all.
     #[error("run folder {} has no checkpoint to resume; start the run without resuming", run.display())]
     NoCheckpoint {

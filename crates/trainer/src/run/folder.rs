@@ -27,9 +27,10 @@
 //! - A checkpoint about to be deleted first gets a temporary name (fsynced), so a half-deleted one
 //!   is never seen.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use fs4::{FileExt, TryLockError};
@@ -38,15 +39,21 @@ use tracing::{info, warn};
 
 use crate::run::error::{CheckpointError, Rejected, io};
 use crate::run::manifest::{
-    MANIFEST, MANIFEST_LIMIT, Verified, check, parse_checkpoint_name, read_at_most, verify,
+    MANIFEST, MANIFEST_LIMIT, Verified, parse_checkpoint_name, read_at_most, verify,
 };
-use crate::run::vfs::{Vfs, create_dir_durably, discard, list, remove_tree, replace_file, sibling};
+use crate::run::vfs::{
+    Vfs, create_dir_durably, discard, list, remove_tree, replace_file, sibling, writable,
+};
 
 /// The file that names the last acknowledged checkpoint.
 pub(crate) const LATEST: &str = "LATEST";
 const LOCK: &str = "run.lock";
 const METRICS: &str = "metrics.jsonl";
 const CONFIG: &str = "config.toml";
+const CACHE: &str = "cache";
+const SAMPLES: &str = "samples";
+const LORA: &str = "lora.safetensors";
+const PEFT: &str = "lora-peft";
 
 /// A run folder, for reading. To write, [`RunDir::lock`] it.
 #[derive(Debug, Clone)]
@@ -68,24 +75,98 @@ pub struct Found {
 #[derive(Debug)]
 pub struct RunLock {
     run: RunDir,
-    _file: File,
-}
-
-/// Which checkpoints stay when a new one is acknowledged.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Retention {
-    /// How many of the newest stay; only those that verify are counted, and never fewer than 2
-    /// stay.
-    pub keep: usize,
-    /// Multiples of this step count stay for ever.
-    pub keep_every: Option<u64>,
+    file: File,
+    /// What the lock file said before, to be put back by a start that is refused.
+    before: RefCell<Option<Vec<u8>>>,
 }
 
 impl RunDir {
     /// Opens the folder, creating it and its parents if need be.
+    ///
+    /// # Errors
+    /// A folder that is no run's and holds something: what a run writes could replace it.
     pub fn open_or_create(path: &Path) -> Result<Self, CheckpointError> {
         create_dir_durably(path)?;
-        Self::open(path)
+        let run = Self::open(path)?;
+        match run.stranger()? {
+            None => Ok(run),
+            Some(holds) => Err(CheckpointError::NotARun {
+                path: path.to_path_buf(),
+                holds,
+            }),
+        }
+    }
+
+    /// The first thing in the folder, if nothing there shows that it is a run's. What a run never writes, hidden files and
+    /// the `lost+found` of a disk, is in no danger and does not count.
+    fn stranger(&self) -> Result<Option<String>, CheckpointError> {
+        let mut strangers = BTreeSet::new();
+        for entry in list(&self.path)? {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let base = name.split('.').next().unwrap_or_default();
+            if name == LOCK
+                || name == LATEST
+                || (parse_checkpoint_name(base).is_some() && entry.path().is_dir())
+                || (name == CACHE && entry.path().join("digests.json").is_file())
+            {
+                return Ok(None);
+            }
+            if !name.starts_with('.') && name != "lost+found" {
+                strangers.insert(name);
+            }
+        }
+        Ok(strangers.pop_first())
+    }
+
+    /// The LoRA of a run that has ended here.
+    pub(crate) fn finished(&self) -> Result<Option<PathBuf>, CheckpointError> {
+        let names = list(&self.path)?.into_iter().map(|entry| entry.file_name());
+        let mut outputs = names.filter(|name| {
+            let name = name.to_string_lossy();
+            name == PEFT
+                || name == LORA
+                || name.starts_with("lora-") && name.ends_with(".safetensors")
+        });
+        Ok(outputs.next().map(|name| self.path.join(name)))
+    }
+
+    /// Tries whether everything that a run writes has a place here.
+    ///
+    /// # Errors
+    /// A folder that cannot be written to, a file where a folder belongs, or the reverse.
+    pub(crate) fn check_places(&self) -> Result<(), CheckpointError> {
+        let kind = |path: PathBuf, expected| Err(CheckpointError::Kind { path, expected });
+        for name in [CONFIG, METRICS, LATEST, LORA] {
+            let path = self.path.join(name);
+            if path.is_dir() {
+                return kind(path, "file");
+            }
+        }
+        writable(&self.path)?;
+        for name in [CACHE, SAMPLES, PEFT] {
+            let path = self.path.join(name);
+            match fs::symlink_metadata(&path) {
+                Ok(_) if !path.is_dir() => return kind(path, "folder"),
+                Ok(_) => writable(&path)?,
+                Err(_) => {} // to be made
+            }
+        }
+        Ok(())
+    }
+
+    /// Where encoded samples are.
+    pub fn cache_path(&self) -> PathBuf {
+        self.path.join(CACHE)
+    }
+
+    /// Where previews are.
+    pub fn samples_path(&self) -> PathBuf {
+        self.path.join(SAMPLES)
+    }
+
+    /// Where the finished LoRA is.
+    pub fn lora_path(&self) -> PathBuf {
+        self.path.join(LORA)
     }
 
     /// Opens a folder that exists.
@@ -121,23 +202,22 @@ impl RunDir {
         let path = self.path.join(LOCK);
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
-        let mut file = options.open(&path).map_err(io("open", &path))?;
+        let file = options.open(&path).map_err(io("open", &path))?;
         match FileExt::try_lock(&file) {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(self.in_use(&file)),
             Err(TryLockError::Error(source)) => return Err(io("lock", &path)(source)),
         }
+        let before = read_at_most(&path, &path, 200).ok();
         // For the message of the next one only: on a full disk the lock holds all the same.
         let pid = format!("{}\n", std::process::id());
-        let written = file
-            .write_all(pid.as_bytes())
-            .and_then(|()| file.set_len(pid.len() as u64));
-        if let Err(error) = written {
+        if let Err(error) = rewrite(&file, pid.as_bytes()) {
             warn!(path = %path.display(), %error, "no process id in the lock file");
         }
         Ok(RunLock {
             run: self.clone(),
-            _file: file,
+            file,
+            before: RefCell::new(before),
         })
     }
 
@@ -157,7 +237,7 @@ impl RunDir {
     /// written for; `None` without a `LATEST`, as before the first save.
     pub fn latest(&self) -> Result<Option<PathBuf>, CheckpointError> {
         let path = self.path.join(LATEST);
-        let text = match read_at_most(&path, 200) {
+        let text = match read_at_most(&path, &path, 200) {
             Err(error) if error.is_not_found() => return Ok(None),
             text => text?,
         };
@@ -175,7 +255,8 @@ impl RunDir {
         };
         let dir = self.path.join(target);
         let target = target.to_string();
-        match read_at_most(&dir.join(MANIFEST), MANIFEST_LIMIT) {
+        let manifest = dir.join(MANIFEST);
+        match read_at_most(&manifest, &manifest, MANIFEST_LIMIT) {
             Ok(manifest) if sha256_hex(&manifest) == sha256 => Ok(Some(dir)),
             Err(error) if error.is_not_found() && !dir.exists() => {
                 Err(CheckpointError::LatestGone { path, target })
@@ -214,6 +295,31 @@ impl RunDir {
         }
     }
 
+    /// The folder of `chosen` as it is listed here, and the checkpoints that are later.
+    ///
+    /// # Errors
+    /// A checkpoint of another run.
+    pub(crate) fn later_than(
+        &self,
+        chosen: &Verified,
+    ) -> Result<(PathBuf, Vec<Found>), CheckpointError> {
+        let mut later = self.checkpoints()?;
+        let real = |dir: &Path| fs::canonicalize(dir).map_err(io("open", dir));
+        let chosen_dir = real(&chosen.dir)?;
+        let Some(position) = later
+            .iter()
+            .position(|found| real(&found.dir).is_ok_and(|dir| dir == chosen_dir))
+        else {
+            return Err(CheckpointError::NotInRun {
+                path: chosen.dir.clone(),
+                run: self.path.clone(),
+            });
+        };
+        let dir = later[position].dir.clone();
+        later.truncate(position);
+        Ok((dir, later))
+    }
+
     /// Points `LATEST` to a checkpoint that is verified and durable.
     pub(crate) fn write_latest(
         &self,
@@ -222,11 +328,10 @@ impl RunDir {
         sha256: &str,
     ) -> Result<(), CheckpointError> {
         let name = dir.file_name().unwrap_or_default().display();
-        replace_file(
-            vfs,
-            &self.path.join(LATEST),
-            format!("{name}\n{sha256}\n").as_bytes(),
-        )
+        let text = format!("{name}\n{sha256}\n");
+        replace_file(vfs, &self.path.join(LATEST), &|out| {
+            out.write_all(text.as_bytes())
+        })
     }
 
     pub(super) fn scan(&self) -> Result<Scan, CheckpointError> {
@@ -262,7 +367,7 @@ impl RunDir {
                     },
                 };
                 scan.other.push(Rejected { path, reason });
-            } else if name == "lora-peft" && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            } else if name == PEFT && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 // The one thing here that is written file by file.
                 let files = list(&path)?.into_iter().filter(|file| {
                     let name = file.file_name();
@@ -292,15 +397,34 @@ impl RunDir {
     }
 }
 
+impl Drop for RunLock {
+    /// A start that was refused leaves the folder as it was, its lock file included.
+    fn drop(&mut self) {
+        if let Some(before) = self.before.take()
+            && let Err(error) = rewrite(&self.file, &before)
+        {
+            warn!(%error, "the lock file keeps the id of this process");
+        }
+    }
+}
+
+/// Gives a file that is open another content.
+fn rewrite(mut file: &File, bytes: &[u8]) -> std::io::Result<()> {
+    file.rewind()?;
+    file.write_all(bytes)?;
+    file.set_len(bytes.len() as u64)
+}
+
 impl RunLock {
     /// The folder that is locked.
     pub fn run(&self) -> &RunDir {
         &self.run
     }
 
-    /// Removes what dead processes left unfinished; to be called once, before anything is written.
-    /// What cannot be removed is left for the next time.
-    pub fn remove_stale(&self, vfs: &dyn Vfs) -> Result<(), CheckpointError> {
+    /// To be called once, before anything is written: from here on the folder belongs to this run. Removes what dead
+    /// processes left unfinished; what cannot be removed is left for the next time.
+    pub fn begin(&self, vfs: &dyn Vfs) -> Result<(), CheckpointError> {
+        self.before.take();
         for path in self.run.scan()?.stale {
             match remove_tree(vfs, &path) {
                 Ok(()) => info!(path = %path.display(), "removed an unfinished save"),
@@ -321,20 +445,7 @@ impl RunLock {
         chosen: &Verified,
     ) -> Result<Vec<PathBuf>, CheckpointError> {
         let run = self.run.path();
-        let mut later = self.run.checkpoints()?;
-        let real = |dir: &Path| fs::canonicalize(dir).map_err(io("open", dir));
-        let chosen_dir = real(&chosen.dir)?;
-        let Some(position) = later
-            .iter()
-            .position(|found| real(&found.dir).is_ok_and(|dir| dir == chosen_dir))
-        else {
-            return Err(CheckpointError::NotInRun {
-                path: chosen.dir.clone(),
-                run: run.to_path_buf(),
-            });
-        };
-        let dir = later[position].dir.clone();
-        later.truncate(position);
+        let (dir, later) = self.run.later_than(chosen)?;
         if later.is_empty() && self.run.latest().ok().flatten().as_ref() == Some(&dir) {
             return Ok(Vec::new());
         }
@@ -351,20 +462,15 @@ impl RunLock {
         Ok(aside)
     }
 
-    /// Deletes the checkpoints that `retention` does not keep. A damaged one does not count as
-    /// kept, and goes only once enough later ones are whole.
-    pub fn prune(&self, vfs: &dyn Vfs, retention: &Retention) -> Result<(), CheckpointError> {
-        let keep = retention.keep.max(2);
+    /// Deletes all but the newest `keep` checkpoints, and never leaves fewer than 2. A damaged one does not
+    /// count as kept, and goes only once enough later ones are whole.
+    pub fn prune(&self, vfs: &dyn Vfs, keep: usize) -> Result<(), CheckpointError> {
+        let keep = keep.max(2);
         let checkpoints = self.run.checkpoints()?;
         if checkpoints.len() <= keep {
             return Ok(()); // without reading them all again
         }
         let latest = self.run.latest().ok().flatten();
-        let for_ever = |step: u64| {
-            retention
-                .keep_every
-                .is_some_and(|every| step.is_multiple_of(every))
-        };
 
         let mut whole = BTreeSet::new();
         let mut victims = Vec::new();
@@ -372,10 +478,10 @@ impl RunLock {
             // An older content of the same step, left by a save that was stopped.
             let superseded = whole.contains(&step);
             let enough = whole.len() >= keep;
-            if superseded || (enough && !for_ever(step) && latest.as_ref() != Some(&dir)) {
+            if superseded || (enough && latest.as_ref() != Some(&dir)) {
                 victims.push(dir);
             } else if !enough {
-                match check(&dir) {
+                match verify(&dir) {
                     Ok(_) => drop(whole.insert(step)),
                     Err(reason) => {
                         warn!(reason = %Rejected { path: dir, reason }, "a damaged checkpoint is not counted")

@@ -5,16 +5,15 @@
 //!   of itself: the hash of all bytes before the comma that ends the line above it, as in
 //!   `head -c -83 MANIFEST.json | sha256sum`. So one flipped bit anywhere, white space included, is
 //!   found without trusting that JSON comes out of a parser as it went in.
-//! - [`verify`] reads every file once and hands out the bytes it verified: what is parsed later is
-//!   what was checked.
+//! - [`verify`] reads every file in pieces and keeps none. Whoever parses a file asks for its digest
+//!   again afterwards ([`Verified::check`]), so what was parsed is what was verified.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use lora_core::files::digest::{Sha256Hex, sha256_hex};
+use lora_core::files::digest::{digest_file, sha256_hex};
 use lora_core::files::strict_json::{parse_json, read_file};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -76,7 +75,8 @@ pub struct ManifestFields {
     pub fingerprint: Value,
 }
 
-/// A checkpoint that passed [`verify`], with the bytes that passed.
+/// A checkpoint that passed [`verify`].
+#[derive(Debug, Clone)]
 pub struct Verified {
     /// The folder.
     pub dir: PathBuf,
@@ -84,17 +84,30 @@ pub struct Verified {
     pub manifest: Manifest,
     /// SHA-256 of `MANIFEST.json`, which `LATEST` repeats; it identifies the whole content.
     pub manifest_sha256: String,
-    /// Name to content, the manifest not among them.
-    pub files: BTreeMap<String, Vec<u8>>,
 }
 
-impl fmt::Debug for Verified {
-    /// Without the bytes, of which there may be gigabytes.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut out = f.debug_struct("Verified");
-        out.field("dir", &self.dir)
-            .field("manifest", &self.manifest)
-            .finish_non_exhaustive()
+impl Verified {
+    /// Where a file of the checkpoint is.
+    ///
+    /// # Errors
+    /// The checkpoint has no such file.
+    pub fn path(&self, name: &str) -> Result<PathBuf, CheckpointError> {
+        let path = self.dir.join(name);
+        match self.manifest.files.iter().any(|entry| entry.name == name) {
+            true => Ok(path),
+            false => Err(CheckpointError::Missing { path }),
+        }
+    }
+
+    /// Compares the files once more with their SHA-256: to be asked after something was parsed from them.
+    ///
+    /// # Errors
+    /// A file that was changed since it was verified.
+    pub fn check(&self) -> Result<(), CheckpointError> {
+        let files = self.manifest.files.iter();
+        files
+            .map(|entry| (self.dir.join(&entry.name), entry))
+            .try_for_each(|(path, entry)| check_entry(&path, &path, entry))
     }
 }
 
@@ -117,51 +130,38 @@ pub(crate) fn parse_checkpoint_name(name: &str) -> Option<u64> {
 /// The first thing found to be wrong. Any flipped bit, any truncation, any file added, missing or
 /// exchanged is an error.
 pub fn verify(dir: &Path) -> Result<Verified, CheckpointError> {
-    let step = step_of(dir)?;
-    let mut files = BTreeMap::new();
-    let (manifest, manifest_sha256) = examine(dir, step, Some(&mut files))?;
+    let (manifest, manifest_sha256) = examine(dir, dir, step_of(dir)?)?;
     Ok(Verified {
         dir: dir.to_path_buf(),
         manifest,
         manifest_sha256,
-        files,
     })
 }
 
-/// [`verify`] without keeping the bytes; returns the SHA-256 of the manifest.
-pub(crate) fn check(dir: &Path) -> Result<String, CheckpointError> {
-    Ok(examine(dir, step_of(dir)?, None)?.1)
-}
-
 impl Manifest {
-    pub(crate) fn new(
-        step: u64,
-        files: &[(&str, &[u8])],
-        fields: &ManifestFields,
-    ) -> Result<Self, CheckpointError> {
-        let mut names = BTreeSet::from([MANIFEST]);
-        for (name, _) in files {
-            let plain =
-                !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0']);
-            if !plain || !names.insert(*name) {
-                let name = name.to_string();
-                return Err(CheckpointError::FileName { name });
-            }
-        }
-        let entry = |(name, bytes): &(&str, &[u8])| FileEntry {
-            name: name.to_string(),
-            length: bytes.len() as u64,
-            sha256: sha256_hex(bytes),
-        };
-        Ok(Self {
+    pub(crate) fn new(step: u64, files: Vec<FileEntry>, fields: &ManifestFields) -> Self {
+        Self {
             format_version: FORMAT_VERSION,
             step,
-            files: files.iter().map(entry).collect(),
+            files,
             config_digest: fields.config_digest.clone(),
             dataset_digest: fields.dataset_digest.clone(),
             fingerprint: fields.fingerprint.clone(),
-        })
+        }
     }
+}
+
+/// Checks that files of these names can make a checkpoint.
+pub(crate) fn check_names<'a>(names: impl Iterator<Item = &'a str>) -> Result<(), CheckpointError> {
+    let mut seen = BTreeSet::from([MANIFEST]);
+    for name in names {
+        let plain = !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0']);
+        if !plain || !seen.insert(name) {
+            let name = name.to_string();
+            return Err(CheckpointError::FileName { name });
+        }
+    }
+    Ok(())
 }
 
 fn step_of(dir: &Path) -> Result<u64, CheckpointError> {
@@ -176,15 +176,16 @@ fn step_of(dir: &Path) -> Result<u64, CheckpointError> {
     })
 }
 
-/// Checks a folder that must hold `step`, cheapest checks first; puts the bytes into `keep`.
+/// Checks a folder that must hold `step`, cheapest checks first; its manifest, and the SHA-256 of that. Errors name
+/// `shown`, the folder it is to be.
 pub(crate) fn examine(
     dir: &Path,
+    shown: &Path,
     step: u64,
-    mut keep: Option<&mut BTreeMap<String, Vec<u8>>>,
 ) -> Result<(Manifest, String), CheckpointError> {
     let mut present = BTreeSet::new();
     for entry in list(dir)? {
-        let path = entry.path();
+        let path = shown.join(entry.file_name());
         if !entry.file_type().map_err(io("read", &path))?.is_file() {
             let expected = "file";
             return Err(CheckpointError::Kind { path, expected });
@@ -192,98 +193,70 @@ pub(crate) fn examine(
         present.insert(entry.file_name());
     }
 
-    let path = dir.join(MANIFEST);
+    let path = shown.join(MANIFEST);
     if !present.remove(MANIFEST.as_ref() as &std::ffi::OsStr) {
         return Err(CheckpointError::Missing { path });
     }
-    let bytes = read_at_most(&path, MANIFEST_LIMIT)?;
+    let bytes = read_at_most(&dir.join(MANIFEST), &path, MANIFEST_LIMIT)?;
     let manifest = unseal(&path, &bytes)?;
     if manifest.step != step {
         return Err(CheckpointError::Step {
-            path: dir.to_path_buf(),
+            path: shown.to_path_buf(),
             found: manifest.step,
             name: checkpoint_name(manifest.step),
         });
     }
     for entry in &manifest.files {
         if !present.remove(entry.name.as_ref() as &std::ffi::OsStr) {
-            let path = dir.join(&entry.name);
+            let path = shown.join(&entry.name);
             return Err(CheckpointError::Missing { path });
         }
     }
     if let Some(extra) = present.first() {
-        let path = dir.join(extra);
+        let path = shown.join(extra);
         return Err(CheckpointError::Extra { path });
     }
-
     for entry in &manifest.files {
-        let bytes = read_entry(&dir.join(&entry.name), entry, keep.is_some())?;
-        if let Some(files) = keep.as_deref_mut() {
-            files.insert(entry.name.clone(), bytes);
-        }
+        check_entry(&dir.join(&entry.name), &shown.join(&entry.name), entry)?;
     }
     Ok((manifest, sha256_hex(&bytes)))
 }
 
-/// Reads and checks one file; the bytes come back only if they are to be kept.
-fn read_entry(path: &Path, entry: &FileEntry, keep: bool) -> Result<Vec<u8>, CheckpointError> {
-    let file = File::open(path).map_err(io("read", path))?;
-    let found = file.metadata().map_err(io("read", path))?.len();
+/// Reads one file in pieces and compares it with what it was written as.
+fn check_entry(path: &Path, shown: &Path, entry: &FileEntry) -> Result<(), CheckpointError> {
+    let found = fs::metadata(path).map_err(io("read", shown))?.len();
     if found != entry.length {
-        let path = path.to_path_buf();
-        let expected = entry.length;
         return Err(CheckpointError::Length {
-            path,
-            expected,
+            path: shown.to_path_buf(),
+            expected: entry.length,
             found,
         });
     }
-    let mut bytes = Vec::new();
-    if keep {
-        let reserved =
-            usize::try_from(found).is_ok_and(|length| bytes.try_reserve_exact(length).is_ok());
-        if !reserved {
-            return Err(io("read", path)(io::ErrorKind::OutOfMemory.into()));
-        }
-    }
-
-    let mut file = file.take(found);
-    let mut hasher = Sha256Hex::default();
-    let mut chunk = vec![0; 256 << 10];
-    loop {
-        let length = match file.read(&mut chunk) {
-            Ok(0) => break,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            length => length.map_err(io("read", path))?,
-        };
-        hasher.update(&chunk[..length]);
-        if keep {
-            bytes.extend_from_slice(&chunk[..length]);
-        }
-    }
-    let found = hasher.finish();
+    let found = digest_file(path).map_err(io("read", shown))?;
     #[cfg(feature = "canary")]
     let found = crate::canary::checked(path, found, &entry.sha256);
     if found != entry.sha256 {
-        let path = path.to_path_buf();
-        let expected = entry.sha256.clone();
         return Err(CheckpointError::Checksum {
-            path,
-            expected,
+            path: shown.to_path_buf(),
+            expected: entry.sha256.clone(),
             found,
         });
     }
-    Ok(bytes)
+    Ok(())
 }
 
 /// Reads a small file, refusing one that is not small before it is in memory.
-pub(crate) fn read_at_most(path: &Path, limit: u64) -> Result<Vec<u8>, CheckpointError> {
+pub(crate) fn read_at_most(
+    path: &Path,
+    shown: &Path,
+    limit: u64,
+) -> Result<Vec<u8>, CheckpointError> {
     read_file(path, limit).map_err(|error| match error.kind() {
-        io::ErrorKind::FileTooLarge => CheckpointError::Malformed {
-            path: path.to_path_buf(),
+        ErrorKind::FileTooLarge => CheckpointError::Malformed {
+            path: shown.to_path_buf(),
             what: "it is far longer than it was written",
         },
-        _ => io("read", path)(error),
+        _ => io("read", shown)(error),
     })
 }
 

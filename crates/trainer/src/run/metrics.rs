@@ -1,10 +1,10 @@
 //! The metrics log of a run: one JSON object a line, cut back on resume to what the checkpoint promises.
 
-use std::fs::{File, OpenOptions};
-use std::io::ErrorKind;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use lora_core::files::strict_json::{parse_json, read_file};
+use lora_core::files::strict_json::parse_json;
 use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
 
@@ -12,8 +12,8 @@ use crate::run::error::{CheckpointError, io};
 use crate::run::folder::RunLock;
 use crate::run::vfs::{Vfs, replace_file};
 
-/// A metrics log larger than this is not one of ours: some ten million lines.
-const METRICS_LIMIT: u64 = 4 << 30;
+/// A longer line is not one of ours, which have some hundred bytes.
+const LINE_LIMIT: u64 = 1 << 20;
 
 /// What [`truncate_metrics`] did.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -36,43 +36,66 @@ pub fn truncate_metrics(
     path: &Path,
     resumed: Option<u64>,
 ) -> Result<Truncated, CheckpointError> {
-    let text = match read_file(path, METRICS_LIMIT) {
-        Err(error) if error.kind() == ErrorKind::NotFound => {
+    let mut log = match open_log(path) {
+        Err(error) if error.is_not_found() => {
             return Ok(Truncated {
                 kept: 0,
                 dropped: 0,
             });
         }
-        text => text.map_err(io("read", path))?,
+        log => log?,
     };
-    let mut kept = Vec::new();
-    let mut torn = None;
-    let mut dropped = 0;
-    for (index, line) in text.split_inclusive(|byte| *byte == b'\n').enumerate() {
-        match metrics_step(line) {
-            Some(step) if Some(step) <= resumed => {
-                if let Some(line) = torn {
-                    let path = path.to_path_buf();
-                    return Err(CheckpointError::MetricsLine { path, line });
-                }
-                kept.push(line.strip_suffix(b"\n").unwrap_or(line));
-                continue;
+    let stays = |line: &[u8]| metrics_step(line).is_some_and(|step| Some(step) <= resumed);
+    let (mut kept, mut dropped, mut torn, mut unended) = (0, 0, None, false);
+    let mut line = Vec::new();
+    while next_line(&mut log, &mut line).map_err(io("read", path))? {
+        if stays(&line) {
+            if let Some(line) = torn {
+                let path = path.to_path_buf();
+                return Err(CheckpointError::MetricsLine { path, line });
             }
-            Some(_) => {}
-            None => torn = torn.or(Some(index + 1)),
+            kept += 1;
+            unended = !line.ends_with(b"\n");
+        } else {
+            dropped += 1;
+            if metrics_step(&line).is_none() {
+                torn = torn.or(Some(kept + dropped));
+            }
         }
-        dropped += 1;
     }
-    let bytes: Vec<u8> = kept
-        .iter()
-        .flat_map(|line| line.iter().chain(b"\n"))
-        .copied()
-        .collect();
-    if bytes != text {
-        replace_file(vfs, path, &bytes)?;
+    if dropped > 0 || unended {
+        replace_file(vfs, path, &|out| {
+            let (mut log, mut line) = (BufReader::new(File::open(path)?), Vec::new());
+            while next_line(&mut log, &mut line)? {
+                if stays(&line) {
+                    out.write_all(line.strip_suffix(b"\n").unwrap_or(&line))?;
+                    out.write_all(b"\n")?;
+                }
+            }
+            Ok(())
+        })?;
     }
-    let kept = kept.len();
     Ok(Truncated { kept, dropped })
+}
+
+/// A log for reading; a pipe would block for ever.
+fn open_log(path: &Path) -> Result<BufReader<File>, CheckpointError> {
+    if !fs::metadata(path).map_err(io("read", path))?.is_file() {
+        let problem = io::Error::other("it is not a regular file");
+        return Err(io("read", path)(problem));
+    }
+    Ok(BufReader::new(File::open(path).map_err(io("read", path))?))
+}
+
+/// The next line with its end, false after the last; one that is too long to be ours comes as an empty one.
+fn next_line(log: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<bool> {
+    line.clear();
+    let read = log.by_ref().take(LINE_LIMIT).read_until(b'\n', line)?;
+    if read as u64 == LINE_LIMIT && !line.ends_with(b"\n") {
+        log.skip_until(b'\n')?;
+        line.clear();
+    }
+    Ok(read > 0)
 }
 
 /// The metrics log of a run, open for appending.
@@ -100,7 +123,7 @@ impl MetricsLog {
         debug!(path = %path.display(), resumed, kept, dropped, "metrics log");
         if !path.exists() {
             let run = lock.run().path();
-            vfs.create_file(&path, b"").map_err(io("create", &path))?;
+            vfs.create_file(&path).map_err(io("create", &path))?;
             // Otherwise a power loss could leave a checkpoint without its log.
             vfs.sync_dir(run).map_err(io("fsync", run))?;
         }

@@ -9,6 +9,7 @@
 //! | `metrics` | the log, cut back on resume |
 //! | `transaction` | a checkpoint is there, whole and verified, or it is not there |
 //! | `checkpoint` | what the bytes of a checkpoint say, and a run restored from it |
+//! | `space` | whether the disk has room for a run |
 //! | `resume` | which checkpoint a run goes on from, and what is refused |
 //! | `save` | checkpoints while a run goes, the finished LoRA at its end |
 
@@ -19,6 +20,7 @@ pub mod manifest;
 pub mod metrics;
 pub mod resume;
 pub(crate) mod save;
+pub(crate) mod space;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "test code")]
 mod testing;

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use tracing::{info, warn};
 
 use crate::config::RunConfig;
@@ -53,11 +53,16 @@ pub(crate) fn find_checkpoint(run: &RunDir, resume: &Resume) -> anyhow::Result<O
             }
             Some(verified)
         }
-        Resume::Checkpoint(path) => {
-            Some(verify(path).with_context(|| format!("checkpoint {}", path.display()))?)
-        }
+        Resume::Checkpoint(path) => Some(verify(path)?),
     };
+    if let (None, Some(lora)) = (&verified, run.finished()?) {
+        bail!(
+            "{} is the LoRA of a run whose checkpoints are gone, and a new run would replace it; move it elsewhere, or choose another --output",
+            lora.display()
+        );
+    }
     if let Some(verified) = &verified {
+        run.later_than(verified)?;
         info!(checkpoint = %verified.dir.display(), step = verified.manifest.step, "resuming");
     }
     Ok(verified)
@@ -74,6 +79,12 @@ pub(crate) fn check_resume(
 ) -> anyhow::Result<Vec<Event>> {
     let state = &opened.state;
     let step = state.progress.step;
+    if config.train.steps < step {
+        bail!(
+            "the run has done {step} steps, and `train.steps` asks for {}: the result would be that of {step} steps; ask for {step} or more, or go back to an earlier checkpoint with --resume PATH",
+            config.train.steps
+        );
+    }
     let mut events = state.events.clone();
     let mut note = |what: String| {
         info!(step, "{what}");
@@ -95,6 +106,13 @@ pub(crate) fn check_resume(
             );
         }
         note(text);
+    }
+    let (before, now) = (
+        opened.config.learning_rate(step),
+        config.learning_rate(step),
+    );
+    if before != now && step < config.train.steps {
+        info!("the learning rate goes on at {now:.3e}, where it would have been {before:.3e}");
     }
     let changes = digest::changes(&state.samples, samples);
     if !changes.is_empty() {
@@ -124,6 +142,11 @@ pub(crate) fn check_resume(
         for (name, stored, present) in differences {
             note(format!("{name} changed from {stored} to {present}"));
         }
+    }
+    if step == config.train.steps {
+        warn!(
+            "all {step} steps are done, so nothing is left to do but to write the result again; to train on, ask for more with --steps"
+        );
     }
     Ok(events)
 }

@@ -15,7 +15,7 @@ use crate::data::digest::dataset_digest;
 use crate::run::checkpoint::{
     RunTraining, Snapshot, State, TRANSFORMER_PREFIX, adapter_file, manifest_fields,
 };
-use crate::run::folder::{Retention, RunDir, RunLock};
+use crate::run::folder::{RunDir, RunLock};
 use crate::run::metrics::MetricsLog;
 use crate::run::transaction;
 use crate::run::vfs::{RealFs, replace_file};
@@ -44,7 +44,9 @@ impl<'a> Saver<'a> {
         resumed: Option<u64>,
     ) -> anyhow::Result<Self> {
         let metrics = MetricsLog::open(&RealFs, lock, resumed)?;
-        replace_file(&RealFs, &run.config_path(), state.config.as_bytes())?;
+        replace_file(&RealFs, &run.config_path(), &|out| {
+            out.write_all(state.config.as_bytes())
+        })?;
         let (config_digest, dataset_digest) = (config.digest()?, dataset_digest(&state.samples));
         Ok(Self {
             config,
@@ -74,19 +76,11 @@ impl<'a> Saver<'a> {
             self.dataset_digest.clone(),
         )?;
         let snapshot = Snapshot::take(training, state, self.lora)?;
-        let retention = Retention {
-            keep: self.config.checkpoint.keep,
-            keep_every: None,
-        };
-        transaction::save(
-            &RealFs,
-            self.lock,
-            &mut self.metrics,
-            step,
-            &snapshot.files(),
-            &fields,
-            &retention,
-        )?;
+        let keep = self.config.checkpoint.keep;
+        let (lock, metrics) = (self.lock, &mut self.metrics);
+        snapshot.with_files(|files| {
+            transaction::save(&RealFs, lock, metrics, step, files, &fields, keep)
+        })?;
         Ok(())
     }
 
@@ -94,8 +88,8 @@ impl<'a> Saver<'a> {
     pub(crate) fn export<N: Network>(&self, training: &RunTraining<N>) -> anyhow::Result<PathBuf> {
         let adapter = adapter_file(&training.model, self.lora)?.fold_scale();
         let bytes = adapter.to_bytes(TRANSFORMER_PREFIX);
-        let path = self.run.path().join("lora.safetensors");
-        replace_file(&RealFs, &path, &bytes)?;
+        let path = self.run.lora_path();
+        replace_file(&RealFs, &path, &|out| out.write_all(&bytes))?;
         for format in &self.config.export.formats {
             let format = match format {
                 ExportFormat::Diffusers => continue, // the file above

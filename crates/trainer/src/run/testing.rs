@@ -1,8 +1,8 @@
 //! What the tests of this module share.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::fs::OpenOptions;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -11,20 +11,20 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::run::error::{CheckpointError, Rejected};
-use crate::run::folder::{Retention, RunDir, RunLock};
+use crate::run::folder::{RunDir, RunLock};
 use crate::run::manifest::{ManifestFields, Verified};
 use crate::run::metrics::MetricsLog;
-use crate::run::transaction::{save, write_checkpoint};
+use crate::run::transaction::{Files, save, write_checkpoint};
 use crate::run::vfs::simulate::{Dice, FailingFs, Failure, memory_dir};
-use crate::run::vfs::{Vfs, list};
+use crate::run::vfs::{Content, Vfs, list};
 
 /// The files of a small checkpoint; `version` tells histories apart.
 pub(crate) fn files(step: u64, version: u32) -> Vec<(&'static str, Vec<u8>)> {
     let mut dice = Dice(step * 1000 + u64::from(version));
     let mut bytes = |length: usize| (0..length).map(|_| dice.roll() as u8).collect();
     vec![
-        ("lora.safetensors", bytes(61)),
-        ("optimizer.safetensors", bytes(61)),
+        ("lora.safetensors", bytes(160)),
+        ("optimizer.safetensors", bytes(160)),
         (
             "state.json",
             json!({"step": step, "version": version})
@@ -34,11 +34,17 @@ pub(crate) fn files(step: u64, version: u32) -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
-pub(crate) fn borrowed<'a>(files: &'a [(&'static str, Vec<u8>)]) -> Vec<(&'a str, &'a [u8])> {
-    files
+/// Does something with such files as [`write_checkpoint`] takes them.
+pub(crate) fn with_files<T>(files: &[(&'static str, Vec<u8>)], work: impl FnOnce(Files) -> T) -> T {
+    let writers: Vec<_> = files
         .iter()
-        .map(|(name, bytes)| (*name, bytes.as_slice()))
-        .collect()
+        .map(|(name, bytes)| (*name, move |out: &mut dyn Write| out.write_all(bytes)))
+        .collect();
+    let files: Vec<(&str, Content)> = writers
+        .iter()
+        .map(|(name, write)| (*name, write as Content))
+        .collect();
+    work(&files)
 }
 
 pub(crate) fn fields() -> ManifestFields {
@@ -55,27 +61,24 @@ pub(crate) fn quick_fs() -> FailingFs {
 }
 
 pub(crate) fn write(lock: &RunLock, step: u64, version: u32) -> Result<PathBuf, CheckpointError> {
-    write_checkpoint(
-        &quick_fs(),
-        lock,
-        step,
-        &borrowed(&files(step, version)),
-        &fields(),
-    )
+    with_files(&files(step, version), |files| {
+        write_checkpoint(&quick_fs(), lock, step, files, &fields())
+    })
 }
 
 /// Which of our checkpoints this is.
 pub(crate) fn identify(verified: &Verified) -> (u64, u32) {
-    let state: Value = serde_json::from_slice(&verified.files["state.json"]).unwrap();
+    let read = |name: &str| fs::read(verified.path(name).unwrap()).unwrap();
+    let state: Value = serde_json::from_slice(&read("state.json")).unwrap();
     let (step, version) = (
         state["step"].as_u64().unwrap(),
         state["version"].as_u64().unwrap() as u32,
     );
-    let expected: BTreeMap<_, _> = files(step, version)
-        .into_iter()
-        .map(|(n, b)| (n.to_string(), b))
-        .collect();
-    assert_eq!(verified.files, expected);
+    let expected = files(step, version);
+    assert_eq!(verified.manifest.files.len(), expected.len());
+    for (name, bytes) in expected {
+        assert_eq!(read(name), bytes);
+    }
     assert_eq!(verified.manifest.step, step);
     (step, version)
 }
@@ -96,10 +99,7 @@ pub(crate) fn poke(path: &Path, at: usize, byte: u8) {
     file.write_all_at(&[byte], at as u64).unwrap();
 }
 
-pub(crate) const KEEP_2: Retention = Retention {
-    keep: 2,
-    keep_every: None,
-};
+pub(crate) const KEEP_2: usize = 2;
 
 pub(crate) fn new_run() -> (TempDir, RunLock) {
     let dir = memory_dir();
@@ -156,15 +156,9 @@ pub(crate) fn step_and_save(
     version: u32,
 ) -> Result<PathBuf, CheckpointError> {
     log.append(vfs, &line(step, version))?;
-    save(
-        vfs,
-        lock,
-        log,
-        step,
-        &borrowed(&files(step, version)),
-        &fields(),
-        &KEEP_2,
-    )
+    with_files(&files(step, version), |files| {
+        save(vfs, lock, log, step, files, &fields(), KEEP_2)
+    })
 }
 
 /// What a run does at its start: clean up, choose, go back if need be, open the log.
@@ -172,7 +166,7 @@ pub(crate) fn resume(
     vfs: &dyn Vfs,
     lock: &RunLock,
 ) -> Result<(Option<(u64, u32)>, MetricsLog), CheckpointError> {
-    lock.remove_stale(vfs)?;
+    lock.begin(vfs)?;
     let resumed = match lock.run().has_checkpoints()? {
         false => None,
         true => {

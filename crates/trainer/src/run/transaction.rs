@@ -18,14 +18,20 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lora_core::files::digest::sha256_hex;
 use tracing::{debug, warn};
 
 use crate::run::error::{CheckpointError, io};
-use crate::run::folder::{LATEST, Retention, RunLock};
-use crate::run::manifest::{MANIFEST, Manifest, ManifestFields, checkpoint_name, examine, seal};
+use crate::run::folder::{LATEST, RunLock};
+use crate::run::manifest::{
+    FileEntry, MANIFEST, Manifest, ManifestFields, check_names, checkpoint_name, examine, seal,
+};
 use crate::run::metrics::MetricsLog;
-use crate::run::vfs::{Vfs, discard, remove_tree, sibling};
+use crate::run::vfs::{
+    Content, Summary, Vfs, discard, remove_tree, sibling, summarize, write_file,
+};
+
+/// The files of a checkpoint, each with what writes it.
+pub type Files<'a> = &'a [(&'a str, Content<'a>)];
 
 /// One whole save: the metrics log up to here, the checkpoint, `LATEST`, and only then what need
 /// not stay any more.
@@ -36,14 +42,14 @@ pub fn save(
     lock: &RunLock,
     metrics: &mut MetricsLog,
     step: u64,
-    files: &[(&str, &[u8])],
+    files: Files,
     fields: &ManifestFields,
-    retention: &Retention,
+    keep: usize,
 ) -> Result<PathBuf, CheckpointError> {
     metrics.sync(vfs)?;
     let dir = write_checkpoint(vfs, lock, step, files, fields)?;
     metrics.saved(step);
-    lock.prune(vfs, retention)?;
+    lock.prune(vfs, keep)?;
     Ok(dir)
 }
 
@@ -59,7 +65,7 @@ pub fn write_checkpoint(
     vfs: &dyn Vfs,
     lock: &RunLock,
     step: u64,
-    files: &[(&str, &[u8])],
+    files: Files,
     fields: &ManifestFields,
 ) -> Result<PathBuf, CheckpointError> {
     let run = lock.run();
@@ -71,20 +77,19 @@ pub fn write_checkpoint(
         let newer = newer.dir;
         return Err(CheckpointError::NewerExists { newer, step });
     }
+    check_names(files.iter().map(|(name, _)| *name))?;
 
-    let manifest = seal(&Manifest::new(step, files, fields)?);
-    let manifest_sha256 = sha256_hex(&manifest);
     let dir = run.path().join(checkpoint_name(step));
-    let replaced = match examine(&dir, step, None) {
-        Ok((_, existing)) if existing == manifest_sha256 => {
+    let (manifest_sha256, replaced) = match is_there(&dir, step, files, fields)? {
+        Some(manifest_sha256) => {
             // Its name may not be durable yet: the save that gave it may have been stopped there.
             vfs.sync_dir(run.path()).map_err(io("fsync", run.path()))?;
-            None
+            (manifest_sha256, None)
         }
-        _ => {
+        None => {
             let staging = sibling(&dir, "tmp");
-            let published = stage(vfs, &staging, step, files, &manifest)
-                .and_then(|()| publish(vfs, run.path(), &staging, &dir));
+            let published = stage(vfs, &staging, &dir, step, files, fields)
+                .and_then(|sha256| Ok((sha256, publish(vfs, run.path(), &staging, &dir)?)));
             if published.is_err()
                 && let Err(left) = remove_tree(vfs, &staging)
             {
@@ -101,32 +106,63 @@ pub fn write_checkpoint(
     Ok(dir)
 }
 
+/// The SHA-256 of the manifest, if `dir` already is the checkpoint that is to be written.
+fn is_there(
+    dir: &Path,
+    step: u64,
+    files: Files,
+    fields: &ManifestFields,
+) -> Result<Option<String>, CheckpointError> {
+    let Ok((existing, sha256)) = examine(dir, dir, step) else {
+        return Ok(None);
+    };
+    let mut entries = Vec::new();
+    for (name, content) in files {
+        let summary = summarize(content).map_err(io("write", &dir.join(name)))?;
+        entries.push(entry(name, summary));
+    }
+    Ok((existing == Manifest::new(step, entries, fields)).then_some(sha256))
+}
+
+fn entry(name: &str, summary: Summary) -> FileEntry {
+    FileEntry {
+        name: name.to_string(),
+        length: summary.length,
+        sha256: summary.sha256,
+    }
+}
+
+/// Writes the folder under a temporary name, reads all of it back, and returns the SHA-256 of its manifest; errors name
+/// the folder it is to be.
 fn stage(
     vfs: &dyn Vfs,
     staging: &Path,
+    dir: &Path,
     step: u64,
-    files: &[(&str, &[u8])],
-    manifest: &[u8],
-) -> Result<(), CheckpointError> {
-    vfs.create_dir(staging).map_err(io("create", staging))?;
-    for (name, bytes) in files.iter().copied().chain([(MANIFEST, manifest)]) {
-        let path = staging.join(name);
-        let file = vfs.create_file(&path, bytes).map_err(io("write", &path))?;
-        vfs.sync_file(&path, &file).map_err(io("fsync", &path))?;
+    files: Files,
+    fields: &ManifestFields,
+) -> Result<String, CheckpointError> {
+    vfs.create_dir(staging).map_err(io("create", dir))?;
+    let write = |name: &str, content: Content| {
+        write_file(vfs, &staging.join(name), &dir.join(name), content)
+    };
+    let mut entries = Vec::new();
+    for (name, content) in files {
+        entries.push(entry(name, write(name, content)?));
     }
-    vfs.sync_dir(staging).map_err(io("fsync", staging))?;
+    let manifest = seal(&Manifest::new(step, entries, fields));
+    let expected = write(MANIFEST, &|out| out.write_all(&manifest))?.sha256;
+    vfs.sync_dir(staging).map_err(io("fsync", dir))?;
 
-    let (_, found) = examine(staging, step, None)?;
-    let expected = sha256_hex(manifest);
+    let (_, found) = examine(staging, dir, step)?;
     if found != expected {
-        let path = staging.join(MANIFEST);
         return Err(CheckpointError::Checksum {
-            path,
+            path: dir.join(MANIFEST),
             expected,
             found,
         });
     }
-    Ok(())
+    Ok(expected)
 }
 
 /// Gives the staged folder its name; returns where the folder that had it is now.
@@ -149,7 +185,7 @@ fn publish(
         vfs.rename(dir, &old).map_err(io("rename", dir))?;
         replaced = Some(old);
     }
-    vfs.rename(staging, dir).map_err(io("rename", staging))?;
+    vfs.rename(staging, dir).map_err(io("create", dir))?;
     vfs.sync_dir(run).map_err(io("fsync", run))?;
     Ok(replaced)
 }

@@ -11,7 +11,7 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use lora_core::files::digest::sha256_hex;
+use lora_core::files::digest::{Sha256Hex, digest_file};
 use tracing::warn;
 
 use crate::run::error::{CheckpointError, io};
@@ -24,13 +24,14 @@ pub trait Vfs {
     /// Creates a folder whose parent exists.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
 
-    /// Creates a file, which must not exist yet, and writes all of `bytes`.
+    /// Creates an empty file, which must not exist yet.
     ///
-    /// The handle is for [`Vfs::sync_file`]: a write-back error is reported to the handle that
-    /// wrote, and a handle opened later may never hear of it.
-    fn create_file(&self, path: &Path, bytes: &[u8]) -> io::Result<File>;
+    /// The handle is for [`Vfs::append`] and [`Vfs::sync_file`]: a write-back error is reported to
+    /// the handle that wrote, and a handle opened later may never hear of it.
+    fn create_file(&self, path: &Path) -> io::Result<File>;
 
-    /// Writes all of `bytes` at the end of `file`, which was opened from `path` for appending.
+    /// Writes all of `bytes` at the end of `file`, which was created at `path` or opened from there
+    /// for appending.
     fn append(&self, path: &Path, file: &File, bytes: &[u8]) -> io::Result<()>;
 
     /// Makes the content of `file`, which was opened from `path`, survive a power loss.
@@ -58,10 +59,8 @@ impl Vfs for RealFs {
         fs::create_dir(path)
     }
 
-    fn create_file(&self, path: &Path, bytes: &[u8]) -> io::Result<File> {
-        let mut file = OpenOptions::new().write(true).create_new(true).open(path)?;
-        file.write_all(bytes)?;
-        Ok(file)
+    fn create_file(&self, path: &Path) -> io::Result<File> {
+        OpenOptions::new().write(true).create_new(true).open(path)
     }
 
     fn append(&self, _path: &Path, mut file: &File, bytes: &[u8]) -> io::Result<()> {
@@ -158,15 +157,123 @@ pub(crate) fn remove_tree(vfs: &dyn Vfs, path: &Path) -> Result<(), CheckpointEr
     vfs.remove_dir(path).map_err(io("remove", path))
 }
 
+/// What writes the content of a file, piece by piece; asked twice, it writes the same again.
+pub type Content<'a> = &'a dyn Fn(&mut dyn Write) -> io::Result<()>;
+
+/// Length and SHA-256 of a content.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Summary {
+    pub(crate) length: u64,
+    pub(crate) sha256: String,
+}
+
+/// Length and SHA-256 of what `content` would write.
+pub(crate) fn summarize(content: Content) -> io::Result<Summary> {
+    let mut out = Summed::new(io::sink());
+    content(&mut out)?;
+    Ok(out.finish())
+}
+
+/// Creates a file and makes its content durable, holding no more of it than a piece; what was meant to be written comes
+/// back, to be compared with what can be read. Errors name `shown`, the place the file is for.
+pub(crate) fn write_file(
+    vfs: &dyn Vfs,
+    path: &Path,
+    shown: &Path,
+    content: Content,
+) -> Result<Summary, CheckpointError> {
+    let file = vfs.create_file(path).map_err(io("create", shown))?;
+    let mut out = Summed::new(Pieces {
+        vfs,
+        path,
+        file: &file,
+        piece: Vec::new(),
+    });
+    content(&mut out)
+        .and_then(|()| out.inner.flush())
+        .map_err(io("write", shown))?;
+    vfs.sync_file(path, &file).map_err(io("fsync", shown))?;
+    Ok(out.finish())
+}
+
+/// How much of a file is in memory while it is written, in bytes; few in tests, whose files are then torn between pieces too.
+const PIECE: usize = if cfg!(test) { 128 } else { 1 << 20 };
+
+/// A file that is written through a [`Vfs`] in pieces of [`PIECE`]. What is left at the end is written by `flush` alone: a
+/// failed write is not tried again by dropping this.
+struct Pieces<'a> {
+    vfs: &'a dyn Vfs,
+    path: &'a Path,
+    file: &'a File,
+    piece: Vec<u8>,
+}
+
+impl Write for Pieces<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.piece.len() == PIECE {
+            self.flush()?;
+        }
+        let taken = bytes.len().min(PIECE - self.piece.len());
+        self.piece.extend_from_slice(&bytes[..taken]);
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.piece.is_empty() {
+            return Ok(());
+        }
+        let written = self.vfs.append(self.path, self.file, &self.piece);
+        self.piece.clear();
+        written
+    }
+}
+
+/// Passes on what is written, and knows its length and SHA-256.
+struct Summed<W> {
+    inner: W,
+    length: u64,
+    sha256: Sha256Hex,
+}
+
+impl<W: Write> Summed<W> {
+    fn new(inner: W) -> Self {
+        Self {
+            inner,
+            length: 0,
+            sha256: Sha256Hex::default(),
+        }
+    }
+
+    fn finish(self) -> Summary {
+        Summary {
+            length: self.length,
+            sha256: self.sha256.finish(),
+        }
+    }
+}
+
+impl<W: Write> Write for Summed<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let taken = self.inner.write(bytes)?;
+        self.length += taken as u64;
+        self.sha256.update(&bytes[..taken]);
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
 /// Replaces a file of a run folder, or creates it, so that after a crash either the old content
 /// is found or the new.
 pub(crate) fn replace_file(
     vfs: &dyn Vfs,
     path: &Path,
-    bytes: &[u8],
+    content: Content,
 ) -> Result<(), CheckpointError> {
     let temporary = sibling(path, "tmp");
-    let written = write_and_rename(vfs, &temporary, path, bytes);
+    let written = write_and_rename(vfs, &temporary, path, content);
     if written.is_err()
         && let Err(left) = remove_tree(vfs, &temporary)
     {
@@ -181,22 +288,26 @@ fn write_and_rename(
     vfs: &dyn Vfs,
     temporary: &Path,
     path: &Path,
-    bytes: &[u8],
+    content: Content,
 ) -> Result<(), CheckpointError> {
-    let file = vfs
-        .create_file(temporary, bytes)
-        .map_err(io("write", temporary))?;
-    vfs.sync_file(temporary, &file)
-        .map_err(io("fsync", temporary))?;
-    let written = fs::read(temporary).map_err(io("read", temporary))?;
-    if written != bytes {
+    let expected = write_file(vfs, temporary, path, content)?.sha256;
+    let found = digest_file(temporary).map_err(io("read", path))?;
+    if found != expected {
         return Err(CheckpointError::Checksum {
-            path: temporary.to_path_buf(),
-            expected: sha256_hex(bytes),
-            found: sha256_hex(&written),
+            path: path.to_path_buf(),
+            expected,
+            found,
         });
     }
-    vfs.rename(temporary, path).map_err(io("rename", temporary))
+    vfs.rename(temporary, path).map_err(io("replace", path))
+}
+
+/// Tries whether a file can be made in a folder.
+pub(crate) fn writable(folder: &Path) -> Result<(), CheckpointError> {
+    let path = folder.join(format!(".write-test-{}", std::process::id()));
+    File::create(&path)
+        .and_then(|_| fs::remove_file(&path))
+        .map_err(io("write into", folder))
 }
 
 /// Creates a folder and its missing parents, each of them surviving a power loss.
@@ -238,10 +349,11 @@ mod tests {
     fn create_file_refuses_an_existing_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
-        let file = RealFs.create_file(&path, b"one").unwrap();
+        let file = RealFs.create_file(&path).unwrap();
+        RealFs.append(&path, &file, b"one").unwrap();
         RealFs.sync_file(&path, &file).unwrap();
         RealFs.sync_dir(dir.path()).unwrap();
-        let error = RealFs.create_file(&path, b"two").unwrap_err();
+        let error = RealFs.create_file(&path).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::AlreadyExists);
         assert_eq!(fs::read(&path).unwrap(), b"one");
     }

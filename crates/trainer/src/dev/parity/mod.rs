@@ -17,7 +17,7 @@ use lora_core::files::safetensors::{TensorFile, serialize};
 use serde_json::Value;
 
 use crate::cli::ParityArgs;
-use crate::commands::UsageError;
+use crate::cli::UsageError;
 use crate::device;
 
 /// Tensors by name.

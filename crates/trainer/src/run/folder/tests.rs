@@ -31,6 +31,69 @@ fn a_run_folder_is_created_with_its_parents() {
 }
 
 #[test]
+fn a_folder_that_holds_something_else_is_no_run_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let opens = |name: &str, holds: &[&str]| {
+        let path = dir.path().join(name);
+        for file in holds {
+            let file = path.join(file);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, b"x").unwrap();
+        }
+        RunDir::open_or_create(&path).map(drop)
+    };
+    let refused = opens("mine", &["lora.safetensors", "b.txt"]).unwrap_err();
+    assert!(
+        refused
+            .to_string()
+            .contains("mine is not a run folder, but holds b.txt,"),
+        "{refused}"
+    );
+    for holds in [
+        "ckpt-best/x",
+        "ckpt-0000000010.zip",
+        "metrics.jsonl",
+        "cache/x",
+        "x/run.lock",
+    ] {
+        opens(&holds.replace('/', "-"), &[holds]).unwrap_err();
+    }
+    for (name, holds) in [
+        ("hidden", &[".DS_Store", "lost+found/x"][..]),
+        ("stopped", &["run.lock", "notes.txt"]),
+        (
+            "copied",
+            &["ckpt-0000000010/MANIFEST.json", "metrics.jsonl"],
+        ),
+        ("aside", &["ckpt-0000000010.aside-1-0/MANIFEST.json"]),
+        ("encoded", &["cache/digests.json"]),
+    ] {
+        opens(name, holds).unwrap();
+    }
+}
+
+#[test]
+fn a_place_that_is_taken_is_found_before_the_work() {
+    for (name, is_folder) in [
+        ("cache", false),
+        ("samples", false),
+        ("lora-peft", false),
+        ("lora.safetensors", true),
+        ("config.toml", true),
+    ] {
+        let (_temp, lock) = new_run();
+        lock.run().check_places().unwrap();
+        let path = lock.run().path().join(name);
+        match is_folder {
+            true => fs::create_dir(&path).unwrap(),
+            false => fs::write(&path, b"").unwrap(),
+        }
+        let error = lock.run().check_places().unwrap_err().to_string();
+        assert!(error.contains(&format!("/{name} is not a f")), "{error}");
+    }
+}
+
+#[test]
 fn two_locks_conflict_even_in_one_process() {
     let (_temp, lock) = new_run();
     let message = lock.run().lock().unwrap_err().to_string();
@@ -67,6 +130,20 @@ fn a_lock_file_left_behind_is_no_obstacle() {
             .to_string()
             .contains("in use by another process")
     );
+}
+
+#[test]
+fn a_start_that_is_refused_leaves_the_lock_file_as_it_was() {
+    let (_temp, lock) = new_run();
+    let run = lock.run().clone();
+    drop(lock);
+    let path = run.path().join(LOCK);
+    fs::write(&path, "4711\n").unwrap();
+    drop(run.lock().unwrap());
+    assert_eq!(fs::read_to_string(&path).unwrap(), "4711\n");
+    run.lock().unwrap().begin(&quick_fs()).unwrap();
+    let own = format!("{}\n", std::process::id());
+    assert_eq!(fs::read_to_string(&path).unwrap(), own);
 }
 
 /// Not a test of its own: the other processes of the two tests below run this.
@@ -323,7 +400,7 @@ fn a_checkpoint_that_was_being_replaced_can_be_resumed() {
     write(&lock, 20, 2).unwrap();
     assert_eq!(newest(lock.run()), ((20, 2), vec![]));
     write(&lock, 30, 2).unwrap();
-    lock.prune(&quick_fs(), &KEEP_2).unwrap();
+    lock.prune(&quick_fs(), KEEP_2).unwrap();
     assert_eq!(steps(lock.run()), [30, 20]); // the older content of 20 went, and 10
 }
 
@@ -381,7 +458,7 @@ fn the_next_start_removes_what_is_unfinished() {
     fs::write(peft("adapter_model.safetensors.tmp-1"), b"half").unwrap();
     fs::write(peft("adapter_config.json"), b"whole").unwrap();
     fs::write(peft("notes.tmp-1"), b"not ours").unwrap();
-    lock.remove_stale(&quick_fs()).unwrap();
+    lock.begin(&quick_fs()).unwrap();
     let mut left: Vec<_> = list(run)
         .unwrap()
         .iter()
@@ -414,14 +491,7 @@ fn the_newest_stay_and_never_fewer_than_two() {
         (9, vec![50, 40, 30, 20, 10]),
     ] {
         let (_temp, lock) = run_with(&[10, 20, 30, 40, 50]);
-        lock.prune(
-            &quick_fs(),
-            &Retention {
-                keep,
-                keep_every: None,
-            },
-        )
-        .unwrap();
+        lock.prune(&quick_fs(), keep).unwrap();
         assert_eq!(steps(lock.run()), left);
         assert!(lock.run().scan().unwrap().stale.is_empty());
     }
@@ -432,26 +502,13 @@ fn damaged_checkpoints_do_not_count() {
     let (_temp, lock) = run_with(&[10, 20, 30, 40, 50]);
     damage(&lock, 50);
     damage(&lock, 30);
-    lock.prune(&quick_fs(), &KEEP_2).unwrap();
+    lock.prune(&quick_fs(), KEEP_2).unwrap();
     assert_eq!(steps(lock.run()), [50, 40, 30, 20]);
     assert_eq!(newest(lock.run()).0, (40, 1));
     damage(&lock, 40);
     damage(&lock, 20);
-    lock.prune(&quick_fs(), &KEEP_2).unwrap();
+    lock.prune(&quick_fs(), KEEP_2).unwrap();
     assert_eq!(steps(lock.run()), [50, 40, 30, 20]); // nothing whole is left: nothing goes
-}
-
-#[test]
-fn every_so_many_steps_one_stays_for_ever() {
-    let (_temp, lock) = run_with(&[10, 20, 30, 40, 50, 60]);
-    let retention = |every| Retention {
-        keep: 2,
-        keep_every: Some(every),
-    };
-    lock.prune(&quick_fs(), &retention(20)).unwrap();
-    assert_eq!(steps(lock.run()), [60, 50, 40, 20]);
-    lock.prune(&quick_fs(), &retention(0)).unwrap(); // no step is a multiple of none
-    assert_eq!(steps(lock.run()), [60, 50]);
 }
 
 #[test]
@@ -460,6 +517,6 @@ fn what_latest_names_stays() {
     let ten = lock.run().path().join("ckpt-0000000010");
     let sha256 = verify(&ten).unwrap().manifest_sha256;
     lock.run().write_latest(&quick_fs(), &ten, &sha256).unwrap();
-    lock.prune(&quick_fs(), &KEEP_2).unwrap();
+    lock.prune(&quick_fs(), KEEP_2).unwrap();
     assert_eq!(steps(lock.run()), [40, 30, 10]);
 }

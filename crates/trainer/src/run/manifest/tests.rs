@@ -1,11 +1,16 @@
 use std::fs::OpenOptions;
 
 use super::*;
-use crate::run::testing::{borrowed, fields, files, names, new_run, poke, write};
+use crate::run::testing::{fields, files, names, new_run, poke, write};
 
 #[test]
 fn manifest_ends_with_the_hash_of_what_is_before() {
-    let manifest = Manifest::new(7, &borrowed(&files(7, 1)), &fields()).unwrap();
+    let entries = files(7, 1).into_iter().map(|(name, bytes)| FileEntry {
+        name: name.into(),
+        length: bytes.len() as u64,
+        sha256: sha256_hex(&bytes),
+    });
+    let manifest = Manifest::new(7, entries.collect(), &fields());
     let sealed = seal(&manifest);
     let body = &sealed[..sealed.len() - 83]; // the number in the module doc
     let value: Value = serde_json::from_slice(&sealed).unwrap();

@@ -105,6 +105,23 @@ fn a_damaged_line_before_good_ones_is_an_error() {
 }
 
 #[test]
+fn a_line_too_long_to_be_ours_is_a_damaged_one() {
+    let (_temp, lock) = new_run();
+    let path = lock.run().metrics_path();
+    let long = format!("{{\"step\":2}}{}", " ".repeat(3 << 20));
+    fs::write(&path, format!("{{\"step\":1}}\n{long}\n")).unwrap();
+    let cut = truncate_metrics(&quick_fs(), &path, Some(9)).unwrap();
+    assert_eq!((cut.kept, cut.dropped), (1, 1));
+    assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n");
+    fs::write(&path, format!("{long}\n{{\"step\":3}}\n")).unwrap();
+    let message = truncate_metrics(&quick_fs(), &path, Some(9)).unwrap_err();
+    assert!(
+        message.to_string().contains("metrics.jsonl line 1 "),
+        "{message}"
+    );
+}
+
+#[test]
 fn a_line_without_a_step_is_refused() {
     let (_temp, lock) = new_run();
     let vfs = quick_fs();

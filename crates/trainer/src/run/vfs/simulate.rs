@@ -63,7 +63,7 @@ impl FailingFs {
         hit
     }
 
-    fn pass(&self, call: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    fn pass<T>(&self, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         match (self.hit(false), self.failure) {
             (true, Failure::Errno(errno)) => Err(io::Error::from_raw_os_error(errno)),
             (true, _) => Err(io::Error::from_raw_os_error(EIO)),
@@ -71,7 +71,7 @@ impl FailingFs {
         }
     }
 
-    fn write<T>(&self, bytes: &[u8], call: impl FnOnce(&[u8]) -> io::Result<T>) -> io::Result<T> {
+    fn write(&self, bytes: &[u8], call: impl FnOnce(&[u8]) -> io::Result<()>) -> io::Result<()> {
         match (self.hit(true), self.failure) {
             (false, _) => call(bytes),
             (true, Failure::Errno(errno)) => Err(io::Error::from_raw_os_error(errno)),
@@ -88,8 +88,8 @@ impl Vfs for FailingFs {
     fn create_dir(&self, path: &Path) -> io::Result<()> {
         self.pass(|| RealFs.create_dir(path))
     }
-    fn create_file(&self, path: &Path, bytes: &[u8]) -> io::Result<File> {
-        self.write(bytes, |bytes| RealFs.create_file(path, bytes))
+    fn create_file(&self, path: &Path) -> io::Result<File> {
+        self.pass(|| RealFs.create_file(path))
     }
     fn append(&self, path: &Path, file: &File, bytes: &[u8]) -> io::Result<()> {
         self.write(bytes, |bytes| RealFs.append(path, file, bytes))
@@ -115,7 +115,7 @@ impl Vfs for FailingFs {
 #[derive(Debug, Clone)]
 pub(crate) enum Op {
     CreateDir(PathBuf),
-    CreateFile(PathBuf, Vec<u8>),
+    CreateFile(PathBuf),
     Append(PathBuf, Vec<u8>),
     SyncFile(PathBuf),
     SyncDir(PathBuf),
@@ -132,9 +132,9 @@ pub(crate) struct Recorder {
     forget_sync: Option<usize>,
     syncs: RefCell<Vec<usize>>,
     ops: RefCell<Vec<Op>>,
-    /// The process is killed when this many more calls were made: the rest is neither done nor
-    /// recorded.
-    pub(crate) calls_left: Cell<usize>,
+    /// The process is killed once something got this name: the rest is neither done nor recorded.
+    pub(crate) kill_after: RefCell<Option<PathBuf>>,
+    killed: Cell<bool>,
 }
 
 impl Recorder {
@@ -144,7 +144,8 @@ impl Recorder {
             forget_sync,
             syncs: RefCell::default(),
             ops: RefCell::default(),
-            calls_left: Cell::new(usize::MAX),
+            kill_after: RefCell::default(),
+            killed: Cell::new(false),
         }
     }
 
@@ -162,12 +163,9 @@ impl Recorder {
     }
 
     fn note(&self, op: Op) -> io::Result<()> {
-        let left = self
-            .calls_left
-            .get()
-            .checked_sub(1)
-            .ok_or(ErrorKind::Interrupted)?;
-        self.calls_left.set(left);
+        if self.killed.get() {
+            return Err(ErrorKind::Interrupted.into());
+        }
         let sync = matches!(op, Op::SyncFile(_) | Op::SyncDir(_));
         let forgotten = sync && self.forget_sync == Some(self.syncs.borrow().len());
         if sync {
@@ -177,6 +175,12 @@ impl Recorder {
             self.ops.borrow_mut().push(op);
         }
         Ok(())
+    }
+
+    /// The next process.
+    pub(crate) fn revive(&self) {
+        self.kill_after.replace(None);
+        self.killed.set(false);
     }
 
     fn relative(&self, path: &Path) -> PathBuf {
@@ -189,9 +193,9 @@ impl Vfs for Recorder {
         self.note(Op::CreateDir(self.relative(path)))?;
         RealFs.create_dir(path)
     }
-    fn create_file(&self, path: &Path, bytes: &[u8]) -> io::Result<File> {
-        self.note(Op::CreateFile(self.relative(path), bytes.to_vec()))?;
-        RealFs.create_file(path, bytes)
+    fn create_file(&self, path: &Path) -> io::Result<File> {
+        self.note(Op::CreateFile(self.relative(path)))?;
+        RealFs.create_file(path)
     }
     fn append(&self, path: &Path, file: &File, bytes: &[u8]) -> io::Result<()> {
         self.note(Op::Append(self.relative(path), bytes.to_vec()))?;
@@ -205,7 +209,10 @@ impl Vfs for Recorder {
     }
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.note(Op::Rename(self.relative(from), self.relative(to)))?;
-        RealFs.rename(from, to)
+        RealFs.rename(from, to)?;
+        let last = self.kill_after.borrow().as_deref() == Some(&self.relative(to));
+        self.killed.set(last);
+        Ok(())
     }
     fn remove_file(&self, path: &Path) -> io::Result<()> {
         self.note(Op::RemoveFile(self.relative(path)))?;
@@ -261,8 +268,8 @@ impl Disk {
         };
         for op in ops {
             match op {
-                Op::CreateDir(path) => disk.create(path, true, &[]),
-                Op::CreateFile(path, bytes) => disk.create(path, false, bytes),
+                Op::CreateDir(path) => disk.create(path, true),
+                Op::CreateFile(path) => disk.create(path, false),
                 Op::Append(path, bytes) => disk.node(path).content.extend(bytes),
                 Op::SyncFile(path) => {
                     let node = disk.node(path);
@@ -298,11 +305,10 @@ impl Disk {
         &mut self.nodes[at]
     }
 
-    fn create(&mut self, path: &Path, is_dir: bool, bytes: &[u8]) {
+    fn create(&mut self, path: &Path, is_dir: bool) {
         let new = self.nodes.len();
         self.nodes.push(Node {
             is_dir,
-            content: bytes.to_vec(),
             ..Node::default()
         });
         self.change(path.parent().unwrap(), None, Some(name(path)), Some(new));
@@ -467,7 +473,10 @@ impl Dice {
 #[test]
 fn unsynced_content_and_names_may_be_lost() {
     let file = PathBuf::from("a");
-    let ops = [Op::CreateFile(file.clone(), b"abcd".to_vec())];
+    let ops = [
+        Op::CreateFile(file.clone()),
+        Op::Append(file.clone(), b"abcd".to_vec()),
+    ];
     let disk = Disk::replay(&ops);
     assert_eq!(disk.unsynced(), 2); // the name, the content
     assert_eq!(disk.crash(|_| Fate::Lost), Tree::new());
@@ -483,7 +492,8 @@ fn unsynced_content_and_names_may_be_lost() {
 fn synced_content_under_a_synced_name_is_never_lost() {
     let (a, b) = (PathBuf::from("a"), PathBuf::from("b"));
     let ops = [
-        Op::CreateFile(a.clone(), b"abcd".to_vec()),
+        Op::CreateFile(a.clone()),
+        Op::Append(a.clone(), b"abcd".to_vec()),
         Op::SyncFile(a.clone()),
         Op::Rename(a, b.clone()),
         Op::SyncDir(PathBuf::new()),

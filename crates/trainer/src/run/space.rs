@@ -1,0 +1,93 @@
+//! Whether the disk has room for a run, before it begins.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use flux_model::family::Family;
+
+use crate::config::RunConfig;
+use crate::data::scan::Sample;
+use crate::run::folder::RunDir;
+
+/// Bytes that a run needs on its disk, from sizes alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Need {
+    cache: u64,
+    checkpoints: u64,
+}
+
+/// Refuses a run that surely does not fit on its disk; `layers` are those that get adapters, with inputs and outputs.
+///
+/// # Errors
+/// Too little room; the error says how much is free and what for it is needed.
+pub(crate) fn check<F: Family>(
+    config: &RunConfig,
+    family: &F,
+    run: &RunDir,
+    samples: &[Sample],
+    layers: &BTreeMap<String, [usize; 2]>,
+) -> anyhow::Result<()> {
+    let mut need = Need {
+        cache: cache(config, family, samples)?,
+        checkpoints: checkpoints(config, layers),
+    };
+    let cache = run.cache_path();
+    need.cache = need.cache.saturating_sub(size_of(&cache));
+    if fs::symlink_metadata(&cache).is_ok_and(|cache| cache.is_symlink()) {
+        need.cache = 0; // on another disk
+    }
+    let free = fs4::available_space(run.path())
+        .with_context(|| format!("ask for the free space of {}", run.path().display()))?;
+    // Sizes are known to about a tenth.
+    if (need.cache + need.checkpoints) / 10 * 9 > free {
+        bail!(
+            "the disk of {} has {} free, and this run needs about {}: {} for its encoded samples, {} for its checkpoints; free some, or choose an --output on another disk",
+            run.path().display(),
+            shown(free),
+            shown(need.cache + need.checkpoints),
+            shown(need.cache),
+            shown(need.checkpoints)
+        );
+    }
+    Ok(())
+}
+
+/// Latents of every sample and one embedding of every text, all f32.
+fn cache<F: Family>(config: &RunConfig, family: &F, samples: &[Sample]) -> anyhow::Result<u64> {
+    let side = config.dataset.resolution as usize;
+    let latents: usize = family.latent_shape(side, side).iter().product();
+    let copies = if config.dataset.random_flip { 2 } else { 1 };
+    let image = F::LATENTS.len() * copies * latents;
+    let width = F::shape(family.folder())?.t5.map_or(0, |t5| t5.d_model);
+    let text = width * config.dataset.max_sequence_length;
+    let captions: BTreeSet<&str> = samples.iter().map(|s| s.caption.as_str()).collect();
+    Ok(4 * (samples.len() * image + captions.len() * text) as u64)
+}
+
+/// Adapters and two moments each, as often as checkpoints are there at once.
+fn checkpoints(config: &RunConfig, layers: &BTreeMap<String, [usize; 2]>) -> u64 {
+    let parameters: u64 = layers
+        .values()
+        .map(|[inputs, outputs]| (config.lora.r * (inputs + outputs)) as u64)
+        .sum();
+    let saves = config.train.steps.div_ceil(config.checkpoint.every);
+    // One more while a save is under way.
+    let at_once = saves.min(config.checkpoint.keep as u64 + 1);
+    4 * 3 * parameters * at_once
+}
+
+fn size_of(folder: &Path) -> u64 {
+    let files = fs::read_dir(folder).into_iter().flatten().flatten();
+    files
+        .filter_map(|file| Some(file.metadata().ok()?.len()))
+        .sum()
+}
+
+fn shown(bytes: u64) -> String {
+    match bytes {
+        0..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.1} GB", bytes as f64 / 1e9),
+    }
+}
