@@ -760,7 +760,10 @@ fn run_configs() -> Vec<Case> {
     let tables = format!("[{}x]", "x.".repeat(400_000));
     let inline = format!("x = {}", "{x = ".repeat(100_000));
     vec![
-        with(b"\xff\xfe[\0m\0", &format!("{not} it is UTF-16 text: save it as UTF-8")),
+        with(
+            b"\xff\xfe[\0m\0",
+            &format!("{not} it is UTF-16 text: save it as UTF-8"),
+        ),
         with(
             &vec![b'#'; 10 << 20],
             &format!("{not} it is larger than 1 MiB"),

@@ -156,6 +156,37 @@ fn a_place_that_is_taken_is_refused_before_anything_is_encoded() {
 }
 
 #[test]
+fn what_headers_show_is_refused_before_anything_is_encoded() {
+    let bench = Workbench::new();
+    fs::write(bench.path("no-lora.safetensors"), b"").unwrap();
+    let from = format!(
+        "lora.init_from={}",
+        bench.path("no-lora.safetensors").display()
+    );
+    let model = bench.path("model");
+    let original = root().join("tests/fixtures/parity/pipeline_dev/model");
+    copy(&original, &model, &|_| true);
+    fs::remove_file(model.join("text_encoder_2/model.safetensors")).unwrap();
+    let model = format!("model.path={}", model.display());
+    for (set, parts) in [
+        (
+            "lora.target_modules=to_q",
+            &["`to_q` matches no layer", "write a list: [\"to_q\"]"][..],
+        ),
+        (
+            "lora.target_modules=[\"attn.to_qq\"]",
+            &["`attn.to_qq`", "to_q"],
+        ),
+        (&from, &["no-lora.safetensors"]),
+        (&model, &["text_encoder_2"]),
+    ] {
+        let args = [&FEW[..], &["--set", set]].concat();
+        assert_says(&error(&bench.train("run", "flex", &args), 1), parts);
+        assert!(!bench.path("run/cache").exists(), "{set}");
+    }
+}
+
+#[test]
 fn a_place_for_an_image_is_tried_before_the_work() {
     let bench = Workbench::new();
     fs::write(bench.path("mine.png"), b"mine").unwrap();

@@ -11,6 +11,7 @@ use flux_model::families::{self, Visitor};
 use flux_model::family::{Family, Network};
 use flux_model::lora::Component;
 use flux_model::pipeline::PipelineFolder;
+use flux_model::weights::Checkpoint;
 use lora_core::{
     AdapterSource, DEFAULT_ADAPTER, ForwardPath, LoraConfig, LoraError, PathOptimizer, Plan,
     Targets, Training, count_parameters, targeted,
@@ -242,6 +243,12 @@ fn check_start<F: Family>(
         .context("open the transformer")?;
     if let Some(problem) = family.problem(&outline) {
         bail!("{problem}");
+    }
+    // Networks have a config.json; tokenizers are read with them.
+    for path in family.encoder_paths() {
+        if path.is_file() || path.join("config.json").is_file() {
+            Checkpoint::open(&path)?;
+        }
     }
     let step = family.pixel_step();
     for (key, side) in config.sides() {

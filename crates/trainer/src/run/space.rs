@@ -40,13 +40,18 @@ pub(crate) fn check<F: Family>(
     }
     let free = fs4::available_space(run.path())
         .with_context(|| format!("ask for the free space of {}", run.path().display()))?;
-    // Sizes are known to about a tenth.
-    if (need.cache + need.checkpoints) / 10 * 9 > free {
+    judge(need, free, run.path())
+}
+
+/// Sizes are known to about a tenth.
+fn judge(need: Need, free: u64, run: &Path) -> anyhow::Result<()> {
+    let all = need.cache + need.checkpoints;
+    if all / 10 * 9 > free {
         bail!(
             "the disk of {} has {} free, and this run needs about {}: {} for its encoded samples, {} for its checkpoints; free some, or choose an --output on another disk",
-            run.path().display(),
+            run.display(),
             shown(free),
-            shown(need.cache + need.checkpoints),
+            shown(all),
             shown(need.cache),
             shown(need.checkpoints)
         );
@@ -89,5 +94,36 @@ fn shown(bytes: u64) -> String {
     match bytes {
         0..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
         _ => format!("{:.1} GB", bytes as f64 / 1e9),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_that_surely_does_not_fit_is_refused_with_what_it_needs() {
+        let mut config = RunConfig::default();
+        config.lora.r = 16;
+        config.train.steps = 1000;
+        config.checkpoint.every = 100;
+        config.checkpoint.keep = 2;
+        let layers = BTreeMap::from([("to_q".to_string(), [3072, 3072])]);
+        // Three at once, of factors and two moments in f32.
+        let size = 16 * (3072 + 3072) * 4 * 3;
+        assert_eq!(checkpoints(&config, &layers), 3 * size);
+        config.train.steps = 150;
+        assert_eq!(checkpoints(&config, &layers), 2 * size);
+
+        let need = Need {
+            cache: 2_000_000_000,
+            checkpoints: 500_000_000,
+        };
+        judge(need, 2_400_000_000, Path::new("run")).expect("it may fit");
+        let refused = judge(need, 900_000, Path::new("run")).expect_err("it cannot fit");
+        assert_eq!(
+            refused.to_string(),
+            "the disk of run has 0.9 MB free, and this run needs about 2.5 GB: 2.0 GB for its encoded samples, 500.0 MB for its checkpoints; free some, or choose an --output on another disk"
+        );
     }
 }
