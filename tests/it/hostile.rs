@@ -1185,7 +1185,7 @@ fn model_configs() -> Vec<Case> {
         with(
             "model_index.json",
             r#"{"_class_name": "StableDiffusionPipeline"}"#,
-            ": a StableDiffusionPipeline is not a FLUX.1 pipeline",
+            ": a StableDiffusionPipeline is not a FLUX.1 or FLUX.2 pipeline",
         ),
         with(
             "model_index.json",
