@@ -7,12 +7,13 @@
 use burn::module::Module;
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::{GroupNorm, GroupNormConfig, Linear, PaddingConfig2d};
-use burn::tensor::activation::silu;
 use burn::tensor::ops::PadMode;
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::layers::{attention, linear_layer, packed};
+use crate::layers::{linear_layer, packed};
+use crate::ops::attention::attention;
+use crate::ops::silu::silu;
 use crate::sizes::out_of_range;
 
 /// Of every group norm in this network.

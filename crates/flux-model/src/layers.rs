@@ -1,11 +1,12 @@
-//! Pieces the networks share: norms, attention, rotary positions, the sinusoidal embedding.
+//! Pieces the networks share: norms, rotary positions, the sinusoidal embedding.
 //!
 //! Everything here runs in f32, and reductions see contiguous input only (see [`packed`]).
 
 use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig};
-use burn::tensor::activation::softmax;
 use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::ops::heads::Stream;
 
 /// A linear layer with lazily initialised weights.
 pub(crate) fn linear_layer(inputs: usize, outputs: usize, bias: bool, device: &Device) -> Linear {
@@ -55,9 +56,23 @@ impl RmsNorm {
     /// # Shapes
     /// - `x`: `[..., width]`, unchanged
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let mean_square = x.clone().square().mean_dim(D - 1);
-        x / (mean_square + self.eps).sqrt() * self.weight.val().unsqueeze()
+        rms_norm(x, self.weight.val(), self.eps)
     }
+
+    /// Tokens whose heads this norm is for.
+    pub(crate) fn stream(&self, x: Tensor<3>) -> Stream {
+        Stream {
+            x,
+            norm: self.weight.val(),
+            eps: self.eps,
+        }
+    }
+}
+
+/// `x / rms(x) * weight` over the last dimension.
+pub(crate) fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
+    let mean_square = x.clone().square().mean_dim(D - 1);
+    x / (mean_square + eps).sqrt() * weight.unsqueeze()
 }
 
 /// Cosines and sines of the rotary position embedding, `[tokens, head_dim / 2]` each.
@@ -117,24 +132,9 @@ impl RotaryTable {
         }
     }
 
-    /// Rotates the pairs (2k, 2k + 1) of the last dimension.
-    ///
-    /// # Shapes
-    /// - `x`: `[batch, heads, tokens, head_dim]`, unchanged
-    fn rotate(&self, x: Tensor<4>) -> Tensor<4> {
-        let [batch, heads, tokens, dim] = x.dims();
-        let pairs = x.reshape([batch * heads, tokens, dim / 2, 2]);
-        let table = |t: &Tensor<2>| t.clone().reshape([1, tokens, dim / 2, 1]);
-        let (cos, sin) = (table(&self.cos), table(&self.sin));
-        let (even, odd) = (pairs.clone().narrow(3, 0, 1), pairs.narrow(3, 1, 1));
-        let rotated = Tensor::cat(
-            vec![
-                even.clone() * cos.clone() - odd.clone() * sin.clone(),
-                even * sin + odd * cos,
-            ],
-            3,
-        );
-        rotated.reshape([batch, heads, tokens, dim])
+    /// `1 / sqrt(head_dim)`: what attention multiplies scores with.
+    pub(crate) fn scale(&self) -> f64 {
+        1.0 / ((2 * self.cos.dims()[1]) as f64).sqrt()
     }
 }
 
@@ -142,52 +142,6 @@ impl RotaryTable {
 pub(crate) fn split_heads(x: Tensor<3>, heads: usize) -> Tensor<4> {
     let [batch, tokens, width] = x.dims();
     x.reshape([batch, tokens, heads, width / heads])
-}
-
-/// Rotated scaled dot-product attention over all tokens.
-///
-/// # Shapes
-/// - `q`, `k`, `v`: `[batch, tokens, heads, head_dim]`; returns `[batch, tokens, heads * head_dim]`
-pub(crate) fn rotary_attention(
-    q: Tensor<4>,
-    k: Tensor<4>,
-    v: Tensor<4>,
-    rotary: &RotaryTable,
-) -> Tensor<3> {
-    let q = rotary.rotate(q.swap_dims(1, 2));
-    let k = rotary.rotate(k.swap_dims(1, 2));
-    let head_dim = q.dims()[3];
-    attention(
-        q,
-        k,
-        v.swap_dims(1, 2),
-        1.0 / (head_dim as f64).sqrt(),
-        None,
-    )
-}
-
-/// `softmax(scale * q kᵀ + bias) v`, heads merged.
-///
-/// # Shapes
-/// - `q`, `k`, `v`: `[batch, heads, tokens, head_dim]`, `bias`: broadcast to `[batch, heads, tokens, tokens]`
-/// - returns `[batch, tokens, heads * head_dim]`
-pub(crate) fn attention(
-    q: Tensor<4>,
-    k: Tensor<4>,
-    v: Tensor<4>,
-    scale: f64,
-    bias: Option<Tensor<4>>,
-) -> Tensor<3> {
-    let [batch, heads, tokens, head_dim] = q.dims();
-    let scores = q.mul_scalar(scale).matmul(k.swap_dims(2, 3));
-    let scores = match bias {
-        Some(bias) => scores + bias,
-        None => scores,
-    };
-    softmax(scores, 3)
-        .matmul(v)
-        .swap_dims(1, 2)
-        .reshape([batch, tokens, heads * head_dim])
 }
 
 /// Sinusoidal embedding of `1000 * t`, `[batch, channels]`: cosines first.

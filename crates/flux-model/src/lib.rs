@@ -11,7 +11,8 @@
 //! | `scheduler` | noise levels and the Euler step |
 //! | `pipeline` | a diffusers folder and its components |
 //! | `sampler` | noise to latents |
-//! | `layers` | norms, rotary attention, sinusoidal embedding |
+//! | `layers` | norms, rotary positions, sinusoidal embedding |
+//! | `ops/` | attention, norms, activations: operations with handwritten gradients and CPU kernels |
 //! | `sizes` | what a configuration may say |
 //! | `lora` | LoRA files of every format, read and written |
 //! | `weights` | loading, each tensor used or named in an error |
@@ -27,6 +28,7 @@ pub mod flux1;
 pub mod flux2;
 pub mod layers;
 pub mod lora;
+pub mod ops;
 pub mod pipeline;
 pub mod sampler;
 pub mod scheduler;

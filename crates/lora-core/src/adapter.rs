@@ -12,7 +12,8 @@ use burn::tensor::{Device, Tensor};
 use crate::kinds::factors::{Factor, Factors, Layer};
 use crate::kinds::lora;
 use crate::kinds::module::AdapterSpec;
-use crate::kinds::parts::{Kind, LORA_BIAS, WHOLE};
+use crate::kinds::parts::{Kind, LORA_A, LORA_B, LORA_BIAS, WHOLE};
+use crate::ops::linear::LowRank;
 use crate::peft::config::InitLoraWeights;
 use crate::site::{Site, WeightLayout};
 use crate::{dropout, edit};
@@ -69,6 +70,17 @@ impl Adapter {
     /// What it adds to the bias of its layer, before its scale.
     pub(crate) fn bias(&self) -> Option<Tensor<1>> {
         self.factors.get(LORA_BIAS).map(Factor::vector)
+    }
+
+    /// Its factors for the input `x`, if it is a LoRA of two factors and nothing else.
+    pub(crate) fn low_rank<const D: usize>(&self, x: &Tensor<D>) -> Option<LowRank<D>> {
+        let alone = self.factors.kind() == Kind::Lora && self.factors.iter().count() == 2;
+        alone.then(|| LowRank {
+            a: self.factors[LORA_A].matrix(),
+            b: self.factors[LORA_B].matrix(),
+            scale: self.scale(),
+            mask: dropout::mask(self.spec.dropout, self.stream, x),
+        })
     }
 
     /// `result` plus what this adapter adds for the input `x`.

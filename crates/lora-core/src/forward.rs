@@ -3,28 +3,31 @@
 use burn::nn::Linear;
 use burn::tensor::Tensor;
 
-use crate::adapter::Lora;
+use crate::adapter::{Adapter, Lora};
+use crate::ops::linear::linear as frozen_linear;
 
 /// `x W + b + sum of scale * (dropout(x) Aᵀ) Bᵀ` over the active adapters, or what the other kinds add.
 ///
 /// Equals `layer.forward(x)` up to rounding, but neither forms `W + scale * B A` nor, in the backward pass, the gradient of
-/// `W`. A layer without adapters is computed as always.
+/// `W`. The first adapter, where it is a plain LoRA, is computed in one operation with the layer.
 ///
 /// # Shapes
 /// - `x`: `[..., in]`; returns `[..., out]`
 pub fn linear<const D: usize>(layer: &Linear, x: Tensor<D>) -> Tensor<D> {
-    use burn::tensor::module::linear as plain;
     let bias = layer.bias.as_ref().map(|bias| bias.val());
-    let lora = layer.weight.reparameterization::<Lora>();
-    let base = match lora {
-        None => layer.weight.base(),
-        Some(lora) => lora.replaced(layer.weight.base()),
+    let Some(lora) = layer.weight.reparameterization::<Lora>() else {
+        return frozen_linear(x, layer.weight.base(), bias, None);
     };
-    let result = plain(x.clone(), base.clone(), bias.clone());
-    match lora {
-        None => result,
-        Some(lora) => lora.active().fold(result, |result, adapter| {
-            adapter.forward(x.clone(), base.clone(), bias.clone(), result)
-        }),
+    let base = lora.replaced(layer.weight.base());
+    let mut active = lora.active().peekable();
+    let low_rank = active
+        .peek()
+        .and_then(|first: &&Adapter| first.low_rank(&x));
+    if low_rank.is_some() {
+        active.next();
     }
+    let result = frozen_linear(x.clone(), base.clone(), bias.clone(), low_rank);
+    active.fold(result, |result, adapter| {
+        adapter.forward(x.clone(), base.clone(), bias.clone(), result)
+    })
 }

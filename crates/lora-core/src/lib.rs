@@ -26,6 +26,7 @@ mod forward;
 mod kinds;
 mod linalg;
 mod merge;
+pub mod ops;
 mod peft;
 pub mod random;
 mod site;

@@ -179,6 +179,8 @@ pub struct ParityArgs {
 pub enum BenchCommand {
     /// One training step of a mid-size random model
     Step(StepBenchArgs),
+    /// Each operation of a block with its kernels, beside its composition of Burn's operations
+    Ops(OpsBenchArgs),
     /// Inspect and convert a LoRA file of 2 GB, beside a plain copy of it
     Lora(LoraBenchArgs),
 }
@@ -192,9 +194,24 @@ pub struct StepBenchArgs {
     /// Timed steps of each variant
     #[arg(long, default_value_t = 5)]
     pub steps: usize,
-    /// Run one variant in this process (recompute or plain); both, each in a process of its own, if absent
+    /// Run one variant in this process (plain, recompute, or composed: plain without the project's own kernels); all, each
+    /// in a process of its own, if absent
     #[arg(long)]
     pub variant: Option<String>,
+}
+
+/// `flux-lora bench ops`
+#[derive(Debug, Args)]
+pub struct OpsBenchArgs {
+    /// Times that each operation is run each way
+    #[arg(long, default_value_t = 11)]
+    pub rounds: usize,
+    /// Tokens
+    #[arg(long, default_value_t = 384)]
+    pub tokens: usize,
+    /// Heads of 64 channels
+    #[arg(long, default_value_t = 12)]
+    pub heads: usize,
 }
 
 /// `flux-lora bench lora`

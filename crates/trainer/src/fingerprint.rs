@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use lora_core::files::digest::digest_file;
+use lora_core::ops::KERNELS;
 use serde::{Deserialize, Serialize};
 
 use crate::device::NamedDevice;
@@ -21,6 +22,9 @@ pub struct Fingerprint {
     pub hardware: String,
     /// CPU features that kernels are chosen by at run time.
     pub cpu_features: String,
+    /// The project's own kernels; empty in a checkpoint from before they existed.
+    #[serde(default)]
+    pub kernels: String,
 }
 
 impl Fingerprint {
@@ -32,6 +36,10 @@ impl Fingerprint {
             device: device.name.clone(),
             hardware: device.hardware.clone(),
             cpu_features: cpu_features(),
+            kernels: match device.backend() {
+                "flex" => KERNELS.into(),
+                _ => "none".into(),
+            },
         })
     }
 
@@ -42,6 +50,7 @@ impl Fingerprint {
                 ("device", f.device.clone()),
                 ("hardware", f.hardware.clone()),
                 ("cpu_features", f.cpu_features.clone()),
+                ("kernels", f.kernels.clone()),
                 ("version", f.version.clone()),
                 ("binary", f.binary.chars().take(12).collect()),
             ]

@@ -136,6 +136,7 @@ fn checkpoint(text: &mut String, verified: Verified) -> anyhow::Result<()> {
         fingerprint.version, fingerprint.device, fingerprint.hardware
     )?;
     writeln!(text, "cpu features: {}", fingerprint.cpu_features)?;
+    writeln!(text, "kernels: {}", fingerprint.kernels)?;
     writeln!(text, "binary:       sha256 {}", fingerprint.binary)?;
     for event in events {
         writeln!(

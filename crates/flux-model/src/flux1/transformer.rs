@@ -11,7 +11,6 @@
 
 use burn::module::Module;
 use burn::nn::{Identity, Linear};
-use burn::tensor::activation::{gelu_approximate, silu};
 use burn::tensor::{Device, Gradients, Tensor};
 use lora_core::linear;
 use lora_core::training::recompute::{Blocks, TensorTree};
@@ -21,11 +20,14 @@ use crate::error::WeightsError;
 use crate::family::Network;
 use crate::flux1::config::FluxConfig;
 use crate::flux1::latent::Position;
-use crate::layers::{
-    RmsNorm, RotaryTable, layer_norm, linear_layer, rotary_attention, sinusoidal_embedding,
-    split_heads,
-};
+use crate::layers::{RmsNorm, RotaryTable, linear_layer, sinusoidal_embedding};
 use crate::lora::ModelShape;
+use crate::ops::attention::attention;
+use crate::ops::gate::gated_residual;
+use crate::ops::gelu::{cat_gelu_tanh, gelu_tanh};
+use crate::ops::heads::{norm_rotate, to_heads};
+use crate::ops::layer_norm::layer_norm_modulate;
+use crate::ops::silu::silu;
 
 /// Of every norm in this network.
 const EPS: f64 = 1e-6;
@@ -195,7 +197,7 @@ impl Network for FluxTransformer {
         let img_tokens = hidden.dims()[1] - c.txt_tokens;
         let img = hidden.narrow(1, c.txt_tokens, img_tokens);
         let [scale, shift] = self.norm_out.forward(silu(c.temb.clone())); // the other way round in BFL's layout
-        linear(&self.proj_out, layer_norm(img, EPS) * (scale + 1.0) + shift)
+        linear(&self.proj_out, layer_norm_modulate(img, scale, shift, EPS))
     }
 
     fn shape(&self) -> ModelShape {
@@ -318,7 +320,7 @@ impl FeedForward {
     }
 
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        linear(&self.net.2, gelu_approximate(linear(&self.net.0.proj, x)))
+        linear(&self.net.2, gelu_tanh(linear(&self.net.0.proj, x)))
     }
 }
 
@@ -398,24 +400,18 @@ impl DoubleStreamBlock {
         ] = self.norm1_context.forward(activated);
 
         let (img_attn, txt_attn) = self.attn.forward(
-            layer_norm(img.clone(), EPS) * (scale1 + 1.0) + shift1,
-            layer_norm(txt.clone(), EPS) * (txt_scale1 + 1.0) + txt_shift1,
+            layer_norm_modulate(img.clone(), scale1, shift1, EPS),
+            layer_norm_modulate(txt.clone(), txt_scale1, txt_shift1, EPS),
             &c.rotary,
         );
 
-        let img = img + gate1 * img_attn;
-        let img = img.clone()
-            + gate2
-                * self
-                    .ff
-                    .forward(layer_norm(img, EPS) * (scale2 + 1.0) + shift2);
+        let img = gated_residual(img, gate1, img_attn);
+        let mlp = layer_norm_modulate(img.clone(), scale2, shift2, EPS);
+        let img = gated_residual(img, gate2, self.ff.forward(mlp));
 
-        let txt = txt + txt_gate1 * txt_attn;
-        let txt = txt.clone()
-            + txt_gate2
-                * self
-                    .ff_context
-                    .forward(layer_norm(txt, EPS) * (txt_scale2 + 1.0) + txt_shift2);
+        let txt = gated_residual(txt, txt_gate1, txt_attn);
+        let mlp = layer_norm_modulate(txt.clone(), txt_scale2, txt_shift2, EPS);
+        let txt = gated_residual(txt, txt_gate2, self.ff_context.forward(mlp));
         (img, txt)
     }
 }
@@ -428,17 +424,22 @@ impl JointAttention {
         rotary: &RotaryTable,
     ) -> (Tensor<3>, Tensor<3>) {
         let (img_tokens, txt_tokens) = (img.dims()[1], txt.dims()[1]);
-        let heads =
-            |layer: &Linear, x: &Tensor<3>| split_heads(linear(layer, x.clone()), self.heads);
-        let q = self.norm_q.forward(heads(&self.to_q, &img));
-        let k = self.norm_k.forward(heads(&self.to_k, &img));
-        let v = heads(&self.to_v, &img);
-        let txt_q = self.norm_added_q.forward(heads(&self.add_q_proj, &txt));
-        let txt_k = self.norm_added_k.forward(heads(&self.add_k_proj, &txt));
-        let txt_v = heads(&self.add_v_proj, &txt);
-
-        let both = |txt, img| Tensor::cat(vec![txt, img], 1); // text first
-        let out = rotary_attention(both(txt_q, q), both(txt_k, k), both(txt_v, v), rotary);
+        let q = [
+            (self.norm_added_q).stream(linear(&self.add_q_proj, txt.clone())), // text first
+            self.norm_q.stream(linear(&self.to_q, img.clone())),
+        ];
+        let k = [
+            (self.norm_added_k).stream(linear(&self.add_k_proj, txt.clone())),
+            self.norm_k.stream(linear(&self.to_k, img.clone())),
+        ];
+        let v = [linear(&self.add_v_proj, txt), linear(&self.to_v, img)];
+        let out = attention(
+            norm_rotate(q, self.heads, rotary),
+            norm_rotate(k, self.heads, rotary),
+            to_heads(v, self.heads),
+            rotary.scale(),
+            None,
+        );
         let txt_out = out.clone().narrow(1, 0, txt_tokens);
         let img_out = out.narrow(1, txt_tokens, img_tokens);
         (
@@ -492,12 +493,19 @@ impl SingleStreamBlock {
     /// - `hidden`: `[batch, txt_tokens + img_tokens, hidden]`, unchanged
     pub fn forward(&self, hidden: Tensor<3>, c: &Conditioning) -> Tensor<3> {
         let [shift, scale, gate] = self.norm.forward(silu(c.temb.clone()));
-        let x = layer_norm(hidden.clone(), EPS) * (scale + 1.0) + shift;
-        let mlp = gelu_approximate(linear(&self.proj_mlp, x.clone()));
-        let heads = |layer: &Linear| split_heads(linear(layer, x.clone()), self.attn.heads);
-        let q = self.attn.norm_q.forward(heads(&self.attn.to_q));
-        let k = self.attn.norm_k.forward(heads(&self.attn.to_k));
-        let attn = rotary_attention(q, k, heads(&self.attn.to_v), &c.rotary);
-        hidden + gate * linear(&self.proj_out, Tensor::cat(vec![attn, mlp], 2)) // attention first
+        let x = layer_norm_modulate(hidden.clone(), scale, shift, EPS);
+        let (attn, heads) = (&self.attn, self.attn.heads);
+        let q = attn.norm_q.stream(linear(&attn.to_q, x.clone()));
+        let k = attn.norm_k.stream(linear(&attn.to_k, x.clone()));
+        let v = linear(&attn.to_v, x.clone());
+        let attn = attention(
+            norm_rotate([q], heads, &c.rotary),
+            norm_rotate([k], heads, &c.rotary),
+            to_heads([v], heads),
+            c.rotary.scale(),
+            None,
+        );
+        let x = cat_gelu_tanh(attn, linear(&self.proj_mlp, x)); // attention first
+        gated_residual(hidden, gate, linear(&self.proj_out, x))
     }
 }

@@ -13,7 +13,6 @@
 
 use burn::module::Module;
 use burn::nn::Linear;
-use burn::tensor::activation::silu;
 use burn::tensor::{Device, Gradients, Tensor};
 use lora_core::linear;
 use lora_core::training::recompute::{Blocks, TensorTree};
@@ -23,11 +22,13 @@ use crate::error::WeightsError;
 use crate::family::Network;
 use crate::flux2::config::Flux2Config;
 use crate::flux2::latent::Position;
-use crate::layers::{
-    RmsNorm, RotaryTable, layer_norm, linear_layer, rotary_attention, sinusoidal_embedding,
-    split_heads,
-};
+use crate::layers::{RmsNorm, RotaryTable, linear_layer, sinusoidal_embedding};
 use crate::lora::ModelShape;
+use crate::ops::attention::attention;
+use crate::ops::gate::gated_residual;
+use crate::ops::heads::{norm_rotate, to_heads};
+use crate::ops::layer_norm::layer_norm_modulate;
+use crate::ops::silu::{silu, swiglu};
 
 /// Inputs of one forward pass.
 #[derive(Debug, Clone)]
@@ -208,8 +209,8 @@ impl Network for Flux2Transformer {
         let img = hidden.narrow(1, c.txt_tokens, img_tokens);
         let vectors = self.norm_out.forward(silu(c.temb.clone()));
         let [scale, shift] = chunks(&vectors); // the other way round in BFL's layout
-        let normed = layer_norm(img, self.config.eps);
-        linear(&self.proj_out, normed * (scale + 1.0) + shift)
+        let x = layer_norm_modulate(img, scale, shift, self.config.eps);
+        linear(&self.proj_out, x)
     }
 
     fn shape(&self) -> ModelShape {
@@ -311,12 +312,6 @@ fn chunks<const N: usize>(vectors: &Tensor<2>) -> [Tensor<3>; N] {
     std::array::from_fn(|i| vectors.clone().narrow(2, i * hidden, hidden))
 }
 
-/// `silu(first half) * second half` of the last dimension.
-fn swiglu(x: Tensor<3>) -> Tensor<3> {
-    let half = x.dims()[2] / 2;
-    silu(x.clone().narrow(2, 0, half)) * x.narrow(2, half, half)
-}
-
 #[derive(Module, Debug)]
 struct FeedForward {
     linear_in: Linear,
@@ -409,23 +404,22 @@ impl DoubleStreamBlock {
             txt_scale2,
             txt_gate2,
         ] = chunks(&c.txt_mod);
-        let norm = |x: &Tensor<3>| layer_norm(x.clone(), self.eps);
+        let norm =
+            |x: &Tensor<3>, scale, shift| layer_norm_modulate(x.clone(), scale, shift, self.eps);
 
         let (img_attn, txt_attn) = self.attn.forward(
-            norm(&img) * (scale1 + 1.0) + shift1,
-            norm(&txt) * (txt_scale1 + 1.0) + txt_shift1,
+            norm(&img, scale1, shift1),
+            norm(&txt, txt_scale1, txt_shift1),
             &c.rotary,
         );
 
-        let img = img + gate1 * img_attn;
-        let mlp = self.ff.forward(norm(&img) * (scale2 + 1.0) + shift2);
-        let img = img + gate2 * mlp;
+        let img = gated_residual(img, gate1, img_attn);
+        let mlp = self.ff.forward(norm(&img, scale2, shift2));
+        let img = gated_residual(img, gate2, mlp);
 
-        let txt = txt + txt_gate1 * txt_attn;
-        let mlp = self
-            .ff_context
-            .forward(norm(&txt) * (txt_scale2 + 1.0) + txt_shift2);
-        let txt = txt + txt_gate2 * mlp;
+        let txt = gated_residual(txt, txt_gate1, txt_attn);
+        let mlp = self.ff_context.forward(norm(&txt, txt_scale2, txt_shift2));
+        let txt = gated_residual(txt, txt_gate2, mlp);
         (img, txt)
     }
 }
@@ -438,17 +432,22 @@ impl JointAttention {
         rotary: &RotaryTable,
     ) -> (Tensor<3>, Tensor<3>) {
         let (img_tokens, txt_tokens) = (img.dims()[1], txt.dims()[1]);
-        let heads =
-            |layer: &Linear, x: &Tensor<3>| split_heads(linear(layer, x.clone()), self.heads);
-        let q = self.norm_q.forward(heads(&self.to_q, &img));
-        let k = self.norm_k.forward(heads(&self.to_k, &img));
-        let v = heads(&self.to_v, &img);
-        let txt_q = self.norm_added_q.forward(heads(&self.add_q_proj, &txt));
-        let txt_k = self.norm_added_k.forward(heads(&self.add_k_proj, &txt));
-        let txt_v = heads(&self.add_v_proj, &txt);
-
-        let both = |txt, img| Tensor::cat(vec![txt, img], 1); // text first
-        let out = rotary_attention(both(txt_q, q), both(txt_k, k), both(txt_v, v), rotary);
+        let q = [
+            (self.norm_added_q).stream(linear(&self.add_q_proj, txt.clone())), // text first
+            self.norm_q.stream(linear(&self.to_q, img.clone())),
+        ];
+        let k = [
+            (self.norm_added_k).stream(linear(&self.add_k_proj, txt.clone())),
+            self.norm_k.stream(linear(&self.to_k, img.clone())),
+        ];
+        let v = [linear(&self.add_v_proj, txt), linear(&self.to_v, img)];
+        let out = attention(
+            norm_rotate(q, self.heads, rotary),
+            norm_rotate(k, self.heads, rotary),
+            to_heads(v, self.heads),
+            rotary.scale(),
+            None,
+        );
         let txt_out = out.clone().narrow(1, 0, txt_tokens);
         let img_out = out.narrow(1, txt_tokens, img_tokens);
         (
@@ -496,8 +495,8 @@ impl SingleStreamBlock {
     /// - `hidden`: `[batch, txt_tokens + img_tokens, hidden]`, unchanged
     pub fn forward(&self, hidden: Tensor<3>, c: &Conditioning) -> Tensor<3> {
         let [shift, scale, gate] = chunks(&c.single_mod);
-        let x = layer_norm(hidden.clone(), self.eps) * (scale + 1.0) + shift;
-        hidden + gate * self.attn.forward(x, &c.rotary)
+        let x = layer_norm_modulate(hidden.clone(), scale, shift, self.eps);
+        gated_residual(hidden, gate, self.attn.forward(x, &c.rotary))
     }
 }
 
@@ -505,10 +504,14 @@ impl SingleAttention {
     fn forward(&self, x: Tensor<3>, rotary: &RotaryTable) -> Tensor<3> {
         let width = x.dims()[2];
         let fused = linear(&self.to_qkv_mlp_proj, x); // q, k, v, gate of the MLP, its values
-        let head = |i| split_heads(fused.clone().narrow(2, i * width, width), self.heads);
-        let q = self.norm_q.forward(head(0));
-        let k = self.norm_k.forward(head(1));
-        let attn = rotary_attention(q, k, head(2), rotary);
+        let part = |i| fused.clone().narrow(2, i * width, width);
+        let attn = attention(
+            norm_rotate([self.norm_q.stream(part(0))], self.heads, rotary),
+            norm_rotate([self.norm_k.stream(part(1))], self.heads, rotary),
+            to_heads([part(2)], self.heads),
+            rotary.scale(),
+            None,
+        );
         let mlp = fused.dims()[2] - 3 * width;
         let mlp = swiglu(fused.narrow(2, 3 * width, mlp));
         linear(&self.to_out, Tensor::cat(vec![attn, mlp], 2)) // attention first

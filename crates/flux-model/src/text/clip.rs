@@ -12,7 +12,8 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use lora_core::linear;
 use serde::{Deserialize, Serialize};
 
-use crate::layers::{attention, linear_layer, split_heads};
+use crate::layers::{linear_layer, split_heads};
+use crate::ops::attention::attention;
 use crate::sizes::{MAX_LAYERS, out_of_range};
 
 /// CLIP text encoder. Source: transformers `CLIPTextConfig`.

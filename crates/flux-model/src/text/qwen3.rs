@@ -13,12 +13,13 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::nn::{Embedding, EmbeddingConfig, Linear};
-use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use crate::error::WeightsError;
-use crate::layers::{RmsNorm, attention, linear_layer, split_heads};
+use crate::layers::{RmsNorm, linear_layer, split_heads};
+use crate::ops::attention::attention;
+use crate::ops::silu::silu;
 use crate::pipeline::read_config;
 use crate::sizes::{MAX_LAYERS, out_of_range};
 use crate::weights::{Checkpoint, Layout, checkpoint_tensors};

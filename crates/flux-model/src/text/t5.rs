@@ -12,12 +12,13 @@
 
 use burn::module::Module;
 use burn::nn::{Embedding, EmbeddingConfig, Linear};
-use burn::tensor::activation::gelu_approximate;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use lora_core::linear;
 use serde::{Deserialize, Serialize};
 
-use crate::layers::{RmsNorm, attention, linear_layer, split_heads};
+use crate::layers::{RmsNorm, linear_layer, split_heads};
+use crate::ops::attention::attention;
+use crate::ops::gelu::gelu_tanh;
 use crate::sizes::{MAX_LAYERS, out_of_range};
 use crate::text::clip::id_tensor;
 
@@ -245,7 +246,7 @@ impl T5Encoder {
 
             let x = mlp_layer.layer_norm.forward(hidden.clone());
             let mlp = &mlp_layer.DenseReluDense;
-            let gated = gelu_approximate(linear(&mlp.wi_0, x.clone())) * linear(&mlp.wi_1, x);
+            let gated = gelu_tanh(linear(&mlp.wi_0, x.clone())) * linear(&mlp.wi_1, x);
             hidden = hidden + linear(&mlp.wo, gated);
         }
         self.encoder.final_layer_norm.forward(hidden)

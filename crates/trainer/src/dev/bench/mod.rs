@@ -1,6 +1,7 @@
 //! `flux-lora bench`: what the numbers in docs/benchmarks.md are measured with.
 
 mod lora;
+mod ops;
 mod step;
 
 use std::process::{Command, Stdio};
@@ -17,6 +18,7 @@ use crate::cli::BenchCommand;
 pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
     match command {
         BenchCommand::Step(args) => step::run(args),
+        BenchCommand::Ops(args) => ops::run(args),
         BenchCommand::Lora(args) => lora::run(args),
     }
 }

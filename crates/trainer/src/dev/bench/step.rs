@@ -1,4 +1,5 @@
-//! `flux-lora bench step`: one training step of a mid-size random model, with and without recompute.
+//! `flux-lora bench step`: one training step of a mid-size random model, with and without recompute, and without the
+//! project's own kernels.
 //!
 //! The model, adapter and inputs are those of the project's torch baseline: 122 M base parameters, 2.1 M in the adapter,
 //! 256 image and 128 text tokens, f32. Phases are wall time; GFLOP/s count the multiplications of linear layers and
@@ -12,6 +13,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use flux_model::flux1::config::FluxConfig;
 use flux_model::flux1::latent::{image_positions, text_positions};
 use flux_model::flux1::transformer::{FluxInput, FluxTransformer};
+use lora_core::ops::composed;
 use lora_core::random::Stream;
 use lora_core::{
     AdapterSource, DEFAULT_ADAPTER, ForwardPath, InitLoraWeights, LoraConfig, PathOptimizer, Plan,
@@ -34,14 +36,16 @@ const TEXT_TOKENS: usize = 128;
 pub fn run(args: &StepBenchArgs) -> anyhow::Result<()> {
     let name = args.device.as_deref().unwrap_or(device::default_name());
     if let Some(variant) = &args.variant {
-        let recompute = match variant.as_str() {
-            "recompute" => true,
-            "plain" => false,
-            other => bail!("unknown variant `{other}`: recompute or plain"),
+        let device = device::open(name)?;
+        let run = |recompute| step(&device, variant, recompute, args.steps.max(1));
+        return match variant.as_str() {
+            "recompute" => run(true),
+            "plain" => run(false),
+            "composed" => composed(|| run(false)),
+            other => bail!("unknown variant `{other}`: plain, recompute or composed"),
         };
-        return step(&device::open(name)?, recompute, args.steps.max(1));
     }
-    for variant in ["plain", "recompute"] {
+    for variant in ["plain", "recompute", "composed"] {
         let steps = args.steps.to_string();
         let output = in_own_process(&[
             "step",
@@ -71,7 +75,7 @@ fn config() -> FluxConfig {
     }
 }
 
-fn step(device: &NamedDevice, recompute: bool, steps: usize) -> anyhow::Result<()> {
+fn step(device: &NamedDevice, variant: &str, recompute: bool, steps: usize) -> anyhow::Result<()> {
     let raw = &device.device;
     let model = FluxTransformer::new(&config(), &raw.clone().autodiff());
     let model = crate::dev::random_weights::fill_module(model, 1234, &raw.clone().autodiff());
@@ -125,9 +129,8 @@ fn step(device: &NamedDevice, recompute: bool, steps: usize) -> anyhow::Result<(
         .collect();
     let seconds = median(&total);
     println!(
-        "{} {}: base {:.1} M, LoRA {:.2} M; step {seconds:.3} s (forward+backward {:.3}, optimizer {:.3}; min {:.3}); {:.1} GFLOP/s; peak RSS {} MiB; loss {:.4} -> {:.4}",
+        "{} {variant:9}: base {:.1} M, LoRA {:.2} M; step {seconds:.3} s (forward+backward {:.3}, optimizer {:.3}; min {:.3}); {:.1} GFLOP/s; peak RSS {} MiB; loss {:.4} -> {:.4}",
         device.name,
-        if recompute { "recompute" } else { "plain    " },
         (count.total - count.trainable) as f64 / 1e6,
         count.trainable as f64 / 1e6,
         median(&gradient_time),

@@ -1,0 +1,155 @@
+//! `y = x + gate * z`, with one gate for all tokens of a sample.
+//!
+//! With the gradient `g` of `y`: `dx = g`, `dz = gate * g`, `dgate` the sum over the tokens of `g z`. Kept for the backward
+//! pass: `gate`, and `z` where the gate gets a gradient.
+
+use burn::tensor::Tensor;
+
+/// `x + gate * z`.
+///
+/// # Shapes
+/// - `x`, `z`: `[batch, tokens, width]`; `gate`: `[batch, 1, width]`
+pub fn gated_residual(x: Tensor<3>, gate: Tensor<3>, z: Tensor<3>) -> Tensor<3> {
+    #[cfg(feature = "flex")]
+    if lora_core::ops::has_kernels(&x) && x.shape().num_elements() > 0 {
+        let [batch, _, width] = x.dims();
+        if z.dims() == x.dims() && gate.dims() == [batch, 1, width] {
+            let inputs = vec![x.into_dispatch(), gate.into_dispatch(), z.into_dispatch()];
+            return lora_core::ops::apply::<_, 3, 3>(cpu::GatedResidual, inputs);
+        }
+    }
+    x + gate * z
+}
+
+#[cfg(feature = "flex")]
+mod cpu {
+    use burn::backend::flex::FlexTensor;
+    use lora_core::ops::Operation;
+    use lora_core::ops::kernel::{ROWS, dims, packed, simd, tensor, values};
+    use rayon::prelude::*;
+
+    #[derive(Debug, Clone)]
+    pub struct GatedResidual;
+
+    impl Operation<3> for GatedResidual {
+        type Saved = [FlexTensor; 2];
+
+        fn forward(&self, inputs: Vec<FlexTensor>) -> (FlexTensor, Self::Saved) {
+            let [x, gate, z] = <[_; 3]>::try_from(inputs)
+                .expect("three inputs")
+                .map(packed);
+            let [_, tokens, width] = dims(&x);
+            let mut y = vec![0f32; values(&x).len()];
+            let sample = tokens * width;
+            let samples = values(&x).chunks(sample).zip(values(&z).chunks(sample));
+            let gates = values(&gate).chunks(width);
+            for (((x, z), y), gate) in samples.zip(y.chunks_mut(sample)).zip(gates) {
+                let tasks = y
+                    .par_chunks_mut(ROWS * width)
+                    .zip(x.par_chunks(ROWS * width))
+                    .zip(z.par_chunks(ROWS * width));
+                tasks.for_each(|((y, x), z)| {
+                    simd(
+                        #[inline(always)]
+                        || {
+                            let rows = y
+                                .chunks_exact_mut(width)
+                                .zip(x.chunks_exact(width))
+                                .zip(z.chunks_exact(width));
+                            for ((y, x), z) in rows {
+                                for (((y, &x), &z), &gate) in y.iter_mut().zip(x).zip(z).zip(gate) {
+                                    *y = gate.mul_add(z, x);
+                                }
+                            }
+                        },
+                    )
+                });
+            }
+            (tensor(y, x.layout().shape().clone()), [gate, z])
+        }
+
+        fn backward(
+            &self,
+            [gate, z]: Self::Saved,
+            grad: FlexTensor,
+            [want_x, want_gate, want_z]: [bool; 3],
+        ) -> [Option<FlexTensor>; 3] {
+            let grad = packed(grad);
+            let [batch, tokens, width] = dims(&grad);
+            let sample = tokens * width;
+            let dgate = want_gate.then(|| {
+                let samples = values(&grad).chunks(sample).zip(values(&z).chunks(sample));
+                let sums = samples.flat_map(|(grad, z)| sum_of_products(grad, z, width));
+                tensor(sums.collect(), [batch, 1, width])
+            });
+            let dz = want_z.then(|| {
+                let mut dz = vec![0f32; values(&grad).len()];
+                let samples = dz.chunks_mut(sample).zip(values(&grad).chunks(sample));
+                for ((dz, grad), gate) in samples.zip(values(&gate).chunks(width)) {
+                    let tasks = dz
+                        .par_chunks_mut(ROWS * width)
+                        .zip(grad.par_chunks(ROWS * width));
+                    tasks.for_each(|(dz, grad)| {
+                        simd(
+                            #[inline(always)]
+                            || {
+                                let rows = dz.chunks_exact_mut(width);
+                                for (dz, grad) in rows.zip(grad.chunks_exact(width)) {
+                                    for ((dz, &grad), &gate) in dz.iter_mut().zip(grad).zip(gate) {
+                                        *dz = gate * grad;
+                                    }
+                                }
+                            },
+                        )
+                    });
+                }
+                tensor(dz, grad.layout().shape().clone())
+            });
+            [want_x.then_some(grad), dgate, dz]
+        }
+    }
+
+    /// Sum over the rows of `x * y`, in parts of [`ROWS`] rows.
+    fn sum_of_products(x: &[f32], y: &[f32], width: usize) -> Vec<f32> {
+        let tasks = x.par_chunks(ROWS * width).zip(y.par_chunks(ROWS * width));
+        let parts: Vec<Vec<f32>> = tasks
+            .map(|(x, y)| {
+                let mut sums = vec![0f32; width];
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (x, y) in x.chunks_exact(width).zip(y.chunks_exact(width)) {
+                            for ((sum, &x), &y) in sums.iter_mut().zip(x).zip(y) {
+                                *sum = x.mul_add(y, *sum);
+                            }
+                        }
+                    },
+                );
+                sums
+            })
+            .collect();
+        let mut total = vec![0f32; width];
+        for part in parts {
+            for (total, part) in total.iter_mut().zip(part) {
+                *total += part;
+            }
+        }
+        total
+    }
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use super::*;
+    use lora_core::ops::check::{agree, random};
+
+    #[test]
+    fn a_gated_residual_agrees_with_its_composition() {
+        for [b, s, d] in [[1, 1, 17], [2, 7, 31], [3, 33, 96]] {
+            agree(
+                [random([b, s, d]), random([b, 1, d]), random([b, s, d])],
+                |[x, gate, z]| gated_residual(x, gate, z),
+            );
+        }
+    }
+}

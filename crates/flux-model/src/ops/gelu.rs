@@ -1,0 +1,208 @@
+//! GELU by its tanh approximation, alone and as the second part of a concatenation.
+//!
+//! ```text
+//! gelu(x) = x s,   s = (1 + tanh u) / 2 = 1 / (1 + e^(-2u)),   u = sqrt(2/π) (x + 0.044715 x³)
+//! gelu'(x) = s + 2 x s (1 - s) u',   u' = sqrt(2/π) (1 + 3 * 0.044715 x²)
+//! ```
+//!
+//! The second form of `s` needs one exponential and cancels nothing where `tanh u` is near -1. Kept for the backward pass:
+//! `x`.
+//!
+//! Source: Hendrycks & Gimpel 2016, arXiv:1606.08415; torch `gelu(approximate="tanh")`.
+
+use burn::tensor::Tensor;
+use burn::tensor::activation::gelu_approximate;
+
+/// `gelu(x)`.
+pub fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    #[cfg(feature = "flex")]
+    if lora_core::ops::has_kernels(&x) {
+        return lora_core::ops::apply::<_, 1, D>(cpu::Gelu, vec![x.into_dispatch()]);
+    }
+    gelu_approximate(x)
+}
+
+/// `cat(first, gelu(x))` over the last dimension: the input of a single-stream block's projection.
+///
+/// # Shapes
+/// - `first`: `[batch, tokens, m]`, `x`: `[batch, tokens, n]`; returns `[batch, tokens, m + n]`
+pub fn cat_gelu_tanh(first: Tensor<3>, x: Tensor<3>) -> Tensor<3> {
+    #[cfg(feature = "flex")]
+    if lora_core::ops::has_kernels(&x) && x.shape().num_elements() > 0 {
+        let inputs = vec![first.into_dispatch(), x.into_dispatch()];
+        return lora_core::ops::apply::<_, 2, 3>(cpu::CatGelu, inputs);
+    }
+    Tensor::cat(vec![first, gelu_approximate(x)], 2)
+}
+
+#[cfg(feature = "flex")]
+mod cpu {
+    use burn::backend::flex::FlexTensor;
+    use lora_core::ops::Operation;
+    use lora_core::ops::kernel::{
+        CHUNK, ROWS, dims, exp, narrow_last, owned, packed, simd, tensor, values,
+    };
+    use rayon::prelude::*;
+
+    /// `2 sqrt(2/π)`.
+    const A: f32 = 1.595_769;
+    const B: f32 = 0.044_715;
+
+    /// `s`.
+    #[inline(always)]
+    fn gate(x: f32) -> f32 {
+        1.0 / (1.0 + exp(-A * x * (x * x).mul_add(B, 1.0)))
+    }
+
+    #[inline(always)]
+    fn derivative(x: f32) -> f32 {
+        let gate = gate(x);
+        let slope = A * (x * x).mul_add(3.0 * B, 1.0);
+        (x * slope * (1.0 - gate)).mul_add(gate, gate)
+    }
+
+    #[derive(Debug, Clone)]
+    pub struct Gelu;
+
+    impl Operation<1> for Gelu {
+        type Saved = FlexTensor;
+
+        fn forward(&self, inputs: Vec<FlexTensor>) -> (FlexTensor, FlexTensor) {
+            let [x] = <[_; 1]>::try_from(inputs).expect("one input").map(packed);
+            let mut y = vec![0f32; values(&x).len()];
+            let tasks = y.par_chunks_mut(CHUNK).zip(values(&x).par_chunks(CHUNK));
+            tasks.for_each(|(y, x)| {
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (y, &x) in y.iter_mut().zip(x) {
+                            *y = x * gate(x);
+                        }
+                    },
+                )
+            });
+            (tensor(y, x.layout().shape().clone()), x)
+        }
+
+        fn backward(
+            &self,
+            x: FlexTensor,
+            grad: FlexTensor,
+            _: [bool; 1],
+        ) -> [Option<FlexTensor>; 1] {
+            let mut grad = owned(grad);
+            let grads = grad.storage_mut::<f32>().par_chunks_mut(CHUNK);
+            grads
+                .zip(values(&x).par_chunks(CHUNK))
+                .for_each(|(grad, x)| {
+                    simd(
+                        #[inline(always)]
+                        || {
+                            for (grad, &x) in grad.iter_mut().zip(x) {
+                                *grad *= derivative(x);
+                            }
+                        },
+                    )
+                });
+            [Some(grad)]
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    pub struct CatGelu;
+
+    impl Operation<2> for CatGelu {
+        type Saved = (FlexTensor, usize);
+
+        fn forward(&self, inputs: Vec<FlexTensor>) -> (FlexTensor, Self::Saved) {
+            let [first, x] = <[_; 2]>::try_from(inputs).expect("two inputs").map(packed);
+            let ([batch, tokens, m], [_, _, n]) = (dims(&first), dims(&x));
+            let mut y = vec![0f32; batch * tokens * (m + n)];
+            let tasks = y.par_chunks_mut(ROWS * (m + n)).enumerate();
+            let (firsts, xs) = (values(&first), values(&x));
+            tasks.for_each(|(task, y)| {
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (i, y) in y.chunks_exact_mut(m + n).enumerate() {
+                            let row = task * ROWS + i;
+                            let (first, y) = y.split_at_mut(m);
+                            first.copy_from_slice(&firsts[row * m..][..m]);
+                            for (y, &x) in y.iter_mut().zip(&xs[row * n..][..n]) {
+                                *y = x * gate(x);
+                            }
+                        }
+                    },
+                )
+            });
+            (tensor(y, [batch, tokens, m + n]), (x, m))
+        }
+
+        fn backward(
+            &self,
+            (x, m): Self::Saved,
+            grad: FlexTensor,
+            [want_first, want_x]: [bool; 2],
+        ) -> [Option<FlexTensor>; 2] {
+            let grad = packed(grad);
+            let [_, _, n] = dims(&x);
+            let dx = want_x.then(|| {
+                let mut dx = vec![0f32; values(&x).len()];
+                let (xs, grads) = (values(&x), values(&grad));
+                let tasks = dx.par_chunks_mut(ROWS * n).enumerate();
+                tasks.for_each(|(task, dx)| {
+                    simd(
+                        #[inline(always)]
+                        || {
+                            for (i, dx) in dx.chunks_exact_mut(n).enumerate() {
+                                let row = task * ROWS + i;
+                                let grad = &grads[row * (m + n) + m..][..n];
+                                let x = &xs[row * n..][..n];
+                                for ((dx, &x), &grad) in dx.iter_mut().zip(x).zip(grad) {
+                                    *dx = grad * derivative(x);
+                                }
+                            }
+                        },
+                    )
+                });
+                tensor(dx, x.layout().shape().clone())
+            });
+            [want_first.then(|| narrow_last(&grad, 0, m)), dx]
+        }
+    }
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use super::*;
+    use lora_core::ops::check::{agree, random};
+
+    #[test]
+    fn gelu_agrees_with_its_composition() {
+        for shape in [[1, 1], [3, 17], [5, 8193], [131, 257]] {
+            agree([random(shape)], |[x]| gelu_tanh(x));
+        }
+    }
+
+    #[test]
+    fn gelu_of_large_numbers_is_finite() {
+        let device = burn::tensor::Device::flex();
+        let x = [-1e30, -100.0, -20.0, -0.0, 0.0, 20.0, 100.0, 1e30];
+        let y: Vec<f32> = gelu_tanh(Tensor::<1>::from_floats(x, &device))
+            .into_data()
+            .try_to_vec()
+            .expect("f32");
+        assert_eq!(y[5..], [20.0, 100.0, 1e30]);
+        assert!(y[..5].iter().all(|y| y.abs() < 1e-6), "{y:?}");
+    }
+
+    #[test]
+    fn a_concatenation_agrees_with_its_composition() {
+        for [tokens, m, n] in [[1, 1, 1], [7, 3, 17], [33, 96, 257]] {
+            agree(
+                [random([2, tokens, m]), random([2, tokens, n])],
+                |[first, x]| cat_gelu_tanh(first, x),
+            );
+        }
+    }
+}

@@ -1,0 +1,396 @@
+//! Tokens to heads: RMS norm, rotary positions, and the layout attention reads, in one pass.
+//!
+//! For a head `x` of a token, with `r = 1 / sqrt(mean(x²) + eps)` and the pairs (2k, 2k + 1) rotated by the token's angles:
+//!
+//! ```text
+//! y = rotate(r w x)               h = w rotateᵀ(g)
+//! dx = r (h - x r² mean(h x))     dw = sum of r x rotateᵀ(g)
+//! ```
+//!
+//! where `g` is the gradient of `y`. One or two streams of tokens come in, the first before the second, each with a norm of
+//! its own. Kept for the backward pass: the inputs and the angles.
+//!
+//! Source: Zhang & Sennrich 2019, arXiv:1910.07467; Su et al. 2021, arXiv:2104.09864; black-forest-labs/flux
+//! `src/flux/math.py`, `modules/layers.py` (802fb47).
+
+use burn::tensor::Tensor;
+
+use crate::layers::{RotaryTable, rms_norm, split_heads};
+
+/// One stream of tokens and its norm.
+#[derive(Debug, Clone)]
+pub struct Stream {
+    /// `[batch, tokens, heads * head_dim]`.
+    pub x: Tensor<3>,
+    /// Weight, `[head_dim]`.
+    pub norm: Tensor<1>,
+    /// Added to the mean square.
+    pub eps: f64,
+}
+
+/// Normed and rotated heads. `rotary` gets no gradient.
+///
+/// # Shapes
+/// - returns `[batch, heads, tokens of all streams, head_dim]`
+pub fn norm_rotate<const N: usize>(
+    streams: [Stream; N],
+    heads: usize,
+    rotary: &RotaryTable,
+) -> Tensor<4> {
+    #[cfg(feature = "flex")]
+    if cpu::takes(&streams.each_ref().map(|stream| &stream.x), heads) {
+        return cpu::norm_rotate(streams, heads, rotary);
+    }
+    let normed = streams.map(|Stream { x, norm, eps }| rms_norm(split_heads(x, heads), norm, eps));
+    rotate(Tensor::cat(normed.into(), 1).swap_dims(1, 2), rotary)
+}
+
+/// Heads as they are.
+///
+/// # Shapes
+/// - `streams`: `[batch, tokens, heads * head_dim]`; returns `[batch, heads, tokens of all streams, head_dim]`
+pub fn to_heads<const N: usize>(streams: [Tensor<3>; N], heads: usize) -> Tensor<4> {
+    #[cfg(feature = "flex")]
+    if cpu::takes(&streams.each_ref(), heads) {
+        return cpu::to_heads(streams, heads);
+    }
+    split_heads(Tensor::cat(streams.into(), 1), heads).swap_dims(1, 2)
+}
+
+/// Rotates the pairs (2k, 2k + 1) of the last dimension of `[batch, heads, tokens, head_dim]`.
+fn rotate(x: Tensor<4>, rotary: &RotaryTable) -> Tensor<4> {
+    let [batch, heads, tokens, dim] = x.dims();
+    let pairs = x.reshape([batch * heads, tokens, dim / 2, 2]);
+    let table = |t: &Tensor<2>| t.clone().reshape([1, tokens, dim / 2, 1]);
+    let (cos, sin) = (table(&rotary.cos), table(&rotary.sin));
+    let (even, odd) = (pairs.clone().narrow(3, 0, 1), pairs.narrow(3, 1, 1));
+    let rotated = Tensor::cat(
+        vec![
+            even.clone() * cos.clone() - odd.clone() * sin.clone(),
+            even * sin + odd * cos,
+        ],
+        3,
+    );
+    rotated.reshape([batch, heads, tokens, dim])
+}
+
+#[cfg(feature = "flex")]
+mod cpu {
+    use burn::backend::flex::FlexTensor;
+    use burn::tensor::Tensor;
+    use lora_core::ops::kernel::{ROWS, dims, packed, simd, sum, tensor, values};
+    use lora_core::ops::{Operation, apply, has_kernels};
+    use rayon::prelude::*;
+
+    use super::Stream;
+    use crate::layers::RotaryTable;
+
+    /// One or two streams with something in them.
+    pub fn takes(streams: &[&Tensor<3>], heads: usize) -> bool {
+        let whole = streams
+            .iter()
+            .all(|x| x.dims()[2].is_multiple_of(2 * heads));
+        let filled = streams.iter().all(|x| x.shape().num_elements() > 0);
+        has_kernels(streams[0]) && streams.len() <= 2 && whole && filled
+    }
+
+    pub fn norm_rotate<const N: usize>(
+        streams: [Stream; N],
+        heads: usize,
+        rotary: &RotaryTable,
+    ) -> Tensor<4> {
+        let eps = streams.each_ref().map(|stream| stream.eps as f32);
+        let operation = Heads {
+            heads,
+            eps: Some([eps[0], eps[N - 1]]),
+        };
+        let none = rotary.cos.device();
+        let none = (
+            Tensor::<3>::empty([0, 0, 0], &none),
+            Tensor::<1>::empty([0], &none),
+        );
+        let given = streams.into_iter().map(|stream| (stream.x, stream.norm));
+        let mut inputs = Vec::with_capacity(6);
+        for (x, norm) in given.chain([none]).take(2) {
+            inputs.extend([x.into_dispatch(), norm.into_dispatch()]);
+        }
+        inputs.extend([&rotary.cos, &rotary.sin].map(|table| table.clone().into_dispatch()));
+        apply::<_, 4, 4>(operation, inputs)
+    }
+
+    pub fn to_heads<const N: usize>(streams: [Tensor<3>; N], heads: usize) -> Tensor<4> {
+        let device = streams[0].device();
+        let none = Tensor::<3>::empty([0, 0, 0], &device);
+        let mut inputs = Vec::with_capacity(4);
+        for x in streams.into_iter().chain([none]).take(2) {
+            let norm = Tensor::<1>::empty([0], &device);
+            inputs.extend([x.into_dispatch(), norm.into_dispatch()]);
+        }
+        apply::<_, 4, 4>(Heads { heads, eps: None }, inputs)
+    }
+
+    /// Inputs: tokens and norm of the first stream, of the second; cosines and sines where there is a norm.
+    #[derive(Debug, Clone)]
+    struct Heads {
+        heads: usize,
+        /// Of the streams' norms; `None`: neither norm nor rotation.
+        eps: Option<[f32; 2]>,
+    }
+
+    /// Factors of an element and of its neighbour in the pair, `[tokens, 2, head_dim]`.
+    fn table(cos: &[f32], sin: &[f32], half: usize) -> Vec<f32> {
+        let mut table = Vec::with_capacity(4 * cos.len());
+        for (cos, sin) in cos.chunks_exact(half).zip(sin.chunks_exact(half)) {
+            table.extend(cos.iter().flat_map(|&c| [c, c]));
+            table.extend(sin.iter().flat_map(|&s| [-s, s]));
+        }
+        table
+    }
+
+    const BLOCK: usize = 16;
+
+    /// `y[j] = x[j] of_self[j] + sign * x[j ^ 1] of_other[j]`.
+    #[inline(always)]
+    fn rotate(y: &mut [f32], x: &[f32], table: &[f32], sign: f32) {
+        let (of_self, of_other) = table.split_at(x.len());
+        let blocks = x.len() / BLOCK * BLOCK;
+        for start in (0..blocks).step_by(BLOCK) {
+            let part = |x: &[f32]| -> [f32; BLOCK] {
+                let mut part = [0f32; BLOCK];
+                part.copy_from_slice(&x[start..start + BLOCK]);
+                part
+            };
+            let (x, a, b) = (part(x), part(of_self), part(of_other));
+            let mut turned = [0f32; BLOCK];
+            for j in 0..BLOCK {
+                turned[j] = x[j].mul_add(a[j], sign * x[j ^ 1] * b[j]);
+            }
+            y[start..start + BLOCK].copy_from_slice(&turned);
+        }
+        for j in blocks..x.len() {
+            y[j] = x[j].mul_add(of_self[j], sign * x[j ^ 1] * of_other[j]);
+        }
+    }
+
+    #[inline(always)]
+    fn reciprocal_rms(x: &[f32], eps: f32) -> f32 {
+        1.0 / (sum([x], |[x]| x * x) / x.len() as f32 + eps).sqrt()
+    }
+
+    /// Tokens of a stream with something in it.
+    fn tokens(x: &FlexTensor) -> usize {
+        dims::<3>(x)[1]
+    }
+
+    impl Operation<4> for Heads {
+        type Saved = ([FlexTensor; 4], Vec<f32>);
+
+        fn forward(&self, inputs: Vec<FlexTensor>) -> (FlexTensor, Self::Saved) {
+            let mut inputs = inputs.into_iter().map(packed);
+            let mut next = || inputs.next().expect("as many inputs as there are operands");
+            let streams = [next(), next(), next(), next()];
+            let [first, first_norm, last, last_norm] = &streams;
+            let [batch, _, width] = dims(first);
+            let (split, dim) = (tokens(first), width / self.heads);
+            let all = split + tokens(last);
+            let table = match self.eps {
+                Some(_) => table(values(&next()), values(&next()), dim / 2),
+                None => Vec::new(),
+            };
+            let mut y = vec![0f32; batch * all * width];
+            let tasks = y.par_chunks_mut(all * dim).enumerate();
+            tasks.for_each(|(task, y)| {
+                let (sample, head) = (task / self.heads, task % self.heads);
+                let tasks = y.par_chunks_mut(4 * ROWS * dim).enumerate();
+                tasks.for_each(|(block, y)| {
+                    simd(
+                        #[inline(always)]
+                        || {
+                            let mut normed = vec![0f32; dim];
+                            for (i, y) in y.chunks_exact_mut(dim).enumerate() {
+                                let token = block * 4 * ROWS + i;
+                                let is_last = token >= split;
+                                let (x, norm, row) = match is_last {
+                                    false => (first, first_norm, sample * split + token),
+                                    true => {
+                                        let row = sample * (all - split) + token - split;
+                                        (last, last_norm, row)
+                                    }
+                                };
+                                let x = &values(x)[row * width + head * dim..][..dim];
+                                let Some(eps) = self.eps else {
+                                    y.copy_from_slice(x);
+                                    continue;
+                                };
+                                let r = reciprocal_rms(x, eps[usize::from(is_last)]);
+                                for ((to, &x), &w) in normed.iter_mut().zip(x).zip(values(norm)) {
+                                    *to = x * r * w;
+                                }
+                                rotate(y, &normed, &table[token * 2 * dim..][..2 * dim], 1.0);
+                            }
+                        },
+                    )
+                })
+            });
+            (tensor(y, [batch, self.heads, all, dim]), (streams, table))
+        }
+
+        fn backward(
+            &self,
+            (streams, table): Self::Saved,
+            grad: FlexTensor,
+            [want_first, want_first_norm, want_last, want_last_norm]: [bool; 4],
+        ) -> [Option<FlexTensor>; 4] {
+            let grad = packed(grad);
+            let [first, first_norm, last, last_norm] = streams;
+            let split = tokens(&first);
+            let of = |x: &FlexTensor, norm: &FlexTensor, index: usize, wanted: [bool; 2]| {
+                let start = index * split;
+                let grads = Grads {
+                    heads: self.heads,
+                    eps: self.eps.map(|eps| eps[index]),
+                    table: &table,
+                    grad: &grad,
+                    start,
+                };
+                let dx = wanted[0].then(|| grads.of_stream(x, norm));
+                (dx, wanted[1].then(|| grads.of_norm(x)))
+            };
+            let (dx, dw) = of(&first, &first_norm, 0, [want_first, want_first_norm]);
+            let (last_dx, last_dw) = of(&last, &last_norm, 1, [want_last, want_last_norm]);
+            [dx, dw, last_dx, last_dw]
+        }
+    }
+
+    /// Gradients of one stream, whose tokens start at `start`.
+    struct Grads<'a> {
+        heads: usize,
+        eps: Option<f32>,
+        table: &'a [f32],
+        grad: &'a FlexTensor,
+        start: usize,
+    }
+
+    impl Grads<'_> {
+        /// The gradient of a head's result.
+        #[inline(always)]
+        fn of_result(&self, sample: usize, token: usize, head: usize, dim: usize) -> &[f32] {
+            let all = dims::<4>(self.grad)[2];
+            &values(self.grad)[((sample * self.heads + head) * all + token) * dim..][..dim]
+        }
+
+        fn of_stream(&self, x: &FlexTensor, norm: &FlexTensor) -> FlexTensor {
+            let [_, tokens, width] = dims(x);
+            let dim = width / self.heads;
+            let mut dx = vec![0f32; values(x).len()];
+            let tasks = dx
+                .par_chunks_mut(ROWS * width)
+                .zip(values(x).par_chunks(ROWS * width));
+            tasks.enumerate().for_each(|(task, (dx, x))| {
+                simd(
+                    #[inline(always)]
+                    || {
+                        let rows = dx.chunks_exact_mut(width).zip(x.chunks_exact(width));
+                        for (i, (dx, x)) in rows.enumerate() {
+                            let (sample, token) =
+                                ((task * ROWS + i) / tokens, (task * ROWS + i) % tokens);
+                            let token = self.start + token;
+                            let by_head = dx.chunks_exact_mut(dim).zip(x.chunks_exact(dim));
+                            for (head, (dx, x)) in by_head.enumerate() {
+                                let grad = self.of_result(sample, token, head, dim);
+                                let Some(eps) = self.eps else {
+                                    dx.copy_from_slice(grad);
+                                    continue;
+                                };
+                                rotate(dx, grad, &self.table[token * 2 * dim..][..2 * dim], -1.0);
+                                for (dx, &w) in dx.iter_mut().zip(values(norm)) {
+                                    *dx *= w;
+                                }
+                                let r = reciprocal_rms(x, eps);
+                                let along = sum([dx, x], |[dx, x]| dx * x) * (r * r) / dim as f32;
+                                for (dx, &x) in dx.iter_mut().zip(x) {
+                                    *dx = r * x.mul_add(-along, *dx);
+                                }
+                            }
+                        }
+                    },
+                )
+            });
+            tensor(dx, x.layout().shape().clone())
+        }
+
+        /// Only where a norm is trained, so on one thread.
+        fn of_norm(&self, x: &FlexTensor) -> FlexTensor {
+            let [_, tokens, width] = dims(x);
+            let dim = width / self.heads;
+            let (mut dw, mut turned) = (vec![0f32; dim], vec![0f32; dim]);
+            for (row, x) in values(x).chunks_exact(width).enumerate() {
+                let token = self.start + row % tokens;
+                for (head, x) in x.chunks_exact(dim).enumerate() {
+                    let grad = self.of_result(row / tokens, token, head, dim);
+                    rotate(
+                        &mut turned,
+                        grad,
+                        &self.table[token * 2 * dim..][..2 * dim],
+                        -1.0,
+                    );
+                    let r = reciprocal_rms(x, self.eps.unwrap_or_default());
+                    for ((dw, &turned), &x) in dw.iter_mut().zip(&turned).zip(x) {
+                        *dw += turned * x * r;
+                    }
+                }
+            }
+            tensor(dw, [dim])
+        }
+    }
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use lora_core::ops::check::{agree, random};
+
+    use super::*;
+
+    #[test]
+    fn normed_and_rotated_heads_agree_with_their_composition() {
+        for [b, s, t, h, d] in [
+            [1, 1, 1, 1, 2],
+            [2, 7, 3, 3, 6],
+            [1, 67, 5, 5, 64],
+            [2, 130, 70, 2, 34],
+        ] {
+            let angle = random([s + t, d / 2]);
+            let rotary = RotaryTable {
+                cos: angle.clone().cos(),
+                sin: angle.sin(),
+            };
+            let stream = |x: Tensor<3>, w: Tensor<3>| Stream {
+                x,
+                norm: w.reshape([d]),
+                eps: 1e-6,
+            };
+            agree(
+                [
+                    random([b, s, h * d]),
+                    random([1, 1, d]),
+                    random([b, t, h * d]),
+                    random([1, 1, d]),
+                ],
+                |[x, w, x2, w2]| norm_rotate([stream(x, w), stream(x2, w2)], h, &rotary),
+            );
+            agree([random([b, s + t, h * d]), random([1, 1, d])], |[x, w]| {
+                norm_rotate([stream(x, w)], h, &rotary)
+            });
+        }
+    }
+
+    #[test]
+    fn heads_as_they_are_agree_with_their_composition() {
+        for [b, s, t, h, d] in [[1, 1, 1, 1, 2], [2, 7, 3, 3, 6], [1, 67, 5, 5, 64]] {
+            agree([random([b, s, h * d]), random([b, t, h * d])], |streams| {
+                to_heads(streams, h)
+            });
+            agree([random([b, s, h * d])], |streams| to_heads(streams, h));
+        }
+    }
+}

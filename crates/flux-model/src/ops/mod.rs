@@ -1,0 +1,20 @@
+//! The operations that FLUX's blocks spend their time in, besides linear layers: see [`lora_core::ops`].
+//!
+//! | file | operation |
+//! |---|---|
+//! | `attention` | `softmax(scale q kᵀ) v`, never holding the scores of all tokens |
+//! | `gate` | `x + gate * y` |
+//! | `gelu` | GELU by tanh, alone and behind another tensor |
+//! | `heads` | tokens to heads: RMS norm, rotary positions and layout |
+//! | `layer_norm` | layer norm and modulation |
+//! | `silu` | SiLU |
+
+pub mod attention;
+pub mod gate;
+pub mod gelu;
+pub mod heads;
+pub mod layer_norm;
+pub mod silu;
+
+#[cfg(all(test, feature = "flex"))]
+mod bits;

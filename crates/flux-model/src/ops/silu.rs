@@ -1,0 +1,180 @@
+//! SiLU, alone and as the gate of an MLP.
+//!
+//! ```text
+//! silu(x) = x s,   s = 1 / (1 + e^-x)        silu'(x) = s + x s (1 - s)
+//! swiglu(x) = silu(a) b, where a and b are the halves of x
+//! ```
+//!
+//! Kept for the backward pass: `x`.
+//!
+//! Source: Elfwing et al. 2017, arXiv:1702.03118; Shazeer 2020, arXiv:2002.05202; diffusers `Flux2SwiGLU`.
+
+use burn::tensor::Tensor;
+
+/// `x * sigmoid(x)`.
+pub fn silu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    #[cfg(feature = "flex")]
+    if lora_core::ops::has_kernels(&x) {
+        return lora_core::ops::apply::<_, 1, D>(cpu::Silu, vec![x.into_dispatch()]);
+    }
+    burn::tensor::activation::silu(x)
+}
+
+/// `silu(first half) * second half` of the last dimension.
+///
+/// # Shapes
+/// - `x`: `[batch, tokens, 2 n]`; returns `[batch, tokens, n]`
+pub fn swiglu(x: Tensor<3>) -> Tensor<3> {
+    let half = x.dims()[2] / 2;
+    #[cfg(feature = "flex")]
+    if lora_core::ops::has_kernels(&x) && x.shape().num_elements() > 0 && x.dims()[2] == 2 * half {
+        return lora_core::ops::apply::<_, 1, 3>(cpu::Swiglu, vec![x.into_dispatch()]);
+    }
+    burn::tensor::activation::silu(x.clone().narrow(2, 0, half)) * x.narrow(2, half, half)
+}
+
+#[cfg(feature = "flex")]
+mod cpu {
+    use burn::backend::flex::FlexTensor;
+    use lora_core::ops::Operation;
+    use lora_core::ops::kernel::{CHUNK, ROWS, dims, exp, owned, packed, simd, tensor, values};
+    use rayon::prelude::*;
+
+    #[inline(always)]
+    fn gate(x: f32) -> f32 {
+        1.0 / (1.0 + exp(-x))
+    }
+
+    #[derive(Debug, Clone)]
+    pub struct Silu;
+
+    impl Operation<1> for Silu {
+        type Saved = FlexTensor;
+
+        fn forward(&self, inputs: Vec<FlexTensor>) -> (FlexTensor, FlexTensor) {
+            let [x] = <[_; 1]>::try_from(inputs).expect("one input").map(packed);
+            let mut y = vec![0f32; values(&x).len()];
+            let tasks = y.par_chunks_mut(CHUNK).zip(values(&x).par_chunks(CHUNK));
+            tasks.for_each(|(y, x)| {
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (y, &x) in y.iter_mut().zip(x) {
+                            *y = x * gate(x);
+                        }
+                    },
+                )
+            });
+            (tensor(y, x.layout().shape().clone()), x)
+        }
+
+        fn backward(
+            &self,
+            x: FlexTensor,
+            grad: FlexTensor,
+            _: [bool; 1],
+        ) -> [Option<FlexTensor>; 1] {
+            let mut grad = owned(grad);
+            let grads = grad.storage_mut::<f32>().par_chunks_mut(CHUNK);
+            grads
+                .zip(values(&x).par_chunks(CHUNK))
+                .for_each(|(grad, x)| {
+                    simd(
+                        #[inline(always)]
+                        || {
+                            for (grad, &x) in grad.iter_mut().zip(x) {
+                                let gate = gate(x);
+                                *grad *= (x * (1.0 - gate)).mul_add(gate, gate);
+                            }
+                        },
+                    )
+                });
+            [Some(grad)]
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    pub struct Swiglu;
+
+    impl Operation<1> for Swiglu {
+        type Saved = FlexTensor;
+
+        fn forward(&self, inputs: Vec<FlexTensor>) -> (FlexTensor, FlexTensor) {
+            let [x] = <[_; 1]>::try_from(inputs).expect("one input").map(packed);
+            let [batch, tokens, width] = dims(&x);
+            let half = width / 2;
+            let mut y = vec![0f32; batch * tokens * half];
+            let tasks = y
+                .par_chunks_mut(ROWS * half)
+                .zip(values(&x).par_chunks(ROWS * width));
+            tasks.for_each(|(y, x)| {
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (y, x) in y.chunks_exact_mut(half).zip(x.chunks_exact(width)) {
+                            let (a, b) = x.split_at(half);
+                            for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
+                                *y = a * gate(a) * b;
+                            }
+                        }
+                    },
+                )
+            });
+            (tensor(y, [batch, tokens, half]), x)
+        }
+
+        fn backward(
+            &self,
+            x: FlexTensor,
+            grad: FlexTensor,
+            _: [bool; 1],
+        ) -> [Option<FlexTensor>; 1] {
+            let grad = packed(grad);
+            let width = dims::<3>(&x)[2];
+            let half = width / 2;
+            let mut dx = vec![0f32; values(&x).len()];
+            let tasks = dx
+                .par_chunks_mut(ROWS * width)
+                .zip(values(&x).par_chunks(ROWS * width))
+                .zip(values(&grad).par_chunks(ROWS * half));
+            tasks.for_each(|((dx, x), grad)| {
+                simd(
+                    #[inline(always)]
+                    || {
+                        let rows = dx.chunks_exact_mut(width).zip(x.chunks_exact(width));
+                        for ((dx, x), grad) in rows.zip(grad.chunks_exact(half)) {
+                            let ((a, b), (da, db)) = (x.split_at(half), dx.split_at_mut(half));
+                            let inputs = a.iter().zip(b).zip(grad);
+                            for (((&a, &b), &grad), (da, db)) in inputs.zip(da.iter_mut().zip(db)) {
+                                let gate = gate(a);
+                                *db = grad * (a * gate);
+                                *da = grad * b * (a * (1.0 - gate)).mul_add(gate, gate);
+                            }
+                        }
+                    },
+                )
+            });
+            [Some(tensor(dx, x.layout().shape().clone()))]
+        }
+    }
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use super::{silu, swiglu};
+    use lora_core::ops::check::{agree, random};
+
+    #[test]
+    fn silu_agrees_with_its_composition() {
+        for shape in [[1, 1], [3, 17], [5, 8193]] {
+            agree([random(shape)], |[x]| silu(x));
+        }
+    }
+
+    #[test]
+    fn a_gated_activation_agrees_with_its_composition() {
+        for shape in [[1, 1, 2], [2, 7, 34], [1, 33, 514]] {
+            agree([random(shape)], |[x]| swiglu(x));
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! Operations with handwritten gradients: one node of the autodiff graph each, computed by own loops on Burn's CPU backend.
+//!
+//! Burn composes a layer of a network from many small operations; on the CPU each of them reads and writes its tensors once
+//! more, most on one thread. An operation here reads its inputs once, keeps only what its backward pass needs, and computes
+//! that pass itself.
+//!
+//! An operation is a file: its maths, its kernels, its composition of Burn's operations. The composition is what the kernels
+//! are tested against, and what runs on every backend without kernels. Kernels exist on `flex` under the cargo feature of
+//! that name.
+//!
+//! The bits of a result depend neither on the number of threads nor on the width of the vector unit: work is cut into
+//! pieces of fixed size, sums have a fixed order, and a fused multiply-add is used only where it is written.
+
+pub mod linear;
+
+#[cfg(feature = "flex")]
+pub mod check;
+#[cfg(feature = "flex")]
+pub mod kernel;
+#[cfg(feature = "flex")]
+mod low_rank;
+#[cfg(feature = "flex")]
+mod node;
+#[cfg(feature = "flex")]
+pub mod tile;
+
+use std::cell::Cell;
+
+use burn::tensor::Tensor;
+
+#[cfg(feature = "flex")]
+pub use node::{Operation, apply};
+
+/// Names the kernels in the fingerprint of a run: it changes with every change of their bits.
+pub const KERNELS: &str = if cfg!(feature = "flex") {
+    "flex 1"
+} else {
+    "none"
+};
+
+thread_local!(static COMPOSED: Cell<bool> = const { Cell::new(false) });
+
+/// Runs `f` with every operation composed of Burn's own, as on a backend without kernels: what kernels are compared with.
+pub fn composed<R>(f: impl FnOnce() -> R) -> R {
+    let before = COMPOSED.replace(true);
+    let result = f();
+    COMPOSED.set(before);
+    result
+}
+
+/// Whether operations have kernels where `x` is; else their composition is the way.
+pub fn has_kernels<const D: usize>(x: &Tensor<D>) -> bool {
+    #[cfg(feature = "flex")]
+    return node::has_kernels(x) && !COMPOSED.get();
+    #[cfg(not(feature = "flex"))]
+    {
+        let _ = x;
+        false
+    }
+}
