@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use lora_core::files::host::Dtype;
 use lora_core::files::safetensors::FileError;
 
+use super::identity::Identity;
 use super::write::{LoraFormat, Loss};
 
 /// Why a LoRA cannot be read, converted or written.
@@ -30,14 +31,55 @@ pub enum LoraFormatError {
     Config { path: PathBuf, problem: String },
     /// A folder without the files an adapter consists of.
     #[error(
-        "`{path}` holds no adapter: expected `adapter_config.json` with `adapter_model.safetensors`, or `pytorch_lora_weights.safetensors`"
+        "`{path}` holds no adapter: expected `adapter_config.json` with `adapter_model.safetensors`, or one file such as `pytorch_lora_weights.safetensors`"
     )]
     NoAdapter { path: PathBuf },
+    /// A folder of something else.
+    #[error("`{path}` is {what}, no LoRA: {advice}")]
+    OtherFolder {
+        path: PathBuf,
+        what: &'static str,
+        advice: &'static str,
+    },
+    /// A folder with several files, each of which could be meant.
+    #[error("`{path}` holds {count} files, such as {}: give one of them", names.join(", "))]
+    Several {
+        path: PathBuf,
+        count: usize,
+        names: Vec<String>,
+    },
     /// A file that can run code when loaded.
     #[error(
         "`{path}` is a Python pickle, which can run code when loaded: convert it to safetensors"
     )]
     Pickle { path: PathBuf },
+    /// No key of an adapter.
+    #[error("`{path}` is no LoRA: it holds {}, such as `{key}`; {}", identity.what, identity.advice)]
+    NoLora {
+        path: PathBuf,
+        identity: Identity,
+        key: String,
+    },
+    /// Blocks that the network does not have.
+    #[error(
+        "`{path}`: `{key}` changes a block that the model does not have, which has {count} {kind} blocks: the LoRA is for another model"
+    )]
+    MoreBlocks {
+        path: PathBuf,
+        key: String,
+        kind: &'static str,
+        count: usize,
+    },
+    /// More than a few modules that the network does not have.
+    #[error(
+        "`{path}`: {unknown} of its {modules} modules are unknown to FLUX.1, such as `{key}`: the LoRA is for another model"
+    )]
+    MostlyUnknown {
+        path: PathBuf,
+        unknown: usize,
+        modules: usize,
+        key: String,
+    },
     /// The names are those of another network.
     #[error("`{path}`: `{key}` is a key of a LoRA for {model}, not for FLUX.1")]
     OtherModel {

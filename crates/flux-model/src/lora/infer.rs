@@ -5,7 +5,8 @@ use crate::text::clip::ClipConfig;
 use crate::text::t5::T5Config;
 
 use super::Component;
-use super::key::ParsedKey;
+use super::identity::other_width;
+use super::key::{ParsedKey, flattened};
 use super::names::Names;
 use super::shape::ModelShape;
 
@@ -18,6 +19,55 @@ pub(super) struct Sighting<'a> {
     pub key: &'a ParsedKey,
     pub out: Option<usize>,
     pub input: Option<usize>,
+}
+
+/// A module that shows that the file is for another model with names like those of FLUX.1, and that model.
+///
+/// FLUX.2 has gated MLPs, which make some modules wider than FLUX.1's. Where no network is given, the width and number of
+/// blocks of known models count as well.
+pub(super) fn foreign<'a>(
+    given: &ModelShape,
+    seen: &[Sighting<'a>],
+) -> Option<(&'a str, &'static str)> {
+    let gated = seen.iter().find(|sighting| {
+        let module = flattened(&sighting.key.module);
+        let (Some(out), Some(input)) = (sighting.out, sighting.input) else {
+            return false;
+        };
+        let in_block = |container, leaf: &str| {
+            block_index(&module, container).is_some() && module.ends_with(leaf)
+        };
+        let times = |times: usize, width: usize| width.checked_mul(times);
+        in_block("single_blocks", "_linear1") && Some(out) == times(9, input)
+            || in_block("single_blocks", "_linear2") && Some(input) == times(4, out)
+            || in_block("double_blocks", "_mlp_0") && Some(out) == times(6, input)
+            || in_block("double_blocks", "_mlp_2") && Some(input) == times(3, out)
+    });
+    if let Some(sighting) = gated {
+        return Some((&sighting.key.module, "FLUX.2"));
+    }
+    if given.transformer.is_some() {
+        return None;
+    }
+    let inferred = complete(given, seen).transformer?;
+    let names = Names::new(&ModelShape {
+        transformer: Some(inferred.clone()),
+        ..ModelShape::default()
+    });
+    let first = seen
+        .iter()
+        .find(|sighting| names.resolve(sighting.key).is_some())?;
+    let (double, single) = (inferred.num_layers, inferred.num_single_layers);
+    let dev = FluxConfig::dev();
+    let model = other_width(inferred.hidden_size(), single > 0).or_else(|| {
+        let wide = inferred.hidden_size() == dev.hidden_size();
+        match (double > dev.num_layers, single > dev.num_single_layers) {
+            (true, _) if wide && single == 0 => Some("Qwen-Image"),
+            (true, true) if wide => Some("HunyuanVideo"),
+            _ => None,
+        }
+    })?;
+    Some((&first.key.module, model))
 }
 
 /// The given shape, completed from what was seen.
@@ -67,7 +117,7 @@ pub(super) fn complete(given: &ModelShape, seen: &[Sighting<'_>]) -> ModelShape 
 }
 
 /// Index of the block in a path that starts with `container`, dotted or flattened.
-fn block_index(module: &str, container: &str) -> Option<usize> {
+pub(super) fn block_index(module: &str, container: &str) -> Option<usize> {
     let rest = module
         .strip_prefix(container)
         .or_else(|| module.strip_prefix(&container.replace('.', "_")))?;

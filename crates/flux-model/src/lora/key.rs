@@ -32,6 +32,19 @@ pub(super) enum Param {
     Refused(&'static str, &'static str),
 }
 
+impl Param {
+    /// Whether a key of this parameter is part of an adapter, so that a file with one is meant to be a LoRA.
+    ///
+    /// A whole weight or bias is none, unless its name says that it replaces one.
+    pub(super) fn adapts(self, key: &str) -> bool {
+        match self {
+            Self::Set => key.ends_with(".set_weight"),
+            Self::SetBias | Self::Alpha | Self::Scalar | Self::Unused(_) => false,
+            _ => true,
+        }
+    }
+}
+
 const TUCKER: Param = Param::Refused(
     "a Tucker decomposition",
     "exists for convolutions only; FLUX.1 has none",
@@ -141,69 +154,43 @@ const PLAIN: &[(&str, Param)] = &[
     (".bias", Param::SetBias),
 ];
 
-/// A component's name in front of a dotted path.
+/// What may stand in front of a dotted path.
 const DOTTED: &[(&str, Option<Component>)] = &[
     ("base_model.model.", None),
     ("diffusion_model.", Some(Component::Transformer)),
     ("transformer.", Some(Component::Transformer)),
     ("unet.", Some(Component::Transformer)),
-    ("text_encoders.clip_l.transformer.", Some(Component::ClipL)),
-    ("text_encoders.t5xxl.transformer.", Some(Component::T5)),
-    ("text_encoder_2.", Some(Component::T5)),
-    ("text_encoder.", Some(Component::ClipL)),
-    ("clip_l.", Some(Component::ClipL)),
-    ("t5xxl.", Some(Component::T5)),
-    ("t5.", Some(Component::T5)),
 ];
 
-/// A component's name in front of a flattened path.
-const FLAT: &[(&str, Component)] = &[
-    ("lora_unet_", Component::Transformer),
-    ("lora_transformer_", Component::Transformer),
-    ("lycoris_", Component::Transformer),
-    ("lora_te1_", Component::ClipL),
-    ("lora_te2_", Component::T5), // OneTrainer; FLUX.1 has no CLIP-G
-    ("lora_te3_", Component::T5),
-    ("lora_te_", Component::ClipL),
+/// What may stand in front of a path of either spelling, with `.` or `_` behind it; the longest that fits counts.
+const EITHER: &[(&str, Component)] = &[
+    ("lora_unet", Component::Transformer),
+    ("lora_transformer", Component::Transformer),
+    ("lycoris", Component::Transformer),
+    ("lora_te", Component::ClipL),
+    ("lora_te1", Component::ClipL),
+    ("text_encoder", Component::ClipL),
+    ("text_encoders.clip_l", Component::ClipL),
+    ("text_encoders.clip_l.transformer", Component::ClipL),
+    ("clip_l", Component::ClipL),
+    ("clip_l.transformer", Component::ClipL),
+    ("lora_te2", Component::T5), // OneTrainer; FLUX.1 has no CLIP-G
+    ("lora_te3", Component::T5),
+    ("text_encoder_2", Component::T5),
+    ("text_encoders.t5xxl", Component::T5),
+    ("text_encoders.t5xxl.transformer", Component::T5),
+    ("t5xxl", Component::T5),
+    ("t5xxl.transformer", Component::T5),
+    ("t5", Component::T5),
 ];
-
-/// Parts of names that only other models have.
-const OTHER_MODELS: &[(&str, &str)] = &[
-    ("double_stream_modulation", "FLUX.2"),
-    ("single_stream_modulation", "FLUX.2"),
-    ("to_qkv_mlp_proj", "FLUX.2"),
-    ("ff.linear_in", "FLUX.2"),
-    ("ff_linear_in", "FLUX.2"),
-    ("ff_context.linear_in", "FLUX.2"),
-    ("time_guidance_embed", "FLUX.2"),
-    ("distilled_guidance_layer", "Chroma"),
-    ("joint_blocks", "Stable Diffusion 3"),
-    ("lora_te2_text_model", "Stable Diffusion XL"),
-    ("lora_unet_input_blocks", "Stable Diffusion XL"),
-    ("lora_unet_output_blocks", "Stable Diffusion XL"),
-    ("lora_unet_middle_block", "Stable Diffusion XL"),
-    ("down_blocks", "Stable Diffusion"),
-    ("mid_block", "Stable Diffusion"),
-    ("up_blocks", "Stable Diffusion"),
-    ("cross_attn", "Wan"),
-    ("img_mlp.net", "Qwen-Image"),
-    ("txt_mlp.net", "Qwen-Image"),
-];
-
-/// The model whose name this is, if it is known and another than FLUX.1.
-pub(super) fn other_model(key: &str) -> Option<&'static str> {
-    let found = OTHER_MODELS.iter().find(|(part, _)| key.contains(part));
-    found.map(|(_, model)| *model)
-}
 
 /// A key, taken apart.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct ParsedKey {
-    /// As in `DOTTED` and `FLAT`; empty if there is none.
+    /// As in `DOTTED` and `EITHER`; empty if there is none.
     pub prefix: &'static str,
     /// `None`: whichever has the module.
     pub component: Option<Component>,
-    pub flat: bool,
     /// Path of the module, in the file's spelling.
     pub module: String,
     pub param: Param,
@@ -211,39 +198,66 @@ pub(super) struct ParsedKey {
     pub adapter: Option<String>,
 }
 
+/// The key with its path flattened.
+pub(super) fn flattened(key: &str) -> String {
+    key.replace('.', "_")
+}
+
 /// Takes a key apart; `None` if it ends like no parameter.
 pub(super) fn parse(key: &str) -> Option<ParsedKey> {
     let key = unwrapped(key);
     let (module, param, adapter) = parameter(&key)?;
-    let flat = FLAT.iter().find(|(prefix, _)| module.starts_with(prefix));
-    if let Some((prefix, component)) = flat {
-        return Some(ParsedKey {
-            prefix,
-            component: Some(*component),
-            flat: true,
-            module: module[prefix.len()..].into(),
-            param,
-            adapter,
-        });
-    }
-    let dotted = |path: &str| DOTTED.iter().find(|(prefix, _)| path.starts_with(prefix));
     let (mut prefix, mut component, mut path) = ("", None, module);
-    if let Some((outer, named)) = dotted(path) {
-        (prefix, component, path) = (*outer, *named, &path[outer.len()..]);
-        if component.is_none()
-            && let Some((inner, named)) = dotted(path)
-        {
-            (component, path) = (*named, &path[inner.len()..]);
+    // `base_model.model.` may stand in front of another prefix.
+    for _ in 0..2 {
+        let Some((found, named, rest)) = prefixed(path) else {
+            break;
+        };
+        if prefix.is_empty() {
+            prefix = found;
+        }
+        (component, path) = (named, rest);
+        if component.is_some() {
+            break;
         }
     }
     Some(ParsedKey {
         prefix,
         component,
-        flat: false,
-        module: path.into(),
+        module: rooted(component, path),
         param,
         adapter,
     })
+}
+
+/// The prefix of a path, the component it names, and what follows.
+fn prefixed(path: &str) -> Option<(&'static str, Option<Component>, &str)> {
+    let either = EITHER.iter().filter_map(|(prefix, component)| {
+        let rest = path.strip_prefix(prefix)?.strip_prefix(['.', '_'])?;
+        Some((*prefix, Some(*component), rest))
+    });
+    let dotted = DOTTED
+        .iter()
+        .filter_map(|(prefix, component)| Some((*prefix, *component, path.strip_prefix(prefix)?)));
+    either.chain(dotted).max_by_key(|(prefix, ..)| prefix.len())
+}
+
+/// A text encoder's path from its root, which some programs leave out.
+fn rooted(component: Option<Component>, path: &str) -> String {
+    let (root, below) = match component {
+        Some(Component::ClipL) => ("text_model", ["encoder", "final_layer_norm", "embeddings"]),
+        Some(Component::T5) => ("encoder", ["block", "final_layer_norm", "embed_tokens"]),
+        Some(Component::Transformer) | None => return path.into(),
+    };
+    let separator = if path.contains('.') { '.' } else { '_' };
+    let is_below = |name: &&str| {
+        path.strip_prefix(*name)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with(separator))
+    };
+    match below.iter().any(|name| is_below(&name)) {
+        true => format!("{root}{separator}{path}"),
+        false => path.into(),
+    }
 }
 
 /// The key without what `torch.compile`, DDP, FSDP and activation checkpointing put around modules.

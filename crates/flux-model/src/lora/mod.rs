@@ -31,6 +31,7 @@
 //! | `source`, `read`, `group` | files and configurations; a set from them; one module's keys to an update |
 //! | `key`, `names` | keys to prefix, module and parameter; every name of every module |
 //! | `shape`, `infer` | the modules of a network, from its configuration or from a file |
+//! | `identity` | what a file is that is no LoRA for FLUX.1 |
 //! | `peft` | alpha from an adapter's configuration |
 //! | `tensor`, `rows` | tensors that are read when needed; which rows of them |
 //! | `lycoris`, `delta` | LoKr and LoHa as products; what a module's weight changes by |
@@ -49,6 +50,7 @@ mod emit_peft;
 mod error;
 mod fuse;
 mod group;
+mod identity;
 mod infer;
 mod key;
 mod lycoris;
@@ -71,6 +73,7 @@ use std::fmt;
 pub use adapter::{Change, Residual};
 pub use delta::{BaseWeight, delta};
 pub use error::{KeyProblem, LoraFormatError};
+pub use identity::Identity;
 pub use lycoris::{LoKr, Matrix};
 pub use read::read;
 pub use rows::Rows;
@@ -316,4 +319,33 @@ pub struct Report {
     pub ignored: Vec<(String, String)>,
     /// What the user should know.
     pub warnings: Vec<String>,
+}
+
+impl Report {
+    /// The keys that were not used, one line a reason: how many, and the first few by name.
+    pub fn ignored_lines(&self) -> Vec<String> {
+        const NAMED: usize = 3;
+        let mut reasons: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (key, reason) in &self.ignored {
+            reasons.entry(reason).or_default().push(key);
+        }
+        let line = |(reason, keys): (&str, Vec<&str>)| {
+            let named: Vec<_> = keys
+                .iter()
+                .take(NAMED)
+                .map(|key| format!("`{key}`"))
+                .collect();
+            let more = match keys.len() - named.len() {
+                0 => String::new(),
+                more => format!(" and {more} more"),
+            };
+            let count = keys.len();
+            let noun = if count == 1 { "key" } else { "keys" };
+            format!(
+                "ignored {count} {noun}, {}{more}: {reason}",
+                named.join(", ")
+            )
+        };
+        reasons.into_iter().map(line).collect()
+    }
 }

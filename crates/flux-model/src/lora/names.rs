@@ -102,11 +102,11 @@ impl Names {
         };
         components.iter().find_map(|&component| {
             let look = |name: &str| {
-                let names = if key.flat { &self.flat } else { &self.dotted };
-                names.get(&(component, name.to_string()))
+                let name = (component, name.to_string());
+                self.dotted.get(&name).or_else(|| self.flat.get(&name))
             };
             let bare = || key.module.replace(".processor", "");
-            let shortened = || key.module.strip_suffix('_').filter(|_| key.flat);
+            let shortened = || key.module.strip_suffix('_');
             let found = look(&key.module)
                 .or_else(|| look(shortened()?))
                 .or_else(|| look(&bare()).filter(|_| key.module.contains(".processor")));
@@ -254,8 +254,9 @@ mod tests {
 
     /// Places and parameter of a key.
     fn resolved(key: &str) -> (Vec<String>, Param) {
+        static NAMES: std::sync::LazyLock<Names> = std::sync::LazyLock::new(names);
         let parsed = parse(key).unwrap_or_else(|| panic!("{key}: no parameter"));
-        let names = names();
+        let names = &NAMES;
         let target = names
             .resolve(&parsed)
             .unwrap_or_else(|| panic!("{key}: {parsed:?}"));
@@ -374,27 +375,71 @@ mod tests {
         assert_eq!(resolved(key).0, ["transformer_blocks.2.attn.to_q"]);
     }
 
+    /// Every prefix, with `.` and `_`, with the path dotted and flattened, from its root and below it.
     #[test]
     fn text_encoder_names() {
-        let clip = "text_model.encoder.layers.11.mlp.fc2";
-        for key in [
-            "lora_te1_text_model_encoder_layers_11_mlp_fc2.lora_up.weight",
-            "lora_te_text_model_encoder_layers_11_mlp_fc2.lora_up.weight",
-            "text_encoder.text_model.encoder.layers.11.mlp.fc2.lora_linear_layer.up.weight",
-            "text_encoders.clip_l.transformer.text_model.encoder.layers.11.mlp.fc2.lora_B.weight",
-            "base_model.model.text_model.encoder.layers.11.mlp.fc2.lora_B.weight",
-        ] {
-            assert_eq!(resolved(key), (vec![clip.to_string()], Param::Up), "{key}");
+        let clip = (
+            [
+                "lora_te",
+                "lora_te1",
+                "text_encoder",
+                "clip_l",
+                "text_encoders.clip_l",
+                "text_encoders.clip_l.transformer",
+            ]
+            .as_slice(),
+            "text_model",
+            "encoder.layers.11.mlp.fc2",
+        );
+        let t5 = (
+            [
+                "lora_te2",
+                "lora_te3",
+                "text_encoder_2",
+                "t5",
+                "t5xxl",
+                "text_encoders.t5xxl",
+                "text_encoders.t5xxl.transformer",
+            ]
+            .as_slice(),
+            "encoder",
+            "block.23.layer.1.DenseReluDense.wi_0",
+        );
+        let ends = [
+            ".lora_up.weight",
+            ".lora_B.weight",
+            ".lora_linear_layer.up.weight",
+        ];
+        for (prefixes, root, below) in [clip, t5] {
+            let whole = format!("{root}.{below}");
+            let flat = |path: &str| path.replace('.', "_");
+            let paths = [whole.clone(), flat(&whole), below.into(), flat(below)];
+            for (prefix, path) in prefixes
+                .iter()
+                .flat_map(|p| paths.iter().map(move |q| (p, q)))
+            {
+                for (separator, end) in ends.iter().flat_map(|end| [('.', end), ('_', end)]) {
+                    let key = format!("{prefix}{separator}{path}{end}");
+                    assert_eq!(resolved(&key), (vec![whole.clone()], Param::Up), "{key}");
+                }
+            }
+            let key = format!("base_model.model.{whole}.lora_B.weight");
+            assert_eq!(resolved(&key).0, [whole]);
         }
-        let t5 = "encoder.block.23.layer.1.DenseReluDense.wi_0";
+    }
+
+    #[test]
+    fn flattened_prefixes_go_with_dotted_paths_and_the_other_way() {
+        let q = "transformer_blocks.0.attn.to_q";
         for key in [
-            "lora_te2_encoder_block_23_layer_1_DenseReluDense_wi_0.lora_up.weight",
-            "lora_te3_encoder_block_23_layer_1_DenseReluDense_wi_0.lora_up.weight",
-            "text_encoder_2.encoder.block.23.layer.1.DenseReluDense.wi_0.lora_B.weight",
-            "text_encoders.t5xxl.transformer.encoder.block.23.layer.1.DenseReluDense.wi_0.lora_B.weight",
-            "t5.encoder.block.23.layer.1.DenseReluDense.wi_0.lora_B.weight",
+            format!("lora_unet.{q}.lora_down.weight"),
+            format!("lora_transformer.{q}.lora_A.weight"),
+            format!("lora_unet_{q}.lora_A.weight"),
+            format!("lycoris.{q}.lora_down.weight"),
+            format!("transformer.{}.lora_A.weight", q.replace('.', "_")),
+            format!("{}.lora_A.weight", q.replace('.', "_")),
         ] {
-            assert_eq!(resolved(key), (vec![t5.to_string()], Param::Up), "{key}");
+            assert_eq!(resolved(&key), (vec![q.to_string()], Param::Down), "{key}");
         }
     }
 

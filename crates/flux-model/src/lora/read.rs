@@ -2,6 +2,14 @@
 //!
 //! Nothing decides on a format for the whole file: each key says its prefix, module and parameter, keys of one module are
 //! put together, and modules that the network has split are split.
+//!
+//! That some key matched proves nothing, so a file has to prove that it is a LoRA for this network ([`Proof`]):
+//! 1. It has keys of an adapter. Whole weights alone are a checkpoint, and the message says of what.
+//! 2. Every module that is adapted pairs up and has the sizes of the network's module.
+//! 3. No adapted module belongs to another model by its name, or to a block that the network does not have.
+//! 4. Of the other adapted modules, at most one in ten is unknown: those are ignored and named.
+//!
+//! Modules that FLUX.1 files are known to bring along (`EXTRAS`) count on neither side.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -9,8 +17,9 @@ use std::path::Path;
 use super::compare::{same_bias, same_weight};
 use super::error::{KeyProblem, LoraFormatError};
 use super::group::{Group, GroupReader};
-use super::infer::{Sighting, complete};
-use super::key::{Param, ParsedKey, other_model, parse};
+use super::identity::{other_model, whole};
+use super::infer::{Sighting, block_index, complete, foreign};
+use super::key::{Param, ParsedKey, flattened, parse};
 use super::names::{Names, Spelling, Target};
 use super::peft::PeftConfig;
 use super::shape::ModelShape;
@@ -24,8 +33,9 @@ use super::{Bias, Component, Factors, LoraSet, ModuleUpdate, Report};
 /// alphas are read, and the tensors of modules that the file describes twice.
 ///
 /// # Errors
-/// A file that is malformed or incomplete, that is for another model or of an algorithm that is no additive change, or
-/// that contradicts itself or `shape`. Keys that name nothing are no error as long as some do: see [`Report::ignored`].
+/// A file that is malformed or incomplete, that is no LoRA or one for another model, that is of an algorithm that is no
+/// additive change, or that contradicts itself or `shape`. Keys that adapt nothing are no error beside those that do: see
+/// [`Report::ignored`].
 pub fn read(path: &Path, shape: &ModelShape) -> Result<LoraSet, LoraFormatError> {
     let files = locate(path)?;
     let mut reader = Reader::default();
@@ -41,7 +51,15 @@ struct Reader {
     /// Keys of each file, in order of [`Self::parse`].
     files: Vec<Vec<(String, ParsedKey)>>,
     adapters: BTreeSet<String>,
+    proof: Proof,
     report: Report,
+}
+
+/// What speaks against the file being a LoRA for the network.
+#[derive(Default)]
+struct Proof {
+    /// Adapted modules that the network does not have, by prefix and path.
+    unknown: BTreeMap<(&'static str, String), Group>,
 }
 
 impl Reader {
@@ -54,9 +72,6 @@ impl Reader {
                 continue;
             }
             let Some(parsed) = parse(key) else {
-                if let Some(model) = other_model(key) {
-                    return Err(other_model_error(path, key, model));
-                }
                 let reason = "its name ends like no parameter of a LoRA";
                 self.report.ignored.push((key.into(), reason.into()));
                 continue;
@@ -80,7 +95,8 @@ impl Reader {
         sources: &[Source],
         given: &ModelShape,
     ) -> Result<LoraSet, LoraFormatError> {
-        let shape = self.shape(sources, given)?;
+        self.require_adapter(path, sources)?;
+        let shape = self.shape(path, sources, given)?;
         let names = Names::new(&shape);
         let mut set = LoraSet::default();
         let mut owners = BTreeMap::new();
@@ -92,14 +108,12 @@ impl Reader {
             }
             set.metadata.extend(source.file.metadata().clone());
         }
+        self.proof.check(path, set.len(), &shape)?;
         if set.is_empty() {
             let first = sources.iter().find_map(|source| source.file.names().next());
-            return Err(match first {
-                Some(key) => LoraFormatError::NoModule {
-                    path: path.into(),
-                    key: key.into(),
-                },
-                None => LoraFormatError::Empty { path: path.into() },
+            return Err(LoraFormatError::NoModule {
+                path: path.into(),
+                key: first.unwrap_or_default().into(),
             });
         }
         set.in_channels = widened(&set, &shape);
@@ -113,8 +127,35 @@ impl Reader {
         Ok(set)
     }
 
+    /// A file without any key of an adapter is something else.
+    fn require_adapter(&self, path: &Path, sources: &[Source]) -> Result<(), LoraFormatError> {
+        let mut keys = self.files.iter().flatten();
+        if keys.any(|(key, parsed)| parsed.param.adapts(key)) {
+            return Ok(());
+        }
+        let names = sources.iter().flat_map(|source| source.file.names());
+        let names: Vec<&str> = names.collect();
+        let Some(first) = names.first() else {
+            return Err(LoraFormatError::Empty { path: path.into() });
+        };
+        let (path, key) = (path.into(), first.to_string());
+        Err(match whole(&names) {
+            Some(identity) => LoraFormatError::NoLora {
+                path,
+                identity,
+                key,
+            },
+            None => LoraFormatError::NoModule { path, key },
+        })
+    }
+
     /// The given shape, completed from the tensors.
-    fn shape(&self, sources: &[Source], given: &ModelShape) -> Result<ModelShape, LoraFormatError> {
+    fn shape(
+        &self,
+        path: &Path,
+        sources: &[Source],
+        given: &ModelShape,
+    ) -> Result<ModelShape, LoraFormatError> {
         let mut seen = Vec::new();
         for (source, keys) in sources.iter().zip(&self.files) {
             let mut groups: BTreeMap<&str, (&ParsedKey, Group)> = BTreeMap::new();
@@ -133,7 +174,14 @@ impl Reader {
         let sightings = seen
             .into_iter()
             .map(|(key, (out, input))| Sighting { key, out, input });
-        Ok(complete(given, &sightings.collect::<Vec<_>>()))
+        let sightings: Vec<_> = sightings.collect();
+        if let Some((module, model)) = foreign(given, &sightings) {
+            let keys = self.files.iter().flatten();
+            let key = keys.clone().find(|(_, parsed)| parsed.module == module);
+            let key = key.map_or(module, |(key, _)| key);
+            return Err(other_model_error(path, key, model));
+        }
+        Ok(complete(given, &sightings))
     }
 
     /// Keys by module, as the file spells it with its prefix.
@@ -147,10 +195,14 @@ impl Reader {
         let mut modules: BTreeMap<String, Module<'n>> = BTreeMap::new();
         for (key, parsed) in keys {
             let target = names.resolve(&parsed);
-            if target.is_none()
-                && let Some(model) = other_model(&key)
-            {
-                return Err(other_model_error(path, &key, model));
+            if target.is_none() && parsed.param.adapts(&key) && !is_extra(&parsed) {
+                if let Some(model) = other_model(&key) {
+                    let model = diffusion_version(source, model);
+                    return Err(other_model_error(path, &key, model));
+                }
+                let module = (parsed.prefix, parsed.module.clone());
+                let group = self.proof.unknown.entry(module).or_default();
+                group.params.entry(parsed.param).or_insert(key.clone());
             }
             if let Param::Refused(name, reason) = parsed.param {
                 return Err(LoraFormatError::key(
@@ -168,7 +220,7 @@ impl Reader {
             };
             match (target, unused) {
                 (Some(target), None) => {
-                    let name = format!("{}{}", parsed.prefix, parsed.module);
+                    let name = format!("{}.{}", parsed.prefix, parsed.module);
                     let module = modules.entry(name).or_insert_with(|| Module {
                         target,
                         prefix: parsed.prefix,
@@ -269,6 +321,104 @@ fn other_model_error(path: &Path, key: &str, model: &'static str) -> LoraFormatE
     }
 }
 
+impl Proof {
+    /// Rules 3 and 4 of this file, for a LoRA that changes `used` modules.
+    fn check(&self, path: &Path, used: usize, shape: &ModelShape) -> Result<(), LoraFormatError> {
+        let unknown = self.unknown.iter().filter_map(|((_, module), group)| {
+            let half =
+                group.params.contains_key(&Param::Up) != group.params.contains_key(&Param::Down);
+            Some((module, group.params.values().next().filter(|_| !half)?))
+        });
+        for (module, key) in unknown.clone() {
+            let beyond = |(container, _, count): &&(&str, &'static str, usize)| {
+                block_index(module, container).is_some_and(|index| index >= *count)
+            };
+            if let Some((_, kind, count)) = containers(shape).iter().find(beyond) {
+                return Err(LoraFormatError::MoreBlocks {
+                    path: path.into(),
+                    key: key.clone(),
+                    kind,
+                    count: *count,
+                });
+            }
+        }
+        let (mut keys, count) = (unknown.clone(), unknown.count());
+        match keys.next() {
+            Some((_, key)) if used > 0 && UNKNOWN * count > used + count => {
+                Err(LoraFormatError::MostlyUnknown {
+                    path: path.into(),
+                    unknown: count,
+                    modules: used + count,
+                    key: key.clone(),
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// One adapted module in this many may be unknown.
+const UNKNOWN: usize = 10;
+
+/// Where blocks are in paths, what they are called, and how many the networks have.
+fn containers(shape: &ModelShape) -> Vec<(&'static str, &'static str, usize)> {
+    let mut containers = Vec::new();
+    if let Some(flux) = &shape.transformer {
+        containers.extend([
+            ("double_blocks", "double", flux.num_layers),
+            ("transformer_blocks", "double", flux.num_layers),
+            ("single_blocks", "single", flux.num_single_layers),
+            (
+                "single_transformer_blocks",
+                "single",
+                flux.num_single_layers,
+            ),
+        ]);
+    }
+    if let Some(clip) = &shape.clip {
+        containers.push(("text_model.encoder.layers", "CLIP", clip.num_hidden_layers));
+    }
+    if let Some(t5) = &shape.t5 {
+        containers.push(("encoder.block", "T5", t5.num_layers));
+    }
+    containers
+}
+
+/// Ends of modules that LoRAs for FLUX.1 are known to have beyond those that are adapted here: the embeddings and the
+/// projection of CLIP and T5, and the embedder of the guidance for models that have none.
+fn is_extra(parsed: &ParsedKey) -> bool {
+    const EXTRAS: [&str; 7] = [
+        "text_projection",
+        "position_embedding",
+        "token_embedding",
+        "embed_tokens",
+        "relative_attention_bias",
+        "guidance_embedder",
+        "guidance_in",
+    ];
+    let flat = flattened(&parsed.module);
+    flat == "shared" || EXTRAS.iter().any(|extra| flat.contains(extra))
+}
+
+/// The version of a Stable Diffusion by the width of its text encoder.
+fn diffusion_version(source: &Source, model: &'static str) -> &'static str {
+    if model != "Stable Diffusion" {
+        return model;
+    }
+    let width = source.file.names().find_map(|key| {
+        let parsed = parse(key).filter(|parsed| parsed.param == Param::Down)?;
+        flattened(&parsed.module)
+            .ends_with("attn2_to_k")
+            .then(|| source.file.info(key)?.shape.get(1).copied())?
+    });
+    match width {
+        Some(768) => "Stable Diffusion 1",
+        Some(1024) => "Stable Diffusion 2",
+        Some(2048) => "Stable Diffusion XL",
+        _ => model,
+    }
+}
+
 /// Why a key is no part of a LoRA, if it is none.
 fn noise(key: &str) -> Option<&'static str> {
     if key.starts_with("bundle_emb.") {
@@ -355,10 +505,10 @@ fn formats(prefix: &str, target: &Target, group: &Group, update: &ModuleUpdate) 
     let format = match (prefix, target.spelling) {
         (_, Spelling::XLabs) => "XLabs",
         (_, Spelling::Indexed) => "OneTrainer OMI",
-        ("lora_unet_", Spelling::Bfl) => "kohya",
-        ("lora_unet_", _) => "kohya with diffusers names",
-        ("lora_transformer_", _) => "OneTrainer",
-        ("lycoris_", _) => "LyCORIS",
+        ("lora_unet", Spelling::Bfl) => "kohya",
+        ("lora_unet", _) => "kohya with diffusers names",
+        ("lora_transformer", _) => "OneTrainer",
+        ("lycoris", _) => "LyCORIS",
         ("diffusion_model.", Spelling::Bfl) => "ComfyUI",
         ("diffusion_model.", _) => "ComfyUI with diffusers names",
         ("base_model.model.", Spelling::Bfl) => "fal",
@@ -370,7 +520,7 @@ fn formats(prefix: &str, target: &Target, group: &Group, update: &ModuleUpdate) 
         ("", Spelling::Bfl) => "BFL",
         ("", Spelling::Diffusers) => "diffusers without prefix",
         (prefix, _) if prefix.starts_with("lora_te") => "kohya text encoder",
-        (prefix, _) if prefix.starts_with("text_encoders.") => "ComfyUI text encoder",
+        (prefix, _) if prefix.starts_with("text_encoders") => "ComfyUI text encoder",
         _ => "diffusers text encoder",
     };
     let algorithm = match update.factors {

@@ -16,6 +16,12 @@ use super::peft::{PeftConfig, header_config};
 const PEFT_WEIGHTS: &str = "adapter_model.safetensors";
 const PEFT_CONFIG: &str = "adapter_config.json";
 const DIFFUSERS_WEIGHTS: &str = "pytorch_lora_weights.safetensors";
+/// In the run folders and checkpoints of this project.
+const RUN_WEIGHTS: &str = "lora.safetensors";
+/// End of the name of the file that lists the shards of a checkpoint.
+const INDEX: &str = ".safetensors.index.json";
+const CHECKPOINT_ADVICE: &str =
+    "a whole model is part of a pipeline folder (`--model`, `model.path`)";
 /// Largest adapter configuration read, in bytes; one that names every module stays below one MiB.
 const MAX_CONFIG: u64 = 16 << 20;
 
@@ -85,6 +91,13 @@ pub(super) fn locate(path: &Path) -> Result<Vec<Source>, LoraFormatError> {
         if path.is_file() && path.extension().is_some_and(is_pickle) {
             return Err(LoraFormatError::Pickle { path: path.into() });
         }
+        if path.is_file() && path.to_string_lossy().ends_with(INDEX) {
+            return Err(LoraFormatError::OtherFolder {
+                path: path.into(),
+                what: "the index of a checkpoint in several files",
+                advice: CHECKPOINT_ADVICE,
+            });
+        }
         let beside = path.with_file_name(PEFT_CONFIG);
         let is_peft = path.file_name().is_some_and(|name| name == PEFT_WEIGHTS) && beside.is_file();
         return Ok(vec![Source::open(path, is_peft.then_some(&beside))?]);
@@ -100,14 +113,59 @@ pub(super) fn locate(path: &Path) -> Result<Vec<Source>, LoraFormatError> {
             return Err(LoraFormatError::Pickle { path: pickle });
         }
     }
-    let single = path.join(DIFFUSERS_WEIGHTS);
-    if sources.is_empty() && single.is_file() {
-        sources.push(Source::open(&single, None)?);
-    }
     if sources.is_empty() {
-        return Err(LoraFormatError::NoAdapter { path: path.into() });
+        sources.push(Source::open(&single_file(path)?, None)?);
     }
     Ok(sources)
+}
+
+/// The one file of a folder that is meant: diffusers', that of a run of this program, or the only one.
+fn single_file(folder: &Path) -> Result<PathBuf, LoraFormatError> {
+    for name in [DIFFUSERS_WEIGHTS, RUN_WEIGHTS] {
+        let path = folder.join(name);
+        if path.is_file() {
+            return Ok(path);
+        }
+    }
+    let other = |what, advice| LoraFormatError::OtherFolder {
+        path: folder.into(),
+        what,
+        advice,
+    };
+    if folder.join("model_index.json").is_file() {
+        let advice = "give it as `--model`, or as `model.path` in a run's configuration";
+        return Err(other("a whole pipeline", advice));
+    }
+    let entries = std::fs::read_dir(folder).map_err(LoraFormatError::io(folder))?;
+    let mut names = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(LoraFormatError::io(folder))?.file_name();
+        names.push(name.to_string_lossy().into_owned());
+    }
+    names.sort();
+    if names.iter().any(|name| name.ends_with(INDEX)) {
+        return Err(other("a checkpoint in several files", CHECKPOINT_ADVICE));
+    }
+    if folder.join("snapshots").is_dir() && folder.join("blobs").is_dir() {
+        let advice = "give the folder inside its `snapshots`";
+        return Err(other("a cache folder of the Hugging Face Hub", advice));
+    }
+    if names.iter().any(|name| name.starts_with("ckpt-")) {
+        let advice = "give one of its checkpoints, or train to the end";
+        return Err(other("a run folder that has no finished LoRA", advice));
+    }
+    names.retain(|name| name.ends_with(".safetensors"));
+    match names.as_slice() {
+        [] => Err(LoraFormatError::NoAdapter {
+            path: folder.into(),
+        }),
+        [name] => Ok(folder.join(name)),
+        _ => Err(LoraFormatError::Several {
+            path: folder.into(),
+            count: names.len(),
+            names: names.iter().take(3).cloned().collect(),
+        }),
+    }
 }
 
 fn pickle_in(folder: &Path) -> Option<PathBuf> {

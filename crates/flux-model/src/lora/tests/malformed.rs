@@ -430,7 +430,7 @@ fn folders_and_pickles() {
     assert_eq!(
         message(path),
         format!(
-            "`{}` holds no adapter: expected `adapter_config.json` with `adapter_model.safetensors`, or `pytorch_lora_weights.safetensors`",
+            "`{}` holds no adapter: expected `adapter_config.json` with `adapter_model.safetensors`, or one file such as `pytorch_lora_weights.safetensors`",
             path.display()
         )
     );

@@ -5,6 +5,7 @@ mod edges;
 mod formats;
 mod lycoris;
 mod malformed;
+mod proof;
 mod round_trip;
 
 use std::collections::BTreeMap;
