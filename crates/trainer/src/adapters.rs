@@ -4,13 +4,16 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use burn::module::Module;
 use flux_model::family::Adapt;
 use flux_model::lora::{Change, Component, LoraSet, ModelShape, read};
 use flux_model::weights::{change_parameters, tensors_of};
 use lora_core::files::host::HostTensor;
-use lora_core::{AdapterSource, ForwardPath, Plan, set_adapters};
+use lora_core::parts::{Kind, LORA_B, LORA_BIAS};
+use lora_core::{
+    AdapterFile, AdapterSource, AdapterSpec, ForwardPath, LoraConfig, Plan, set_adapters,
+};
 use tracing::{info, warn};
 
 /// A LoRA file to be used at some strength.
@@ -29,12 +32,12 @@ pub struct LoadedLora {
 /// # Errors
 /// A malformed file, or one for another model.
 pub fn load(path: &Path, shape: &ModelShape) -> anyhow::Result<LoraSet> {
-    let set = read(path, shape).with_context(|| format!("load LoRA {}", path.display()))?;
+    let set = read(path, shape)?;
     let report = &set.report;
     let formats: Vec<&str> = report.formats.keys().map(String::as_str).collect();
     info!(path = %path.display(), formats = formats.join(", "), modules = set.len(), keys_used = report.used, "LoRA");
-    for (key, reason) in &report.ignored {
-        warn!("ignored `{key}`: {reason}");
+    for line in report.ignored_lines() {
+        warn!("{line}");
     }
     for warning in &report.warnings {
         warn!("{warning}");
@@ -51,6 +54,67 @@ impl Adapt for AttachLoras<'_> {
     fn adapt<M: Module>(&self, component: Component, module: M) -> anyhow::Result<M> {
         attach(module, component, self.0)
     }
+}
+
+/// The transformer's part of a LoRA as what a run with `config` starts from.
+///
+/// A file whose scale is 1 says nothing about alpha: its scale may have been folded into the factors, as every diffusers
+/// file written here has it. Its `lora_B` is divided by the configured scale, which changes no bit where that is a power
+/// of two, so that the run starts from the same change. A file with a scale of its own has to agree with `config`.
+///
+/// # Errors
+/// A LoRA that does not fit the network, or that changes it by more than low-rank factors.
+pub fn to_train_on(
+    path: &Path,
+    shape: &ModelShape,
+    config: &LoraConfig,
+) -> anyhow::Result<AdapterFile> {
+    let set = load(path, shape)?;
+    for component in [Component::ClipL, Component::T5] {
+        let count = set.modules(component).len();
+        if count > 0 {
+            warn!(
+                "{count} modules of `{component}` in {} are left out: only the transformer is trained, and what the run writes does not have them",
+                path.display()
+            );
+        }
+    }
+    let (file, residuals) = set.to_adapter(Component::Transformer)?;
+    if let Some(residual) = residuals.first() {
+        bail!(
+            "{} changes `{}` by more than low-rank factors, so it cannot be trained on",
+            path.display(),
+            residual.parameter
+        );
+    }
+    if file.modules().is_empty() {
+        bail!("{} changes nothing of the transformer", path.display());
+    }
+    let mut modules = file.into_modules();
+    for (layer, module) in &mut modules {
+        let (rank, alpha) = config.resolve(layer)?;
+        let wanted = AdapterSpec {
+            rank,
+            alpha,
+            use_rslora: config.use_rslora,
+            ..module.spec
+        };
+        let foldable =
+            module.spec.scale() == 1.0 && rank == module.spec.rank && wanted.scale() != 0.0;
+        if !foldable || module.factors.kind() != Kind::Lora {
+            continue;
+        }
+        for (part, tensor) in module.factors.iter_mut() {
+            if wanted.scale() != 1.0 && [LORA_B, LORA_BIAS].contains(&part) {
+                let values = tensor.to_f32();
+                let unfold = |x: &f32| (f64::from(*x) / wanted.scale()) as f32;
+                let values: Vec<f32> = values.iter().map(unfold).collect();
+                *tensor = HostTensor::from_f32(tensor.shape.clone(), &values);
+            }
+        }
+        module.spec = wanted;
+    }
+    Ok(AdapterFile::new(modules).with_dropout(config.lora_dropout))
 }
 
 /// Puts one component of every LoRA on its network: low-rank parts as named adapters, the rest into the base weights.

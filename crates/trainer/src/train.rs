@@ -9,7 +9,6 @@ use anyhow::{Context, anyhow, bail};
 use burn::optim::{AdamW, AdamWConfig};
 use flux_model::families::{self, Visitor};
 use flux_model::family::{Family, Network};
-use flux_model::lora::Component;
 use flux_model::pipeline::PipelineFolder;
 use flux_model::weights::Checkpoint;
 use lora_core::{
@@ -288,18 +287,9 @@ fn source<N: Network>(config: &RunConfig, model: &N) -> anyhow::Result<AdapterSo
             seed: config.train.seed,
         });
     };
-    let (file, residuals) =
-        adapters::load(path, &model.shape())?.to_adapter(Component::Transformer)?;
-    if let Some(residual) = residuals.first() {
-        bail!(
-            "`lora.init_from` {} changes `{}` by more than low-rank factors, so it cannot be trained on",
-            path.display(),
-            residual.parameter
-        );
-    }
-    Ok(AdapterSource::File(
-        file.with_dropout(config.lora.lora_dropout),
-    ))
+    let file = adapters::to_train_on(path, &model.shape(), &config.lora.config())
+        .context("`lora.init_from`")?;
+    Ok(AdapterSource::File(file))
 }
 
 /// Says what is meant by a string, where it names no layer.

@@ -9,6 +9,9 @@
 //! A diffusers file has the scale folded into `lora_B` and says so in its header (alpha equal to the rank, module by
 //! module), because ComfyUI ignores the header and diffusers before August 2026 guesses alpha without one.
 //!
+//! So every file has its scale in its tensors: folded, or as alpha. The exception is PEFT's folder, whose configuration is
+//! part of the format; its factors keep their bits.
+//!
 //! Tensors are loaded, converted and written one at a time.
 
 use std::collections::{BTreeMap, HashMap};
@@ -67,25 +70,12 @@ impl fmt::Display for LoraFormat {
 }
 
 /// How a LoRA is written.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct WriteOptions {
     /// Element type of weights: F32, F16 or BF16; `None` keeps what each tensor has (8-bit floats become BF16).
     pub dtype: Option<Dtype>,
-    /// Diffusers only: fold the scale into `lora_B`. Without, factors stay as they are and the header says alpha, which
-    /// diffusers reads and ComfyUI does not.
-    pub fold_scale: bool,
     /// Leave out what the format cannot hold, and report it, instead of failing.
     pub lossy: bool,
-}
-
-impl Default for WriteOptions {
-    fn default() -> Self {
-        Self {
-            dtype: None,
-            fold_scale: true,
-            lossy: false,
-        }
-    }
 }
 
 /// What was written and what was not.
@@ -139,7 +129,7 @@ pub fn write(
                 let prefix = format!("{component}.");
                 let style = PeftStyle {
                     prefix: prefix.clone(),
-                    fold: options.fold_scale,
+                    fold: true,
                     norms: component == Component::Transformer,
                 };
                 let modules = peft(set, component, &style, &mut emitted);
@@ -162,6 +152,12 @@ pub fn write(
                     Component::Transformer => path.to_path_buf(),
                     Component::ClipL | Component::T5 => path.join(component.to_string()),
                 };
+                if modules
+                    .iter()
+                    .any(|module| module.alpha != module.rank as f64)
+                {
+                    emitted.notes.insert("alpha is in `adapter_config.json`: what reads the weights without it plays them at another strength");
+                }
                 if emitted.outputs.len() > first {
                     folders.push((folder, first, adapter_config(component, &modules)));
                 }
@@ -212,18 +208,12 @@ pub fn write(
 
 fn note_diffusers(set: &LoraSet, options: &WriteOptions, emitted: &mut Emitted) {
     let mut scales = set.iter().map(|(_, _, update)| update.scale);
-    if !options.fold_scale {
-        if scales.any(|scale| scale != 1.0) {
-            emitted.notes.insert(
-                "ComfyUI ignores the alpha in the header: it plays this file at another strength",
-            );
-        }
-    } else {
-        let power_of_two = |scale: f64| scale == 0.0 || scale.abs().log2().fract() == 0.0;
-        let rounds = |output: &Output| output_dtype(output, options) != Dtype::F32;
-        if !scales.all(power_of_two) && emitted.outputs.iter().any(rounds) {
-            emitted.notes.insert("folding the scale rounds in half precision; F32 keeps it, and so do the other formats");
-        }
+    let power_of_two = |scale: f64| scale == 0.0 || scale.abs().log2().fract() == 0.0;
+    let rounds = |output: &Output| output_dtype(output, options) != Dtype::F32;
+    if !scales.all(power_of_two) && emitted.outputs.iter().any(rounds) {
+        emitted.notes.insert(
+            "folding the scale rounds in half precision; F32 keeps it, and so do the other formats",
+        );
     }
     if !set.t5.is_empty() {
         emitted.notes.insert(

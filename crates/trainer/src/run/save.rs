@@ -86,10 +86,21 @@ impl<'a> Saver<'a> {
 
     /// The finished LoRA, beside the checkpoints.
     pub(crate) fn export<N: Network>(&self, training: &RunTraining<N>) -> anyhow::Result<PathBuf> {
-        let adapter = adapter_file(&training.model, self.lora)?.fold_scale();
-        let bytes = adapter.to_bytes(TRANSFORMER_PREFIX);
+        let adapter = adapter_file(&training.model, self.lora)?;
+        let lycoris = (adapter.peft_type() != PeftType::Lora).then(|| adapter.clone().fold_scale());
+        let source = lycoris.as_ref().unwrap_or(&adapter);
+        let set = LoraSet::from_adapter(source, Component::Transformer, training.model.shape());
         let path = self.run.lora_path();
-        replace_file(&RealFs, &path, &|out| out.write_all(&bytes))?;
+        match &lycoris {
+            Some(lycoris) => {
+                let bytes = lycoris.to_bytes(TRANSFORMER_PREFIX);
+                replace_file(&RealFs, &path, &|out| out.write_all(&bytes))?;
+            }
+            // Unlike a checkpoint's, this file is read by programs that know only tensors: the scale is folded.
+            None => {
+                write(&set, LoraFormat::Diffusers, &path, &WriteOptions::default())?;
+            }
+        }
         for format in &self.config.export.formats {
             let format = match format {
                 ExportFormat::Diffusers => continue, // the file above
@@ -98,12 +109,10 @@ impl<'a> Saver<'a> {
                 ExportFormat::Comfyui => LoraFormat::ComfyUi,
             };
             let out = crate::convert::beside(&path, format);
-            if format == LoraFormat::Peft && adapter.peft_type() != PeftType::Lora {
-                adapter.save_peft(&out)?;
+            if let (LoraFormat::Peft, Some(lycoris)) = (format, &lycoris) {
+                lycoris.save_peft(&out)?;
                 continue;
             }
-            let set =
-                LoraSet::from_adapter(&adapter, Component::Transformer, training.model.shape());
             let report = write(&set, format, &out, &WriteOptions::default())
                 .with_context(|| format!("write {}", out.display()))?;
             for note in report.notes {

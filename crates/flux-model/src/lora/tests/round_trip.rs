@@ -51,11 +51,6 @@ fn every_format_keeps_every_change() {
             assert_same(&through(&once, second, &f32_options()), &set);
         }
     }
-    let unfolded = WriteOptions {
-        fold_scale: false,
-        ..f32_options()
-    };
-    assert_same(&through(&set, LoraFormat::Diffusers, &unfolded), &set);
 }
 
 #[test]
@@ -70,23 +65,17 @@ fn kohya_through_the_others_and_back_is_the_same_file() {
         assert_eq!(stored(&path), source.tensors, "{format}");
     }
     // Split files have a copy of the down projection for each part; equal copies are put together again.
-    for format in [LoraFormat::Peft, LoraFormat::Diffusers] {
-        let options = WriteOptions {
-            fold_scale: false,
-            ..WriteOptions::default()
-        };
-        let once = through(&set, format, &options);
-        write(&once, LoraFormat::Kohya, &path, &WriteOptions::default()).expect("writable");
-        let back = stored(&path);
-        for (key, tensor) in &source.tensors {
-            if key.ends_with(".alpha") {
-                assert_close(&back[key].to_f32(), &tensor.to_f32(), key); // alpha over rank times rank
-            } else {
-                assert_eq!(back[key], *tensor, "{format}: {key}");
-            }
+    let once = through(&set, LoraFormat::Peft, &WriteOptions::default());
+    write(&once, LoraFormat::Kohya, &path, &WriteOptions::default()).expect("writable");
+    let back = stored(&path);
+    for (key, tensor) in &source.tensors {
+        if key.ends_with(".alpha") {
+            assert_close(&back[key].to_f32(), &tensor.to_f32(), key); // alpha over rank times rank
+        } else {
+            assert_eq!(back[key], *tensor, "{key}");
         }
-        assert_eq!(back.len(), source.tensors.len());
     }
+    assert_eq!(back.len(), source.tensors.len());
 }
 
 #[test]
@@ -346,14 +335,6 @@ fn notes_say_who_reads_what() {
         notes(LoraFormat::Diffusers, &f32_options()),
         Vec::<String>::new()
     );
-    let unfolded = WriteOptions {
-        fold_scale: false,
-        ..default
-    };
-    assert_eq!(
-        notes(LoraFormat::Diffusers, &unfolded),
-        ["ComfyUI ignores the alpha in the header: it plays this file at another strength"]
-    );
     assert_eq!(
         notes(LoraFormat::Kohya, &default),
         [
@@ -497,4 +478,71 @@ proptest! {
             }
         }
     }
+}
+
+/// What a program makes of a file that reads its tensors and nothing else: alpha over rank where there is an alpha, else 1.
+#[test]
+fn the_tensors_alone_say_the_scale() {
+    let mut file = Builder::default();
+    for (i, (module, alpha)) in [
+        ("attn.to_q", 0.5),
+        ("attn.to_out.0", 3.0),
+        ("ff.net.0.proj", -1.5),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let module = format!("transformer.transformer_blocks.{}.{module}", i % 2);
+        let out = if i == 2 { 32 } else { 8 };
+        file.put(&format!("{module}.lora_A.weight"), random(&module, 2, 8));
+        file.put(&format!("{module}.lora_B.weight"), random("b", out, 2));
+        file.scalar(&format!("{module}.alpha"), alpha);
+    }
+    let set = file.read();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    for format in [
+        LoraFormat::Diffusers,
+        LoraFormat::Kohya,
+        LoraFormat::ComfyUi,
+    ] {
+        let path = folder.path().join("out.safetensors");
+        write(&set, format, &path, &f32_options()).expect("writable");
+        let bare = Builder {
+            tensors: stored(&path),
+            metadata: BTreeMap::new(),
+        };
+        // A fused module has rows for parts that nothing changes.
+        assert_same(&bare.read().pruned().expect("readable"), &set);
+    }
+    let report = write(
+        &set,
+        LoraFormat::Peft,
+        &folder.path().join("peft"),
+        &f32_options(),
+    );
+    assert_eq!(
+        report.expect("writable").notes,
+        [
+            "alpha is in `adapter_config.json`: what reads the weights without it plays them at another strength"
+        ]
+    );
+}
+
+#[test]
+fn a_scale_that_is_a_power_of_two_is_folded_without_rounding() {
+    let mut file = Builder::default();
+    file.put("transformer.proj_out.lora_A.weight", random("a", 8, 8));
+    file.put("transformer.proj_out.lora_B.weight", random("b", 4, 8));
+    file.scalar("transformer.proj_out.alpha", 2.0);
+    let once = through(
+        &file.read(),
+        LoraFormat::Diffusers,
+        &WriteOptions::default(),
+    );
+    let folded = once.transformer["proj_out"].tensors()[1]
+        .load_f32()
+        .expect("readable");
+    let back: Vec<f32> = folded.iter().map(|x| x * 4.0).collect();
+    assert_eq!(back, random("b", 4, 8).to_f32());
+    assert_eq!(once.transformer["proj_out"].alpha, Some(8.0));
 }
