@@ -139,7 +139,7 @@ pub struct SampleArgs {
 /// `flux-lora convert`
 #[derive(Debug, Args)]
 pub struct ConvertArgs {
-    /// LoRA file or PEFT folder, in any format
+    /// LoRA file, or the folder of an adapter or a run, in any format
     pub input: PathBuf,
     /// File to write (folder for peft); with --to all, the format is added to the name
     pub output: PathBuf,
@@ -152,6 +152,9 @@ pub struct ConvertArgs {
     /// Leave out what the format cannot hold, and say so, instead of failing
     #[arg(long)]
     pub lossy: bool,
+    /// Overwrite an output that exists
+    #[arg(long)]
+    pub force: bool,
     /// Pipeline folder the LoRA is for (default: sizes are taken from the file)
     #[arg(long)]
     pub model: Option<PathBuf>,

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
-use anyhow::bail;
 use flux_model::WeightsError;
 use flux_model::families::{self, Visitor};
 use flux_model::family::Family;
@@ -29,15 +28,10 @@ pub fn describe(path: &Path) -> anyhow::Result<String> {
             checkpoint(&mut text, verify(path)?)?;
         } else if path.join("model_index.json").is_file() {
             model(&mut text, path)?;
-        } else if path.join("adapter_config.json").is_file() {
-            lora(&mut text, path)?;
         } else if path.join("run.lock").is_file() || RunDir::open(path)?.has_checkpoints()? {
             run(&mut text, path)?;
         } else {
-            bail!(
-                "{} is no pipeline, run, checkpoint or adapter folder",
-                path.display()
-            );
+            lora(&mut text, path)?;
         }
     } else {
         lora(&mut text, path)?;
@@ -192,8 +186,8 @@ fn lora(text: &mut String, path: &Path) -> anyhow::Result<()> {
         set.report.used,
         set.report.ignored.len()
     )?;
-    for (key, reason) in &set.report.ignored {
-        writeln!(text, "ignored {key}: {reason}")?;
+    for line in set.report.ignored_lines() {
+        writeln!(text, "{line}")?;
     }
     for warning in &set.report.warnings {
         writeln!(text, "warning: {warning}")?;

@@ -3,6 +3,7 @@
 //! Files keep their names, sharding, dtype and header; weights are changed in f32 and rounded once. Several LoRAs are merged one
 //! after the other, as PEFT does. A result that is not finite is refused (PEFT's `safe_merge`).
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -13,11 +14,13 @@ use lora_core::files::host::{Dtype, HostTensor};
 use lora_core::files::safetensors::{TensorFile, TensorSet, write_streaming};
 
 use crate::adapters::LoadedLora;
+use crate::convert::make_parent;
 
 /// Writes the pipeline `model` with `loras` merged to the new folder `out`; returns the number of changed tensors.
 ///
 /// # Errors
-/// An output folder that exists, a LoRA that does not fit, a result that is not finite, a full disk.
+/// An output folder that exists or is inside the model, a LoRA that does not fit or of which something is left over, a result
+/// that is not finite, a full disk.
 pub fn merge(model: &Path, loras: Vec<LoadedLora>, out: &Path) -> anyhow::Result<usize> {
     if out.exists() {
         bail!(
@@ -25,6 +28,16 @@ pub fn merge(model: &Path, loras: Vec<LoadedLora>, out: &Path) -> anyhow::Result
             out.display()
         );
     }
+    let places = [fs::canonicalize(model), std::path::absolute(out)];
+    if let [Ok(model), Ok(out)] = &places
+        && out.starts_with(model)
+    {
+        bail!(
+            "{} is inside the model it is made of: choose a folder elsewhere",
+            out.display()
+        );
+    }
+    make_parent(out)?;
     let loras: Vec<LoraSet> = loras
         .into_iter()
         .map(|lora| scaled(lora.set, lora.strength))
@@ -40,27 +53,39 @@ pub fn merge(model: &Path, loras: Vec<LoadedLora>, out: &Path) -> anyhow::Result
         .prefix(".merge-")
         .tempdir_in(parent)
         .with_context(|| format!("create a folder in {}", parent.display()))?;
-    let mut changed = 0;
+    let mut changed = Changed::default();
     for entry in sorted(model)? {
         let (source, target) = (model.join(&entry), staging.path().join(&entry));
         let component = Component::ALL
             .into_iter()
             .find(|component| entry == Path::new(&component.to_string()));
         match component {
-            Some(component) => changed += merge_component(&source, &target, component, &loras)?,
+            Some(component) => {
+                merge_component(&source, &target, component, &loras, &mut changed)?;
+            }
             None => copy(&source, &target)?,
         }
     }
-    let expected: usize = loras.iter().map(LoraSet::len).sum();
-    if changed == 0 && expected > 0 {
+    let modules = loras.iter().flat_map(LoraSet::iter);
+    let mut left = modules
+        .filter(|(component, path, _)| !changed.modules.contains(&(*component, path.to_string())));
+    if let Some((component, path, _)) = left.next() {
         bail!(
-            "none of the {expected} layers of the LoRA is in {}",
-            model.display()
+            "`{path}` and {} other modules of the LoRA are not in {}",
+            left.count(),
+            model.join(component.to_string()).display()
         );
     }
     fs::rename(staging.path(), out).with_context(|| format!("rename to {}", out.display()))?;
     let _ = staging.keep(); // it has its final name
-    Ok(changed)
+    Ok(changed.tensors)
+}
+
+/// What was merged so far.
+#[derive(Default)]
+struct Changed {
+    tensors: usize,
+    modules: BTreeSet<(Component, String)>,
 }
 
 /// The LoRA at another strength: PEFT scales the update, not its DoRA magnitude.
@@ -78,10 +103,10 @@ fn merge_component(
     target: &Path,
     component: Component,
     loras: &[LoraSet],
-) -> anyhow::Result<usize> {
+    changed: &mut Changed,
+) -> anyhow::Result<()> {
     let mut weights = None;
-    let mut changed = 0;
-    fs::create_dir_all(target).with_context(|| format!("create {}", target.display()))?;
+    fs::create_dir_all(target).with_context(|| copy_of(source))?;
     for name in sorted(source)? {
         let (from, to) = (source.join(&name), target.join(&name));
         if name
@@ -95,9 +120,9 @@ fn merge_component(
             weights = Some(component_weights(source)?);
         }
         let weights = weights.as_ref().context("opened above")?;
-        changed += merge_file(&from, &to, component, loras, weights)?;
+        merge_file(&from, &to, component, loras, weights, changed)?;
     }
-    Ok(changed)
+    Ok(())
 }
 
 fn component_weights(folder: &Path) -> anyhow::Result<TensorSet> {
@@ -121,7 +146,8 @@ fn merge_file(
     component: Component,
     loras: &[LoraSet],
     weights: &TensorSet,
-) -> anyhow::Result<usize> {
+    changed: &mut Changed,
+) -> anyhow::Result<()> {
     let file = TensorFile::open(from)?;
     let layout: Vec<(String, Dtype, Vec<usize>)> = file
         .names()
@@ -130,21 +156,27 @@ fn merge_file(
             Some((name.to_string(), info.dtype, info.shape.clone()))
         })
         .collect();
-    let mut changed = 0;
-    let out = fs::File::create(to).with_context(|| format!("create {}", to.display()))?;
+    let out = fs::File::create(to).with_context(|| copy_of(from))?;
     let mut out = BufWriter::new(out);
     let write = |name: &str| -> Result<HostTensor, MergeError> {
         let tensor = file.read(name).map_err(|error| MergeError(error.into()))?;
         let merged = merged(name, &tensor, component, loras, weights).map_err(MergeError)?;
-        changed += usize::from(merged.is_some());
+        if merged.is_some() {
+            changed.tensors += 1;
+            let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
+            changed.modules.insert((component, module.into()));
+        }
         Ok(merged.unwrap_or(tensor))
     };
     write_streaming(&mut out, &layout, file.metadata(), write)
         .map_err(|error| error.0)
-        .with_context(|| format!("merge into {}", to.display()))?;
-    out.flush()
-        .with_context(|| format!("write {}", to.display()))?;
-    Ok(changed)
+        .with_context(|| copy_of(from))?;
+    out.flush().with_context(|| copy_of(from))
+}
+
+/// What is being done; the copy has its place under a name that nobody knows until it is complete.
+fn copy_of(from: &Path) -> String {
+    format!("write the merged copy of {}", from.display())
 }
 
 /// The tensor with every LoRA merged; `None` if none changes it.
@@ -229,7 +261,7 @@ fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
         fs::copy(from, to).with_context(|| format!("copy {}", from.display()))?;
         return Ok(());
     }
-    fs::create_dir_all(to).with_context(|| format!("create {}", to.display()))?;
+    fs::create_dir_all(to).with_context(|| copy_of(from))?;
     for name in sorted(from)? {
         copy(&from.join(&name), &to.join(&name))?;
     }
