@@ -72,7 +72,7 @@ pub enum LoraFormatError {
     },
     /// More than a few modules that the network does not have.
     #[error(
-        "`{path}`: {unknown} of its {modules} modules are unknown to FLUX.1, such as `{key}`: the LoRA is for another model"
+        "`{path}`: {unknown} of its {modules} modules are unknown to the model, such as `{key}`: the LoRA is for another model"
     )]
     MostlyUnknown {
         path: PathBuf,

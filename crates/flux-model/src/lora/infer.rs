@@ -29,6 +29,9 @@ pub(super) fn foreign<'a>(
     given: &ModelShape,
     seen: &[Sighting<'a>],
 ) -> Option<(&'a str, &'static str)> {
+    if given.flux2.is_some() {
+        return None;
+    }
     let gated = seen.iter().find(|sighting| {
         let module = flattened(&sighting.key.module);
         let (Some(out), Some(input)) = (sighting.out, sighting.input) else {

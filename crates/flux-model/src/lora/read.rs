@@ -58,6 +58,8 @@ struct Reader {
 /// What speaks against the file being a LoRA for the network.
 #[derive(Default)]
 struct Proof {
+    /// The network is of FLUX.2, so that its names are no other model's.
+    flux2: bool,
     /// Adapted modules that the network does not have, by prefix and path.
     unknown: BTreeMap<(&'static str, String), Group>,
 }
@@ -97,6 +99,7 @@ impl Reader {
     ) -> Result<LoraSet, LoraFormatError> {
         self.require_adapter(path, sources)?;
         let shape = self.shape(path, sources, given)?;
+        self.proof.flux2 = shape.flux2.is_some();
         let names = Names::new(&shape);
         let mut set = LoraSet::default();
         let mut owners = BTreeMap::new();
@@ -196,7 +199,8 @@ impl Reader {
         for (key, parsed) in keys {
             let target = names.resolve(&parsed);
             if target.is_none() && parsed.param.adapts(&key) && !is_extra(&parsed) {
-                if let Some(model) = other_model(&key) {
+                let of_given = |model: &&str| !(self.proof.flux2 && *model == "FLUX.2");
+                if let Some(model) = other_model(&key).filter(of_given) {
                     let model = diffusion_version(source, model);
                     return Err(other_model_error(path, &key, model));
                 }
@@ -363,16 +367,16 @@ const UNKNOWN: usize = 10;
 /// Where blocks are in paths, what they are called, and how many the networks have.
 fn containers(shape: &ModelShape) -> Vec<(&'static str, &'static str, usize)> {
     let mut containers = Vec::new();
-    if let Some(flux) = &shape.transformer {
+    let flux1 = shape.transformer.as_ref();
+    let flux1 = flux1.map(|config| (config.num_layers, config.num_single_layers));
+    let flux2 = shape.flux2.as_ref();
+    let flux2 = flux2.map(|config| (config.num_layers, config.num_single_layers));
+    if let Some((double, single)) = flux2.or(flux1) {
         containers.extend([
-            ("double_blocks", "double", flux.num_layers),
-            ("transformer_blocks", "double", flux.num_layers),
-            ("single_blocks", "single", flux.num_single_layers),
-            (
-                "single_transformer_blocks",
-                "single",
-                flux.num_single_layers,
-            ),
+            ("double_blocks", "double", double),
+            ("transformer_blocks", "double", double),
+            ("single_blocks", "single", single),
+            ("single_transformer_blocks", "single", single),
         ]);
     }
     if let Some(clip) = &shape.clip {

@@ -197,7 +197,7 @@ fn one_module_in_ten_may_be_unknown() {
     assert_eq!((set.len(), set.report.ignored.len()), (9, 2));
     assert_eq!(
         with_unknown(8).error(),
-        "`lora.safetensors`: 1 of its 9 modules are unknown to FLUX.1, such as `transformer.transformer_blocks.0.extra.lora_A.weight`: the LoRA is for another model"
+        "`lora.safetensors`: 1 of its 9 modules are unknown to the model, such as `transformer.transformer_blocks.0.extra.lora_A.weight`: the LoRA is for another model"
     );
 }
 
