@@ -124,6 +124,7 @@ fn every_written_format_samples_to_the_same_image() {
             model,
             "--lora",
             &lora,
+            "--overwrite",
             "--prompt",
             "a cat",
             "--steps",
@@ -441,7 +442,7 @@ fn convert_overwrites_nothing_unasked_and_names_files_as_what_they_are() {
         "in.safetensors",
         "--to",
         "kohya",
-        "--force",
+        "--overwrite",
     ];
     refused(&run(dir.path(), &own));
     assert_eq!(before("in.safetensors"), input);
@@ -454,7 +455,7 @@ fn convert_overwrites_nothing_unasked_and_names_files_as_what_they_are() {
         "mine.safetensors",
         "--to",
         "kohya",
-        "--force",
+        "--overwrite",
     ];
     assert!(run(dir.path(), &forced).status.success());
     assert_ne!(before("mine.safetensors"), b"mine");

@@ -153,8 +153,8 @@ pub struct ConvertArgs {
     #[arg(long)]
     pub lossy: bool,
     /// Overwrite an output that exists
-    #[arg(long)]
-    pub force: bool,
+    #[arg(long, alias = "force")]
+    pub overwrite: bool,
     /// Pipeline folder the LoRA is for (default: sizes are taken from the file)
     #[arg(long)]
     pub model: Option<PathBuf>,

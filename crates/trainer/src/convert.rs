@@ -17,7 +17,7 @@ use crate::cli::UsageError;
 /// Writes one LoRA in another format, or in all.
 ///
 /// # Errors
-/// An output that exists (without `--force`), is the input or is named like something else; a LoRA that cannot be read,
+/// An output that exists (without `--overwrite`), is the input or is named like something else; a LoRA that cannot be read,
 /// or that a format cannot hold.
 pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
     let dtype = match args.dtype.as_deref() {
@@ -135,9 +135,9 @@ fn check_output(args: &ConvertArgs, format: LoraFormat, out: &Path) -> anyhow::R
         Ok(mut entries) => entries.next().is_some(),
         Err(_) => out.symlink_metadata().is_ok(),
     };
-    if taken && !args.force {
+    if taken && !args.overwrite {
         bail!(UsageError(format!(
-            "{} exists: choose another output, or overwrite it with --force",
+            "{} exists: choose another output, or add --overwrite",
             out.display()
         )));
     }
