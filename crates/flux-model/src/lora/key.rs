@@ -254,7 +254,7 @@ fn rooted(component: Option<Component>, path: &str) -> String {
         path.strip_prefix(*name)
             .is_some_and(|rest| rest.is_empty() || rest.starts_with(separator))
     };
-    match below.iter().any(|name| is_below(&name)) {
+    match below.iter().any(is_below) {
         true => format!("{root}{separator}{path}"),
         false => path.into(),
     }
