@@ -67,6 +67,18 @@ pub trait TextEncoders: Sized {
     fn adapt<C: Adapt>(self, change: &C) -> Result<Self, C::Error>;
 }
 
+/// How long a prompt is for the text encoders when nothing of it is cut, the tokens put around it included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TokenCount {
+    /// Tokens of the sequence, of which `max_sequence_length` are read.
+    pub sequence: usize,
+    /// How many tokens a pooled vector is of, where the prompt has more of them.
+    pub beyond_pooled: Option<usize>,
+}
+
+/// Counts the tokens of a prompt; an error if a tokenizer refuses it.
+pub type TokenCounter = Box<dyn Fn(&str) -> Result<TokenCount, WeightsError>>;
+
 /// A change of a network of any type, such as attaching a LoRA.
 pub trait Adapt {
     /// Why it cannot be made.
@@ -150,6 +162,12 @@ pub trait Family: Sized + Debug {
     /// # Errors
     /// As [`network`](Self::network), or a tokenizer that cannot be read.
     fn text_encoders(&self, device: &Device) -> Result<Self::TextEncoders, WeightsError>;
+
+    /// Loads the tokenizers alone, to count the tokens of prompts.
+    ///
+    /// # Errors
+    /// A tokenizer that cannot be read.
+    fn token_counter(&self) -> Result<TokenCounter, WeightsError>;
 
     /// The files whose bytes decide what prompts and images become.
     fn encoder_paths(&self) -> Vec<PathBuf> {

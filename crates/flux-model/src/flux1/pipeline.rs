@@ -10,10 +10,10 @@ use lora_core::host_tensor;
 
 use crate::autoencoder::{Autoencoder, AutoencoderConfig};
 use crate::error::WeightsError;
-use crate::family::Family;
+use crate::family::{Family, TokenCount, TokenCounter};
 use crate::flux1::config::FluxConfig;
 use crate::flux1::latent::{image_positions, pack, text_positions, unpack};
-use crate::flux1::text::{ClipAndT5, TextEmbedding};
+use crate::flux1::text::{CLIP_TOKENS, ClipAndT5, TextEmbedding};
 use crate::flux1::transformer::{FluxInput, FluxTransformer};
 use crate::lora::ModelShape;
 use crate::pipeline::{PipelineFolder, load_autoencoder, load_clip, load_t5, read_config};
@@ -33,6 +33,16 @@ pub struct Flux1 {
 
 fn transformer_config(folder: &PipelineFolder) -> Result<FluxConfig, WeightsError> {
     folder.config("transformer/config.json", FluxConfig::problem)
+}
+
+impl Flux1 {
+    fn tokenizers(&self) -> Result<(ClipTokenizer, T5Tokenizer), WeightsError> {
+        let root = self.folder.root();
+        Ok((
+            ClipTokenizer::load(&root.join("tokenizer"))?,
+            T5Tokenizer::load(&root.join("tokenizer_2"))?,
+        ))
+    }
 }
 
 impl Family for Flux1 {
@@ -128,12 +138,23 @@ impl Family for Flux1 {
 
     fn text_encoders(&self, device: &Device) -> Result<ClipAndT5, WeightsError> {
         let root = self.folder.root();
+        let (clip_tokenizer, t5_tokenizer) = self.tokenizers()?;
         Ok(ClipAndT5 {
             clip: load_clip(&root.join("text_encoder"), device)?,
-            clip_tokenizer: ClipTokenizer::load(&root.join("tokenizer"))?,
+            clip_tokenizer,
             t5: load_t5(&root.join("text_encoder_2"), device)?,
-            t5_tokenizer: T5Tokenizer::load(&root.join("tokenizer_2"))?,
+            t5_tokenizer,
         })
+    }
+
+    fn token_counter(&self) -> Result<TokenCounter, WeightsError> {
+        let (clip, t5) = self.tokenizers()?;
+        Ok(Box::new(move |prompt| {
+            Ok(TokenCount {
+                sequence: t5.count(prompt)?,
+                beyond_pooled: (clip.count(prompt)? > CLIP_TOKENS).then_some(CLIP_TOKENS),
+            })
+        }))
     }
 
     fn text(parts: Vec<HostTensor>, device: &Device) -> TextEmbedding {

@@ -12,7 +12,7 @@ use crate::text::t5::T5Encoder;
 use crate::text::tokenizer::{ClipTokenizer, T5Tokenizer};
 
 /// Tokens CLIP reads: its tokenizer pads and truncates to this.
-const CLIP_TOKENS: usize = 77;
+pub(super) const CLIP_TOKENS: usize = 77;
 
 /// Both text encoders with their tokenizers.
 #[derive(Debug)]

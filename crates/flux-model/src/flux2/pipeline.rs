@@ -7,7 +7,7 @@ use lora_core::files::host::HostTensor;
 use lora_core::host_tensor;
 
 use crate::error::WeightsError;
-use crate::family::Family;
+use crate::family::{Family, TokenCount, TokenCounter};
 use crate::flux2::autoencoder::Flux2Autoencoder;
 use crate::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
 use crate::flux2::latent::{image_positions, pack, text_positions, unpack};
@@ -18,6 +18,7 @@ use crate::flux2::transformer::{Flux2Input, Flux2Transformer};
 use crate::lora::ModelShape;
 use crate::pipeline::PipelineFolder;
 use crate::scheduler::SchedulerConfig;
+use crate::text::qwen3_tokenizer::QwenTokenizer;
 
 /// Steps whose shift training's `flux` shift takes: those that the networks that can be trained are sampled with.
 const TRAINING_STEPS: usize = 50;
@@ -125,6 +126,16 @@ impl Family for Flux2 {
 
     fn text_encoders(&self, device: &Device) -> Result<KleinTextEncoder, WeightsError> {
         KleinTextEncoder::open(self.folder.root(), device)
+    }
+
+    fn token_counter(&self) -> Result<TokenCounter, WeightsError> {
+        let tokenizer = QwenTokenizer::load(&self.folder.root().join("tokenizer"))?;
+        Ok(Box::new(move |prompt| {
+            Ok(TokenCount {
+                sequence: tokenizer.count(prompt)?,
+                beyond_pooled: None,
+            })
+        }))
     }
 
     fn text(parts: Vec<HostTensor>, device: &Device) -> Tensor<3> {

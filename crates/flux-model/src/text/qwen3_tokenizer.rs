@@ -18,8 +18,8 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{SplitDelimiterBehavior, Tokenizer};
 
 use crate::text::tokenizer::{
-    Cause, Result, Settings, TokenizerError, check_added_tokens, first_tokens, malformed,
-    parse_merges, read, token_id,
+    Cause, Result, Settings, TokenizerError, check_added_tokens, count_tokens, first_tokens,
+    malformed, parse_merges, read, token_id,
 };
 
 /// Words of Qwen: contractions, letters with one other character before, single digits, other characters with the line
@@ -90,13 +90,24 @@ impl QwenTokenizer {
             let needed = 1;
             return Err(TokenizerError::TooShort { max_length, needed });
         }
-        let chat = format!("{BEFORE}{prompt}{AFTER}");
-        let mut ids = first_tokens(&self.text, &chat, max_length)?;
+        let mut ids = first_tokens(&self.text, &chat(prompt), max_length)?;
         let mut mask = vec![1; ids.len()];
         ids.resize(max_length, self.pad_id);
         mask.resize(max_length, 0);
         Ok(QwenTokens { ids, mask })
     }
+
+    /// How many tokens a prompt has in its chat form when none is cut.
+    ///
+    /// # Errors
+    /// A vocabulary that cannot spell the prompt.
+    pub fn count(&self, prompt: &str) -> Result<usize> {
+        count_tokens(&self.text, &chat(prompt))
+    }
+}
+
+fn chat(prompt: &str) -> String {
+    format!("{BEFORE}{prompt}{AFTER}")
 }
 
 fn pipeline(model: BPE) -> Result<Tokenizer, Cause> {

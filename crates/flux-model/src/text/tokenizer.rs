@@ -108,6 +108,14 @@ impl ClipTokenizer {
         self.0.encode(prompt, max_length)
     }
 
+    /// How many tokens a prompt has when none is cut, those put around it included.
+    ///
+    /// # Errors
+    /// A vocabulary that cannot spell the prompt.
+    pub fn count(&self, prompt: &str) -> Result<usize> {
+        self.0.count(prompt)
+    }
+
     /// Id after the last token; the text encoder pools where it stands first.
     pub fn eos_id(&self) -> i64 {
         self.0.eos_id
@@ -157,6 +165,14 @@ impl T5Tokenizer {
     /// `max_length` of 0, or a vocabulary that cannot spell the prompt.
     pub fn encode(&self, prompt: &str, max_length: usize) -> Result<Vec<i64>> {
         self.0.encode(prompt, max_length)
+    }
+
+    /// How many tokens a prompt has when none is cut, those put around it included.
+    ///
+    /// # Errors
+    /// A vocabulary that cannot spell the prompt.
+    pub fn count(&self, prompt: &str) -> Result<usize> {
+        self.0.count(prompt)
     }
 
     /// Id after the last token.
@@ -213,6 +229,17 @@ impl Framed {
         ids.resize(max_length, self.pad_id);
         Ok(ids)
     }
+
+    fn count(&self, prompt: &str) -> Result<usize> {
+        Ok(count_tokens(&self.text, prompt)? + 1 + usize::from(self.bos_id.is_some()))
+    }
+}
+
+/// How many tokens all of a prompt has.
+pub(super) fn count_tokens(text: &Tokenizer, prompt: &str) -> Result<usize> {
+    let tokens = text.encode_fast(prompt, false);
+    let tokens = tokens.map_err(|source| TokenizerError::Encode { source })?;
+    Ok(tokens.len())
 }
 
 /// The first `count` tokens of a prompt.
@@ -865,6 +892,25 @@ mod tests {
         assert!(line.ends_with("no eos token `end`"), "{line}");
         error_line(ClipTokenizer::load(&case("nowhere")), "nowhere");
         error_line(T5Tokenizer::load(&case("tokenizer")), "spiece.model");
+        Ok(())
+    }
+
+    #[test]
+    fn counted_tokens_are_what_a_long_encoding_holds_before_its_padding() -> TestResult {
+        let (prompts, _) = reference("clip_ids")?;
+        for prompt in &prompts {
+            let (clip, t5) = (clip()?, t5()?);
+            let count = clip.count(prompt)?;
+            let ids = clip.encode(prompt, count + 1)?;
+            assert_eq!(ids[count - 1..], [773, 773], "{prompt:?}");
+            assert_eq!(clip.encode(prompt, count)?[..], ids[..count], "{prompt:?}");
+            let count = t5.count(prompt)?;
+            assert_eq!(
+                t5.encode(prompt, count + 1)?[count - 1..],
+                [1, 0],
+                "{prompt:?}"
+            );
+        }
         Ok(())
     }
 
