@@ -214,16 +214,24 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         image::ImageFormat::Jpeg,
         image::ImageFormat::WebP,
     ] {
-        let pixels =
-            image::RgbImage::from_fn(6, 4, |x, y| image::Rgb([40 * x as u8, 60 * y as u8, 7]));
-        let mut bytes = std::io::Cursor::new(Vec::new());
-        pixels
-            .write_to(&mut bytes, format)
-            .expect("encode in memory");
-        seeds.push(("image", bytes.into_inner()));
+        seeds.push(("image", image(format)));
     }
     let split =
         r#"{"r": 1, "lora_alpha": 1, "init_lora_weights": "pissa", "target_modules": ["to_q"]}"#;
     seeds.push(("adapter_config", chosen(3, split)));
+    for format in [image::ImageFormat::Bmp, image::ImageFormat::Tiff] {
+        seeds.push(("image", image(format)));
+    }
+    let table = "file_name;text;more\r\na.png;\"a; b\";\r\nb\\c.jpg;b;1\r\n";
+    seeds.push(("captions", chosen(2, table)));
     seeds
+}
+
+fn image(format: image::ImageFormat) -> Vec<u8> {
+    let pixels = image::RgbImage::from_fn(6, 4, |x, y| image::Rgb([40 * x as u8, 60 * y as u8, 7]));
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    pixels
+        .write_to(&mut bytes, format)
+        .expect("encode in memory");
+    bytes.into_inner()
 }

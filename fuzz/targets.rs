@@ -9,8 +9,9 @@ use std::fs;
 use std::path::Path;
 
 use flux_lora::config::{DatasetSection, RunConfig};
-use flux_lora::data::image::{ImageLimits, decode_image};
-use flux_lora::data::scan;
+use flux_lora::data::image::{ImageLimits, decode_image, inspect};
+use flux_lora::data::metadata;
+use flux_lora::data::scan::scan;
 use flux_lora::run::checkpoint::Opened;
 use flux_lora::run::folder::RunDir;
 use flux_lora::run::manifest::{FORMAT_VERSION, FileEntry, MANIFEST, Manifest, Verified, verify};
@@ -329,24 +330,30 @@ fn run_config(_: &Path, data: &[u8]) {
     let _ = RunConfig::from_toml(minimal, file, &[text.to_string()]);
 }
 
-/// A caption beside its image, or `metadata.jsonl` in a folder of three.
+/// A caption beside its image, or `metadata.jsonl` or `metadata.csv` in a folder of three.
 fn captions(folder: &Path, data: &[u8]) {
+    /// A PNG of one grey pixel.
+    const PICTURE: &[u8] = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x01\0\0\0\x01\x08\0\0\0\0:~\x9bU\0\0\0\nIDATx\x9cch\0\0\0\x82\0\x81w\xcdr\xb6\0\0\0\0IEND\xaeB`\x82";
     let (kind, rest) = choose(data);
-    let folder = folder.join(if kind % 2 == 0 { "pairs" } else { "listed" });
-    put_once(&folder.join("a.png"), b"x");
-    if kind % 2 == 0 {
-        put(&folder.join("a.txt"), rest);
-    } else {
-        put_once(&folder.join("b/c.jpg"), b"x");
-        put(&folder.join(scan::METADATA_FILE), rest);
+    let (form, list) = match kind % 3 {
+        0 => ("pairs", "a.txt"),
+        1 => ("lines", metadata::METADATA_FILE),
+        _ => ("table", metadata::METADATA_CSV),
+    };
+    let folder = folder.join(form);
+    put_once(&folder.join("a.png"), PICTURE);
+    if form != "pairs" {
+        put_once(&folder.join("b/c.jpg"), PICTURE);
     }
+    put(&folder.join(list), rest);
     let section = DatasetSection {
         path: folder.clone(),
         ..DatasetSection::default()
     };
-    for sample in scan::scan(&section).unwrap_or_default() {
+    for sample in scan(&section).unwrap_or_default().samples {
         assert!(sample.image.starts_with(&folder) && sample.image.is_file());
         assert!(sample.caption.len() <= 64 << 10);
+        assert!(!sample.caption.contains('\0'));
     }
 }
 
@@ -358,7 +365,10 @@ fn image(_: &Path, data: &[u8]) {
         max_file_bytes: 1 << 20,
         max_decoded_bytes: 1 << 20,
     };
+    let header = inspect("x.png".as_ref(), data, &limits);
     if let Ok(image) = decode_image("x.png".as_ref(), data, &limits) {
+        let header = header.expect("what can be decoded can be looked at");
+        assert_eq!(image.dimensions(), (header.width_px, header.height_px));
         assert!(image.width() <= 128 && image.height() <= 128);
         assert!(image.width() * image.height() <= 4096);
     }

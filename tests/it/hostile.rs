@@ -824,13 +824,20 @@ fn datasets() -> Vec<Case> {
         let files = vec![("a.png", b"x".to_vec()), ("metadata.jsonl", list.to_vec())];
         case(files, scan, format!("`metadata.jsonl` line {says}"))
     };
+    let table = |table: &[u8], says: &str| {
+        let files = vec![("a.png", b"x".to_vec()), ("metadata.csv", table.to_vec())];
+        case(files, scan, format!("`metadata.csv` line {says}"))
+    };
     vec![
         case(
             vec![],
             |folder| scan(&folder.join("a\0b")),
             "cannot read `a\\u{0}b`: file name contained an unexpected NUL byte",
         ),
-        pair(b"caf\xe9".to_vec(), "caption `a.txt` is not UTF-8"),
+        pair(b"caf\xe9".to_vec(), "caption `a.txt` is not UTF-8; it looks like Windows-1252 or Latin-1: save it as UTF-8"),
+        pair(b"\xfe\xff\0a".to_vec(), "caption `a.txt` is UTF-16, not UTF-8: save it as UTF-8"),
+        pair(vec![0; 1000], "caption `a.txt` is not UTF-8 text; it looks like UTF-16 without a mark: save it as UTF-8"),
+        pair(b"\x1b]0;a\x07".to_vec(), "caption `a.txt` holds the control character U+001B: is it UTF-8 text? Remove it"),
         pair(vec![b'a'; 10 << 20], "caption `a.txt` is larger than 64 KiB"),
         Case {
             files: vec![("a.png", b"x".to_vec())],
@@ -850,17 +857,40 @@ fn datasets() -> Vec<Case> {
         listed(br#"{"file_name": "a.png", "text": "a", "text": "b"}"#, "1: duplicate key \"text\" at column *"),
         listed(br#"{"file_name": "../a.png", "text": "a"}"#, "1: file_name `../a.png` leads out of the dataset folder"),
         listed(br#"{"file_name": "/etc/passwd", "text": "a"}"#, "1: file_name `/etc/passwd` leads out of the dataset folder"),
-        listed(b"{\"file_name\": \"a.png\", \"text\": \"\xff\"}", "1: is not UTF-8"),
+        listed(b"{\"file_name\": \"a.png\", \"text\": \"\xff\"}", "1: is not UTF-8; it looks like Windows-1252 or Latin-1: save it as UTF-8"),
         listed(b"\n[\"a.png\", \"a\"]", "2: is not a JSON object"),
         listed(format!(r#"{{"file_name": "a.png", "text": "a", "more": {}"#, nested(1 << 16)).as_bytes(), "1: \"more\": recursion limit exceeded at column *"),
         listed(format!(r#"{{"file_name": "a.png", "text": "{}"}}"#, "a".repeat(10 << 20)).as_bytes(), "1: is larger than 1 MiB"),
         listed(format!(r#"{{"file_name": "a.png", "text": "{}"}}"#, "a".repeat(100 << 10)).as_bytes(), "1: text is larger than 64 KiB"),
         listed(br#"{"file_name": "b.png", "text": "a"}"#, "1: image `b.png` does not exist"),
         listed(b"{\"file_name\": \"a.png\", \"text\": \"a\"}\n{\"file_name\": \"./a.png\", \"text\": \"b\"}", "2: file_name `./a.png` was already listed on line 1"),
+        // A link may lead anywhere, but what is there must be a picture, and a circle comes to an end.
         Case {
-            prepare: |folder| link("/etc/hostname", folder.join("b.png")),
-            ..listed(br#"{"file_name": "b.png", "text": "a"}"#, "1: file_name `b.png` leads out of the dataset folder")
+            prepare: |folder| {
+                fs::remove_file(folder.join("a.png")).unwrap();
+                link("/etc/passwd", folder.join("a.png"));
+            },
+            ..case(
+                vec![("a.png", vec![]), ("metadata.jsonl", br#"{"file_name": "a.png", "text": "a"}"#.to_vec())],
+                scan,
+                "image `a.png` is not a PNG, JPEG or WebP file, nor BMP or TIFF",
+            )
         },
+        Case {
+            prepare: |folder| {
+                link(".", folder.join("b"));
+                link("..", folder.join("c/d"));
+            },
+            ..case(
+                vec![("a.png", b"x".to_vec()), ("a.txt", vec![]), ("c/a.md", vec![])],
+                scan,
+                "image `a.png` is not a PNG, JPEG or WebP file, nor BMP or TIFF",
+            )
+        },
+        table(b"file_name,text\n../a.png,a", "2: file_name `../a.png` leads out of the dataset folder"),
+        table(b"file_name,text\n\"a.png,a", "2: has 1 columns, not 2: *"),
+        table(b"", "1: has no column `file_name`, only: "),
+        table(format!("file_name,text\na.png,{}", "a".repeat(10 << 20)).as_bytes(), "2: text is larger than 64 KiB"),
     ]
 }
 
@@ -933,8 +963,43 @@ fn png(width: u32, height: u32, chunks: &[u8], pixels: &[u8]) -> Vec<u8> {
     .concat()
 }
 
+/// A TIFF of one strip that is not there.
+fn tiff(width: u32, height: u32) -> Vec<u8> {
+    let entries: [(u16, u32); 9] = [
+        (256, width),
+        (257, height),
+        (258, 8), // bits
+        (259, 1), // not compressed
+        (262, 1), // grey
+        (273, 8), // where the strip is
+        (277, 1), // channels
+        (278, height),
+        (279, u32::MAX), // how long it is
+    ];
+    let mut bytes = b"II*\0\x08\0\0\0".to_vec();
+    bytes.extend((entries.len() as u16).to_le_bytes());
+    for (tag, value) in entries {
+        bytes.extend(tag.to_le_bytes());
+        bytes.extend(4u16.to_le_bytes()); // u32
+        bytes.extend(1u32.to_le_bytes());
+        bytes.extend(value.to_le_bytes());
+    }
+    bytes.extend([0; 4]);
+    bytes
+}
+
+/// A BMP without pixels.
+fn bmp(width: i32, height: i32) -> Vec<u8> {
+    let mut bytes = b"BM\xff\xff\xff\xff\0\0\0\0\x36\0\0\0\x28\0\0\0".to_vec();
+    bytes.extend(width.to_le_bytes());
+    bytes.extend(height.to_le_bytes());
+    bytes.extend([1, 0, 24, 0]); // planes, bits
+    bytes.extend([0; 24]);
+    bytes
+}
+
 fn images() -> Vec<Case> {
-    use image::ImageFormat::{Jpeg, Png, WebP};
+    use image::ImageFormat::{Bmp, Jpeg, Png, Tiff, WebP};
     let with = |bytes: Vec<u8>, says: &str| case(vec![("x.png", bytes)], load_image, says);
     let large = |size: &str| {
         format!(
@@ -963,15 +1028,21 @@ fn images() -> Vec<Case> {
         with(vec![], "image `x.png` is empty (0 bytes)"),
         with(
             b"GIF89a\x01\0\x01\0\0\0\0;".to_vec(),
-            "image `x.png` is not a PNG, JPEG or WebP file",
+            "image `x.png` is not a PNG, JPEG or WebP file, nor BMP or TIFF: it is GIF; convert it to png or jpg",
         ),
         with(
             b"<svg xmlns='http://www.w3.org/2000/svg'/>".to_vec(),
-            "image `x.png` is not a PNG, JPEG or WebP file",
+            "image `x.png` is not a PNG, JPEG or WebP file, nor BMP or TIFF: it is SVG; convert it to png or jpg",
         ),
         with(half(Png), "image `x.png` is cut short"),
         with(half(Jpeg), "image `x.png` is cut short"),
         with(half(WebP), "image `x.png` is cut short"),
+        with(half(Bmp), "image `x.png` is cut short"),
+        with(half(Tiff), "*image `x.png`*"),
+        with(tiff(60000, 60000), &large("60000x60000")),
+        with(tiff(16384, 16384), &large("16384x16384")),
+        with(bmp(60000, 60000), &large("60000x60000")),
+        with(tiff(0, 1), "*image `x.png`*"),
         with(
             png(60000, 60000, &[], &zlib_bomb(1 << 20)),
             &large("60000x60000"),

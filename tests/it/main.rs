@@ -4,6 +4,7 @@
 
 mod adapters;
 mod bad_input;
+mod datasets;
 mod formats;
 mod golden;
 mod hostile;

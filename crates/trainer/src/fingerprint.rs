@@ -64,11 +64,6 @@ impl Fingerprint {
     }
 }
 
-/// Lower-case hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// The features GEMM and elementwise kernels are dispatched on.
 fn cpu_features() -> String {
     #[cfg(target_arch = "x86_64")]

@@ -20,10 +20,11 @@ use tracing::{info, warn};
 use crate::adapters;
 use crate::config::RunConfig;
 use crate::data::batch::{Data, Order};
-use crate::data::cache::{Cache, FileDigests};
+use crate::data::cache::Cache;
+use crate::data::degradation::{cropped_and_enlarged, cut_texts};
 use crate::data::digest::sample_digests;
-use crate::data::image::ImageLimits;
-use crate::data::scan::{self, Sample};
+use crate::data::file_digests::FileDigests;
+use crate::data::scan::{Sample, Scan, scan};
 use crate::device::{self, NamedDevice};
 use crate::fingerprint::Fingerprint;
 use crate::previews::{Previews, prompts_of};
@@ -113,8 +114,8 @@ fn train_family<F: Family>(
         .map(Opened::read)
         .transpose()?;
 
-    let samples = scan::scan(&config.dataset)?;
-    let digests = sample_digests(&samples, &ImageLimits::default())?;
+    let Scan { samples, warnings } = scan(&config.dataset)?;
+    let digests = sample_digests(&samples);
     let cache_folder = run.cache_path();
     let mut known = FileDigests::load(&cache_folder);
     let base_model = known.of_all(&[family.folder().transformer_path().into()])?;
@@ -136,6 +137,9 @@ fn train_family<F: Family>(
         None => Begin::New(check_new(config, &family, &run, &samples, &outline)?),
     };
     drop(outline);
+    if matches!(begin, Begin::New(_)) || options.accepted.data {
+        say_what_is_lost(warnings, &samples, config, &family)?;
+    }
 
     // From here on the folder is written to: what is refused above leaves it as it was.
     lock.begin(&RealFs)?;
@@ -218,6 +222,25 @@ fn train_family<F: Family>(
     report.finish();
     let lora = saver.export(&training)?;
     Ok(Outcome::Finished { lora })
+}
+
+/// Whatever of the data is not used, or not as it is: said once, when it is first trained on.
+fn say_what_is_lost<F: Family>(
+    warnings: Vec<String>,
+    samples: &[Sample],
+    config: &RunConfig,
+    family: &F,
+) -> anyhow::Result<()> {
+    let prompts = prompts_of(config, family);
+    let texts = cut_texts(samples, &prompts, &config.dataset, family)?;
+    let pictures = cropped_and_enlarged(samples, &config.dataset);
+    for line in warnings.into_iter().chain(pictures).chain(texts.cut) {
+        warn!("{line}");
+    }
+    if let Some(line) = texts.pooled {
+        info!("{line}");
+    }
+    Ok(())
 }
 
 /// What a run goes on from.

@@ -2,6 +2,6 @@
 
 pub mod digest;
 pub mod host;
-pub(crate) mod replace;
+pub mod replace;
 pub mod safetensors;
 pub mod strict_json;

@@ -140,7 +140,7 @@ pub struct DatasetSection {
     pub bucket_step: u32,
     /// Mirror images left to right, each time with probability 1/2. Default false.
     pub random_flip: bool,
-    /// A caption is the file with the image's name and this extension, without the dot. Default "txt".
+    /// A caption beside its image is the file with the image's name and this extension, without the dot. Default "txt".
     pub caption_extension: String,
     /// Probability in [0, 1] of training on the empty caption instead of the image's own. Default 0.
     pub caption_dropout: f64,

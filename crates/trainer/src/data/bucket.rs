@@ -43,6 +43,12 @@ impl Bucket {
         across.max(down)
     }
 
+    /// The share of an image of this size that is cropped away, from 0 to 1.
+    pub fn cropped(self, width_px: u32, height_px: u32) -> f64 {
+        let (high, low) = self.aspect_mismatch(width_px, height_px);
+        1.0 - low as f64 / high as f64
+    }
+
     /// Above 1 by the share of the image that is cropped away, as an exact fraction `(numerator, denominator)`.
     fn aspect_mismatch(self, width_px: u32, height_px: u32) -> (u64, u64) {
         let a = u64::from(self.width_px) * u64::from(height_px);
@@ -284,6 +290,13 @@ mod tests {
     fn enlargement_is_the_covering_scale() {
         assert_eq!(bucket(512, 512).enlargement(256, 512), 2.0);
         assert_eq!(bucket(512, 512).enlargement(2048, 1024), 0.5);
+    }
+
+    #[test]
+    fn what_is_cropped_is_what_the_aspects_differ_by() {
+        assert_eq!(bucket(512, 512).cropped(300, 300), 0.0);
+        assert_eq!(bucket(512, 512).cropped(600, 300), 0.5);
+        assert_eq!(bucket(512, 256).cropped(256, 512), 0.75);
     }
 
     #[test]

@@ -1,31 +1,35 @@
 //! Encode once: every image and caption goes through the encoders before training, and never again.
 //!
 //! An entry's name is a digest of all that decides its content: the image's or caption's bytes, the settings, the encoders'
-//! files, the backend. So an entry is never stale, and never paired with another sample's caption. An entry also holds a
-//! digest of its own tensors: one that was damaged is encoded again.
+//! files, the backend, [`ENCODING`]. So an entry is never stale, and never paired with another sample's caption. An entry also
+//! holds a digest of its own tensors: one that was damaged is encoded again.
+//!
+//! An image is decoded only where an entry is missing, once for both its latents and the mirrored ones, and one at a time.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
 
-use anyhow::{Context, bail};
-use burn::tensor::{Tensor, TensorData};
+use anyhow::{Context, bail, ensure};
+use burn::tensor::{Device, Tensor, TensorData};
 use flux_model::family::{Family, TextEncoders};
-use image::imageops;
+use image::{RgbImage, imageops};
+use lora_core::files::digest::{Sha256Hex, sha256_hex};
 use lora_core::files::host::HostTensor;
+use lora_core::files::replace::replace_file;
 use lora_core::files::safetensors::{TensorFile, serialize};
-use lora_core::files::strict_json::{parse_json, read_file};
-use sha2::{Digest, Sha256};
 
 use crate::config::DatasetSection;
 use crate::data::bucket::{Bucket, buckets, nearest_bucket, resize_and_crop, to_chw_f32};
+use crate::data::file_digests::FileDigests;
 use crate::data::image::{ImageLimits, decode_image, read_image};
 use crate::data::scan::Sample;
 use crate::device::NamedDevice;
-use crate::fingerprint::hex;
 use crate::progress;
+
+/// Version of the code between a file and an entry: decoding, colours, cropping, resizing, tokens, encoders, what is stored.
+/// Raise it with any change after which the same file gives other numbers, so that an upgrade never mixes old entries with new.
+const ENCODING: &str = "2";
 
 /// The encoded dataset.
 #[derive(Debug)]
@@ -69,28 +73,13 @@ impl Cache {
         let mut digests = FileDigests::load(folder);
         let encoders = digests.of_all(&family.encoder_paths())?;
         digests.save()?;
-        let limits = ImageLimits::default();
         let all_buckets = buckets(config.resolution, config.bucket_step);
 
         let mut cached = Vec::with_capacity(samples.len());
-        let mut wanted_images = Vec::new();
+        let mut missing = Vec::new();
         for sample in samples {
-            let bytes = read_image(&sample.image, &limits)?;
-            let image = decode_image(&sample.image, &bytes, &limits)?;
-            let bucket = nearest_bucket(&all_buckets, image.width(), image.height());
-            let key = |flip: bool| {
-                let size = format!("{}x{}", bucket.width_px, bucket.height_px);
-                entry_key(
-                    "latents",
-                    &[
-                        &bytes,
-                        size.as_bytes(),
-                        &[u8::from(flip)],
-                        encoders.as_bytes(),
-                        backend.as_bytes(),
-                    ],
-                )
-            };
+            let bucket = nearest_bucket(&all_buckets, sample.width_px, sample.height_px);
+            let key = |mirrored| latents_key(sample, bucket, mirrored, &encoders, backend);
             let entry = CachedSample {
                 bucket,
                 latents: key(false),
@@ -102,33 +91,27 @@ impl Cache {
                     backend,
                 ),
             };
-            for (key, flip) in [
-                (Some(&entry.latents), false),
-                (entry.flipped.as_ref(), true),
-            ]
-            .into_iter()
-            .filter_map(|(k, f)| Some((k?, f)))
-            {
-                if read_entry(folder, key, F::LATENTS).is_none() {
-                    wanted_images.push((key.clone(), sample, bucket, flip));
-                }
+            let is_missing = |key: &&String| read_entry(folder, key, F::LATENTS).is_none();
+            let plain = Some(&entry.latents).filter(is_missing).cloned();
+            let mirrored = entry.flipped.as_ref().filter(is_missing).cloned();
+            if plain.is_some() || mirrored.is_some() {
+                missing.push((sample, bucket, plain, mirrored));
             }
             cached.push(entry);
         }
-        if !wanted_images.is_empty() {
+        if !missing.is_empty() {
             let autoencoder = family.autoencoder(device).context("load the autoencoder")?;
-            let bar = progress::bar("encode images", wanted_images.len() as u64);
-            for (key, sample, bucket, flip) in wanted_images {
-                let image =
-                    decode_image(&sample.image, &read_image(&sample.image, &limits)?, &limits)?;
-                let mut image = resize_and_crop(&image, bucket);
-                if flip {
-                    imageops::flip_horizontal_in_place(&mut image);
+            let encode = |image: &RgbImage| F::encode_image(&autoencoder, tensor(image, device));
+            let bar = progress::bar("encode images", missing.len() as u64);
+            for (sample, bucket, plain, mirrored) in missing {
+                let mut image = resize_and_crop(&load_unchanged(sample)?, bucket);
+                if let Some(key) = plain {
+                    write_entry(folder, &key, F::LATENTS, encode(&image))?;
                 }
-                let shape = [1, 3, bucket.height_px as usize, bucket.width_px as usize];
-                let pixels = TensorData::new(to_chw_f32(&image), shape);
-                let latents = F::encode_image(&autoencoder, Tensor::from_data(pixels, device));
-                write_entry(folder, &key, F::LATENTS, latents)?;
+                if let Some(key) = mirrored {
+                    imageops::flip_horizontal_in_place(&mut image);
+                    write_entry(folder, &key, F::LATENTS, encode(&image))?;
+                }
                 bar.inc(1);
             }
             bar.finish_and_clear();
@@ -240,27 +223,52 @@ impl Cache {
     }
 }
 
-fn text_key(text: &str, max_sequence_length: usize, encoders: &str, backend: &str) -> String {
-    let length = max_sequence_length.to_string();
+/// The pixels of an image that is still what it was when the dataset was read: its entry is named by what it was then.
+fn load_unchanged(sample: &Sample) -> anyhow::Result<RgbImage> {
+    let limits = ImageLimits::default();
+    let bytes = read_image(&sample.image, &limits)?;
+    ensure!(
+        sha256_hex(&bytes) == sample.image_sha256,
+        "image `{}` was changed while the run started: start it again",
+        sample.image.display()
+    );
+    Ok(decode_image(&sample.image, &bytes, &limits)?)
+}
+
+/// `[1, 3, height, width]`.
+fn tensor(image: &RgbImage, device: &Device) -> Tensor<4> {
+    let shape = [1, 3, image.height() as usize, image.width() as usize];
+    Tensor::from_data(TensorData::new(to_chw_f32(image), shape), device)
+}
+
+fn latents_key(
+    sample: &Sample,
+    bucket: Bucket,
+    mirrored: bool,
+    encoders: &str,
+    backend: &str,
+) -> String {
+    let size = bucket.to_string();
+    let mirrored = if mirrored { "mirrored" } else { "" };
     entry_key(
-        "text",
-        &[
-            text.as_bytes(),
-            length.as_bytes(),
-            encoders.as_bytes(),
-            backend.as_bytes(),
-        ],
+        "latents",
+        &[&sample.image_sha256, &size, mirrored, encoders, backend],
     )
 }
 
+fn text_key(text: &str, max_sequence_length: usize, encoders: &str, backend: &str) -> String {
+    let length = max_sequence_length.to_string();
+    entry_key("text", &[text, &length, encoders, backend])
+}
+
 /// `<kind>-<digest of all parts>`; the lengths keep the parts apart.
-fn entry_key(kind: &str, parts: &[&[u8]]) -> String {
-    let mut digest = Sha256::new();
-    for part in parts {
+fn entry_key(kind: &str, parts: &[&str]) -> String {
+    let mut digest = Sha256Hex::default();
+    for part in [&[ENCODING], parts].concat() {
         digest.update((part.len() as u64).to_le_bytes());
         digest.update(part);
     }
-    format!("{kind}-{}", &hex(&digest.finalize())[..40])
+    format!("{kind}-{}", &digest.finish()[..40])
 }
 
 fn entry_path(folder: &Path, key: &str) -> PathBuf {
@@ -270,33 +278,23 @@ fn entry_path(folder: &Path, key: &str) -> PathBuf {
 const CONTENT_DIGEST: &str = "content_sha256";
 
 fn content_digest<'a>(tensors: impl Iterator<Item = &'a HostTensor>) -> String {
-    let mut digest = Sha256::new();
+    let mut digest = Sha256Hex::default();
     for tensor in tensors {
         digest.update(format!("{:?}", tensor.shape));
         digest.update(&tensor.bytes);
     }
-    hex(&digest.finalize())
+    digest.finish()
 }
-
-/// Start of the names under which files are written before they get their own.
-const UNFINISHED: &str = ".unfinished-";
 
 /// Removes what a killed process left half-written; only one process at a time writes here, by the run's lock.
 fn remove_unfinished(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().starts_with(UNFINISHED)
+        if entry.file_name().to_string_lossy().contains(".tmp-")
             && let Err(error) = fs::remove_file(entry.path())
         {
             tracing::warn!(%error, path = %entry.path().display(), "cannot be removed");
         }
     }
-}
-
-/// A file to be written in `folder` and then renamed.
-fn unfinished(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
-    tempfile::Builder::new()
-        .prefix(UNFINISHED)
-        .tempfile_in(folder)
 }
 
 /// An entry that is there and whole.
@@ -331,115 +329,6 @@ fn write_entry(
         .zip(tensors)
         .collect();
     let path = entry_path(folder, key);
-    let write = || -> std::io::Result<()> {
-        let mut file = unfinished(folder)?;
-        file.write_all(&serialize(&tensors, &metadata))?;
-        file.persist(&path)?;
-        Ok(())
-    };
-    write().with_context(|| format!("write cache entry {}", path.display()))
-}
-
-/// Largest file of remembered digests read, in bytes: some hundred thousand of them.
-const MAX_DIGESTS: u64 = 64 << 20;
-
-/// SHA-256 of large files, remembered by path, size and time of change so that a start does not read them all again.
-#[derive(Debug)]
-pub struct FileDigests {
-    path: PathBuf,
-    known: BTreeMap<String, String>,
-}
-
-impl FileDigests {
-    /// The digests remembered in `folder`; none if there are none or they cannot be read.
-    pub fn load(folder: &Path) -> Self {
-        let path = folder.join("digests.json");
-        let known = read_file(&path, MAX_DIGESTS)
-            .ok()
-            .and_then(|bytes| parse_json(&bytes).ok())
-            .unwrap_or_default();
-        Self { path, known }
-    }
-
-    /// One digest for all files in or at `paths`: their names and contents.
-    ///
-    /// # Errors
-    /// A path that cannot be read.
-    pub fn of_all(&mut self, paths: &[PathBuf]) -> anyhow::Result<String> {
-        let mut all = Sha256::new();
-        for path in paths {
-            let mut files = Vec::new();
-            list_files(path, &mut files).with_context(|| format!("read {}", path.display()))?;
-            files.sort();
-            for file in files {
-                let name = file
-                    .file_name()
-                    .map(|name| name.to_string_lossy().into_owned())
-                    .unwrap_or_default();
-                all.update(name.as_bytes());
-                all.update(
-                    self.of(&file)
-                        .with_context(|| format!("read {}", file.display()))?,
-                );
-            }
-        }
-        Ok(hex(&all.finalize()))
-    }
-
-    fn of(&mut self, file: &Path) -> std::io::Result<String> {
-        let metadata = fs::metadata(file)?;
-        let changed = metadata
-            .modified()?
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        let identity = format!(
-            "{} {} {}",
-            fs::canonicalize(file)?.display(),
-            metadata.len(),
-            changed.as_nanos()
-        );
-        if let Some(known) = self.known.get(&identity) {
-            return Ok(known.clone());
-        }
-        let mut digest = Sha256::new();
-        let mut reader = fs::File::open(file)?;
-        let mut buffer = vec![0; 1 << 20];
-        loop {
-            let n = reader.read(&mut buffer)?;
-            if n == 0 {
-                break;
-            }
-            digest.update(&buffer[..n]);
-        }
-        let digest = hex(&digest.finalize());
-        self.known.insert(identity, digest.clone());
-        Ok(digest)
-    }
-
-    /// Remembers the digests for the next start.
-    ///
-    /// # Errors
-    /// A full disk.
-    pub fn save(&self) -> anyhow::Result<()> {
-        let folder = self.path.parent().unwrap_or(Path::new("."));
-        let write = || -> std::io::Result<()> {
-            let mut file = unfinished(folder)?;
-            file.write_all(&serde_json::to_vec_pretty(&self.known)?)?;
-            file.persist(&self.path)?;
-            Ok(())
-        };
-        write().with_context(|| format!("write {}", self.path.display()))
-    }
-}
-
-fn list_files(path: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
-    if path.is_dir() {
-        for entry in fs::read_dir(path)? {
-            list_files(&entry?.path(), files)?;
-        }
-    } else {
-        fs::metadata(path)?;
-        files.push(path.into());
-    }
-    Ok(())
+    replace_file(&path, |out| out.write_all(&serialize(&tensors, &metadata)))
+        .with_context(|| format!("write cache entry {}", path.display()))
 }

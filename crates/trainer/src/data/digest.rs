@@ -6,8 +6,6 @@ use std::path::Path;
 use lora_core::files::digest::sha256_hex;
 use serde::{Deserialize, Serialize};
 
-use crate::data::error::DatasetError;
-use crate::data::image::{ImageLimits, read_image};
 use crate::data::scan::Sample;
 use crate::nearest::shown;
 
@@ -23,17 +21,12 @@ pub struct SampleDigest {
     pub caption_sha256: String,
 }
 
-/// Digests of all samples, in their order; reads every image file once.
-pub fn sample_digests(
-    samples: &[Sample],
-    limits: &ImageLimits,
-) -> Result<Vec<SampleDigest>, DatasetError> {
-    let digest = |sample: &Sample| {
-        Ok(SampleDigest {
-            name: sample.name.clone(),
-            image_sha256: sha256_hex(&read_image(&sample.image, limits)?),
-            caption_sha256: sha256_hex(sample.caption.as_bytes()),
-        })
+/// Digests of all samples, in their order.
+pub fn sample_digests(samples: &[Sample]) -> Vec<SampleDigest> {
+    let digest = |sample: &Sample| SampleDigest {
+        name: sample.name.clone(),
+        image_sha256: sample.image_sha256.clone(),
+        caption_sha256: sha256_hex(sample.caption.as_bytes()),
     };
     samples.iter().map(digest).collect()
 }
@@ -99,8 +92,8 @@ mod tests {
             ("old.txt", b"old"),
         ]);
         let digests = || {
-            let samples = scan(&section(&folder)).expect("a good dataset");
-            sample_digests(&samples, &ImageLimits::default()).expect("readable images")
+            let scan = scan(&section(&folder)).expect("a good dataset");
+            sample_digests(&scan.samples)
         };
         let write = |name: &str, bytes: &[u8]| {
             fs::write(folder.path().join(name), bytes).expect("write file");

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use image::ImageError;
 
-use crate::data::scan::METADATA_FILE;
+use crate::data::metadata::{METADATA_CSV, METADATA_FILE};
 use crate::nearest::{one_line, shown};
 
 /// Why a dataset was refused.
@@ -34,12 +34,14 @@ pub enum DatasetError {
     },
     /// There is nothing to train on.
     #[error(
-        "no images (png, jpg, jpeg or webp) in `{}`; subfolders are searched only with a {METADATA_FILE}",
+        "no images (png, jpg, webp, bmp or tiff) in `{}` and its subfolders{instead}",
         shown(path)
     )]
     Empty {
         /// `dataset.path`.
         path: PathBuf,
+        /// What is there, or nothing.
+        instead: String,
     },
     /// A file name that cannot be kept as text.
     #[error("the name of `{}` is not UTF-8", shown(path))]
@@ -49,12 +51,14 @@ pub enum DatasetError {
     },
     /// An image in a format that is not read here.
     #[error(
-        "image `{}` is in an unsupported format: convert it to png, jpg or webp",
+        "image `{}` is in an unsupported format{more}: convert to png, jpg or webp, or move away what is not to be trained on",
         shown(path)
     )]
     UnsupportedImage {
-        /// The image.
+        /// The first such image.
         path: PathBuf,
+        /// How many more there are, or nothing.
+        more: String,
     },
     /// Two images that one caption file would belong to.
     #[error(
@@ -71,36 +75,75 @@ pub enum DatasetError {
     },
     /// An image without a caption.
     #[error(
-        "image `{}` has no caption: expected `{caption}` beside it",
+        "image `{}` has no caption: expected `{caption}` beside it{near}{more}",
         shown(image)
     )]
     CaptionMissing {
-        /// The image.
+        /// The first such image.
         image: PathBuf,
         /// File name of the caption.
         caption: String,
+        /// A text file with nearly that name, or nothing.
+        near: String,
+        /// How many more there are, or nothing.
+        more: String,
     },
-    /// A caption without an image.
+    /// Captions with an extension that the configuration does not name.
     #[error(
-        "caption `{}` has no image: expected `{stem}.png`, .jpg, .jpeg or .webp beside it",
+        "image `{}` has no caption with the extension `{configured}`, but {count} with `{extension}`: set `dataset.caption_extension` to \"{extension}\"",
+        shown(image)
+    )]
+    OtherExtension {
+        /// The first such image.
+        image: PathBuf,
+        /// `dataset.caption_extension`.
+        configured: String,
+        /// Captions found with the other one.
+        count: usize,
+        /// The other one.
+        extension: String,
+    },
+    /// Captions without images, too many to be notes.
+    #[error(
+        "caption `{}` has no image: expected `{stem}.png`, .jpg, .webp, .bmp or .tiff beside it{more}",
         shown(caption)
     )]
     ImageMissing {
-        /// The caption.
+        /// The first such caption.
         caption: PathBuf,
         /// Its name without the extension.
         stem: String,
+        /// How many more there are, or nothing.
+        more: String,
     },
-    /// A caption that is not text.
-    #[error("caption `{}` is not UTF-8", shown(path))]
-    CaptionNotUtf8 {
+    /// Two captions of one image.
+    #[error(
+        "image `{}` has two captions, `{first}` and `{second}`: remove one",
+        shown(image)
+    )]
+    TwoCaptionFiles {
+        /// The image.
+        image: PathBuf,
+        /// File name of one.
+        first: String,
+        /// File name of the other.
+        second: String,
+    },
+    /// A caption that is not what it should be.
+    #[error("caption `{}` {problem}", shown(path))]
+    Caption {
         /// The caption.
         path: PathBuf,
+        /// The rest of the sentence.
+        problem: String,
     },
-    /// A caption longer than any caption is.
-    #[error("caption `{}` is larger than 64 KiB", shown(path))]
-    CaptionTooLarge {
-        /// The caption.
+    /// Two lists for the same images.
+    #[error(
+        "`{}` has both a {METADATA_FILE} and a {METADATA_CSV}: remove one",
+        shown(path)
+    )]
+    TwoLists {
+        /// The folder.
         path: PathBuf,
     },
     /// A line of the list that cannot be used.
@@ -114,21 +157,33 @@ pub enum DatasetError {
         problem: String,
     },
     /// An image that the list does not mention.
-    #[error("image `{}` is not listed in {METADATA_FILE}", shown(image))]
+    #[error("image `{}` is not listed in {list}{more}", shown(image))]
     Unlisted {
-        /// The image.
+        /// The first such image.
         image: PathBuf,
+        /// File name of the list.
+        list: String,
+        /// How many more there are, or nothing.
+        more: String,
     },
     /// An image with a caption in both forms.
     #[error(
-        "image `{}` has a caption in {METADATA_FILE} and in `{caption}`: remove one",
+        "image `{}` has a caption in {list} and in `{caption}`: remove one",
         shown(image)
     )]
     TwoCaptions {
         /// The image.
         image: PathBuf,
+        /// File name of the list.
+        list: String,
         /// File name of the other caption.
         caption: String,
+    },
+    /// An image in the list of its folder and in one above.
+    #[error("image `{}` is in two lists: remove it from one", shown(image))]
+    ListedTwice {
+        /// The image.
+        image: PathBuf,
     },
     /// An image that cannot be what it should be.
     #[error("image `{}` {problem}", shown(path))]

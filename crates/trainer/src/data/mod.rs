@@ -3,9 +3,14 @@
 pub mod batch;
 pub mod bucket;
 pub mod cache;
+mod colour;
+pub mod degradation;
 pub mod digest;
 pub mod error;
+pub mod file_digests;
 pub mod image;
+pub mod metadata;
+mod outputs;
 pub mod scan;
 mod text;
 

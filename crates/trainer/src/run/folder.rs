@@ -47,11 +47,11 @@ use crate::run::vfs::{
 
 /// The file that names the last acknowledged checkpoint.
 pub(crate) const LATEST: &str = "LATEST";
-const LOCK: &str = "run.lock";
-const METRICS: &str = "metrics.jsonl";
-const CONFIG: &str = "config.toml";
-const CACHE: &str = "cache";
-const SAMPLES: &str = "samples";
+pub(crate) const LOCK: &str = "run.lock";
+pub(crate) const METRICS: &str = "metrics.jsonl";
+pub(crate) const CONFIG: &str = "config.toml";
+pub(crate) const CACHE: &str = "cache";
+pub(crate) const SAMPLES: &str = "samples";
 const LORA: &str = "lora.safetensors";
 const PEFT: &str = "lora-peft";
 
