@@ -5,6 +5,7 @@
 mod adapters;
 mod bad_input;
 mod datasets;
+mod flux2;
 mod formats;
 mod golden;
 mod hostile;

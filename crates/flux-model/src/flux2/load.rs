@@ -437,4 +437,58 @@ mod tests {
             }
         }
     }
+    fn case(path: &str) -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../../tests/fixtures")
+            .join(path)
+    }
+
+    #[test]
+    fn an_autoencoder_is_told_from_its_tensors_in_both_layouts() {
+        for (path, is_bfl) in [
+            ("flux2/flux2_bfl_autoencoder/ae.safetensors", true),
+            (
+                "flux2/flux2_vae/model/diffusion_pytorch_model.safetensors",
+                false,
+            ),
+        ] {
+            let checkpoint = Checkpoint::open(&case(path)).expect("the fixture");
+            let hint = Flux2AutoencoderConfig {
+                norm_num_groups: 4,
+                ..Flux2AutoencoderConfig::default()
+            };
+            let (layout, config) = autoencoder(&checkpoint, Some(&hint)).expect("an autoencoder");
+            assert_eq!(layout == Layout::BflFlux2Autoencoder { levels: 4 }, is_bfl);
+            let expected = Flux2AutoencoderConfig {
+                block_out_channels: vec![8, 12, 16, 16],
+                layers_per_block: 1,
+                latent_channels: 8,
+                ..hint
+            };
+            assert_eq!(config, expected);
+        }
+    }
+
+    #[test]
+    fn a_file_of_another_model_is_named() {
+        let error = |path: &str| {
+            let loaded = load_transformer(&case(path), None, &Device::flex());
+            loaded.expect_err("another model").to_string()
+        };
+        let flux1 = std::fs::read_dir(case("parity/bfl_transformer")).expect("the fixture");
+        let flux1 = flux1
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .find(|name| name.starts_with("flux1") && name.ends_with(".safetensors"));
+        let flux1 = format!("parity/bfl_transformer/{}", flux1.expect("a checkpoint"));
+        assert!(error(&flux1).contains("it is FLUX.1"), "{}", error(&flux1));
+        let vae = error("flux2/flux2_bfl_autoencoder/ae.safetensors");
+        assert!(vae.contains("no matrix `x_embedder.weight`"), "{vae}");
+        let vae = case("parity/vae_small/model/diffusion_pytorch_model.safetensors");
+        let error = load_autoencoder(&vae, None, &Device::flex()).expect_err("FLUX.1's");
+        assert!(error.to_string().contains("bn.running_mean"), "{error}");
+        // The rotary axes of the tiny network's heads are in no tensor.
+        let file = "flux2/flux2_bfl_transformer/flux2-tiny-klein.safetensors";
+        let error = load_transformer(&case(file), None, &Device::flex()).expect_err("no axes");
+        assert!(error.to_string().contains("rotary axes"), "{error}");
+    }
 }

@@ -77,6 +77,9 @@ pub(super) fn foreign<'a>(
 ///
 /// Widths that no tensor shows keep the values of FLUX.1-dev.
 pub(super) fn complete(given: &ModelShape, seen: &[Sighting<'_>]) -> ModelShape {
+    if given.flux2.is_some() {
+        return given.clone(); // no LoRA for FLUX.2 names another network
+    }
     let keys = || seen.iter().map(|sighting| sighting.key);
     let blocks = |container: &str| {
         let indices = keys().filter_map(|key| block_index(&key.module, container));

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 
 use crate::flux1::keys::bfl_transformer_module;
+use crate::flux2;
 
 use super::Component;
 use super::key::ParsedKey;
@@ -53,10 +54,7 @@ pub(super) struct Names {
 impl Names {
     pub(super) fn new(shape: &ModelShape) -> Self {
         let mut names = Self::default();
-        let hidden = shape
-            .transformer
-            .as_ref()
-            .map_or(0, |config| config.hidden_size());
+        let hidden = shape.hidden_size();
         for component in Component::ALL {
             for (path, module) in shape.modules(component) {
                 let spelling = match component {
@@ -135,7 +133,11 @@ fn bfl_targets(shape: &ModelShape, hidden: usize) -> Vec<Target> {
     let mut whole: Vec<Target> = Vec::new();
     let mut by_name: HashMap<String, usize> = HashMap::new();
     for (path, module) in shape.modules(Component::Transformer) {
-        let Some(bfl) = bfl_transformer_module(&path, hidden) else {
+        let bfl = match shape.flux2 {
+            Some(_) => flux2::keys::bfl_transformer_module(&path, hidden),
+            None => bfl_transformer_module(&path, hidden),
+        };
+        let Some(bfl) = bfl else {
             continue;
         };
         let rows = match bfl.rows {
@@ -173,6 +175,7 @@ fn bfl_targets(shape: &ModelShape, hidden: usize) -> Vec<Target> {
         .flat_map(|target| numbered_parts(target, hidden));
     let xlabs = whole
         .iter()
+        .filter(|_| shape.flux2.is_none())
         .flat_map(|target| xlabs_targets(target, hidden));
     let derived: Vec<_> = parts.chain(xlabs).collect();
     whole.extend(derived);
@@ -454,5 +457,41 @@ mod tests {
             let expected = vec!["transformer_blocks.0.attn.norm_q".to_string()];
             assert_eq!(resolved(key), (expected, Param::Set), "{key}");
         }
+    }
+
+    #[test]
+    fn flux2_is_named_by_diffusers_and_by_bfl() {
+        let names = Names::new(&ModelShape {
+            flux2: Some(crate::flux2::config::Flux2Config::klein_4b()),
+            ..ModelShape::default()
+        });
+        let places = |key: &str| {
+            let parsed = parse(key).unwrap_or_else(|| panic!("{key}: no parameter"));
+            let target = names.resolve(&parsed);
+            let target = target.unwrap_or_else(|| panic!("{key}: no module"));
+            let paths = target.places.iter().map(|place| place.path.clone());
+            paths.collect::<Vec<_>>()
+        };
+        let fused = ["single_transformer_blocks.3.attn.to_qkv_mlp_proj"];
+        for key in [
+            "transformer.single_transformer_blocks.3.attn.to_qkv_mlp_proj.lora_A.weight",
+            "diffusion_model.single_blocks.3.linear1.lora_A.weight",
+            "base_model.model.single_blocks.3.linear1.lora_B.weight",
+            "lora_unet_single_blocks_3_linear1.lora_down.weight",
+        ] {
+            assert_eq!(places(key), fused, "{key}");
+        }
+        let block = "transformer_blocks.4.attn";
+        let parts = ["to_q", "to_k", "to_v"].map(|part| format!("{block}.{part}"));
+        assert_eq!(
+            places("diffusion_model.double_blocks.4.img_attn.qkv.lora_A.weight"),
+            parts
+        );
+        assert_eq!(
+            places("diffusion_model.double_stream_modulation_txt.lin.lora_A.weight"),
+            ["double_stream_modulation_txt.linear"]
+        );
+        let flux1 = parse("diffusion_model.single_blocks.3.modulation.lin.lora_A.weight");
+        assert_eq!(names.resolve(&flux1.expect("a parameter")), None);
     }
 }

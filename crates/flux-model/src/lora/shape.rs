@@ -48,6 +48,13 @@ impl ModuleShape {
 }
 
 impl ModelShape {
+    /// Width of the velocity network, 0 if there is none.
+    pub(super) fn hidden_size(&self) -> usize {
+        let flux2 = self.flux2.as_ref().map(Flux2Config::hidden_size);
+        let flux1 = self.transformer.as_ref().map(FluxConfig::hidden_size);
+        flux2.or(flux1).unwrap_or(0)
+    }
+
     /// Path and sizes of every module of a component that an update can name.
     pub fn modules(&self, component: Component) -> Vec<(String, ModuleShape)> {
         match component {

@@ -575,4 +575,52 @@ mod tests {
             assert!(problem.contains(word), "{problem}");
         }
     }
+    const MODEL: &str = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../tests/fixtures/flux2/flux2_qwen3/model"
+    );
+
+    #[test]
+    fn layers_past_the_last_one_asked_for_are_not_read() {
+        // The last layer's weights are cut off, but for their names and shapes.
+        let dir = tempfile::tempdir().expect("a folder");
+        for name in ["config.json", "model.safetensors"] {
+            let from = Path::new(MODEL).join(name);
+            let mut bytes = std::fs::read(from).expect("the fixture");
+            if name.ends_with(".safetensors") {
+                let end = bytes.len();
+                bytes[end / 2..].fill(0xff); // not a number
+            }
+            std::fs::write(dir.path().join(name), bytes).expect("a copy");
+        }
+        let encoder = Qwen3Encoder::open(dir.path(), &Device::flex()).expect("names are whole");
+        let (ids, mask) = (vec![vec![1, 2]], vec![vec![1, 1]]);
+        let states = encoder.hidden_states(&ids, &mask, &[0, 1]);
+        assert_eq!(
+            states.expect("the first layer is whole")[1].dims(),
+            [1, 2, 24]
+        );
+        let error = encoder
+            .hidden_states(&ids, &mask, &[5])
+            .expect_err("not finite");
+        assert!(error.to_string().contains("not finite"), "{error}");
+    }
+
+    #[test]
+    fn what_cannot_be_encoded_is_an_error() {
+        let encoder = Qwen3Encoder::open(Path::new(MODEL), &Device::flex()).expect("the fixture");
+        let error = |ids: &[Vec<i64>], mask: &[Vec<i64>], layer: usize| {
+            let states = encoder.hidden_states(ids, mask, &[layer]);
+            states
+                .err()
+                .map(|error| error.to_string())
+                .unwrap_or_default()
+        };
+        let (ids, mask) = (vec![vec![1, 2]], vec![vec![1, 1]]);
+        assert!(error(&ids, &mask, 6).contains("5 layers, 6 are asked for"));
+        assert!(error(&[vec![1, 549]], &mask, 1).contains("no id 549"));
+        assert!(error(&[vec![1, -1]], &mask, 1).contains("no id -1"));
+        assert!(error(&ids, &[vec![1]], 1).contains("rows of one length"));
+        assert!(error(&[], &[], 1).contains("rows of one length"));
+    }
 }

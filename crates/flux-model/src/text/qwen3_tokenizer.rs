@@ -119,3 +119,79 @@ fn pipeline(model: BPE) -> Result<Tokenizer, Cause> {
         .with_pre_tokenizer(Some(Sequence::new(vec![words.into(), bytes.into()])));
     Ok(text)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use safetensors::SafeTensors;
+    use serde_json::Value;
+
+    use super::*;
+
+    type TestResult = Result<(), Cause>;
+
+    const CASE: &str = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../tests/fixtures/flux2/flux2_tokenizer"
+    );
+
+    /// A folder with some of the reference's files.
+    fn folder(files: &[&str]) -> Result<tempfile::TempDir, Cause> {
+        let dir = tempfile::tempdir()?;
+        for file in files {
+            let from = Path::new(CASE).join("tokenizer").join(file);
+            fs::copy(from, dir.path().join(file))?;
+        }
+        Ok(dir)
+    }
+
+    #[test]
+    fn both_kinds_of_files_give_the_ids_of_the_reference() -> TestResult {
+        let case: Value = serde_json::from_slice(&fs::read(Path::new(CASE).join("case.json"))?)?;
+        let expected = fs::read(Path::new(CASE).join("expected.safetensors"))?;
+        let expected = SafeTensors::deserialize(&expected)?;
+        let prompts = case["prompts"].as_array().ok_or("prompts")?;
+        for files in [
+            ["tokenizer.json"].as_slice(),
+            &["vocab.json", "merges.txt", "tokenizer_config.json"],
+        ] {
+            let dir = folder(files)?;
+            let tokenizer = QwenTokenizer::load(dir.path())?;
+            for length in [64, 512] {
+                for what in ["ids", "mask"] {
+                    let tensor = expected.tensor(&format!("qwen_{what}_{length}"))?;
+                    let rows = tensor.data().chunks_exact(8 * length);
+                    for (prompt, row) in prompts.iter().zip(rows) {
+                        let prompt = prompt.as_str().ok_or("prompt")?;
+                        let tokens = tokenizer.encode(prompt, length)?;
+                        let found = if what == "ids" {
+                            tokens.ids
+                        } else {
+                            tokens.mask
+                        };
+                        let found: Vec<u8> = found.iter().flat_map(|id| id.to_le_bytes()).collect();
+                        assert!(found == row, "{files:?} {what} of {prompt:?}");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn no_room_and_a_vocabulary_without_the_chat_tokens_are_errors() -> TestResult {
+        let dir = folder(&["tokenizer.json"])?;
+        let tokenizer = QwenTokenizer::load(dir.path())?;
+        let error = tokenizer.encode("a cat", 0).err().ok_or("no error")?;
+        assert!(error.to_string().contains("max_length is 0"), "{error}");
+
+        let dir = folder(&["vocab.json", "merges.txt"])?; // added tokens stand in tokenizer_config.json
+        let error = QwenTokenizer::load(dir.path()).err().ok_or("no error")?;
+        assert!(
+            error.to_string().contains("no chat token `<|im_start|>`"),
+            "{error}"
+        );
+        Ok(())
+    }
+}
