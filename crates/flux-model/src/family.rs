@@ -3,13 +3,15 @@
 //! [`Network`] is the velocity network as a chain of blocks, [`Family`] an opened pipeline with the rules that hold between
 //! its parts. FLUX.1 is [`flux1`](crate::flux1); [`families`](crate::families) finds out of which family a folder is.
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Tensor, TensorData};
 use lora_core::files::host::HostTensor;
 use lora_core::training::recompute::Blocks;
+use serde_json::Value;
 
 use crate::error::WeightsError;
 use crate::lora::{Component, ModelShape};
@@ -29,6 +31,19 @@ pub trait Network: Module + Blocks<Error = WeightsError> {
 
     /// Its architecture, which LoRA files are read against.
     fn shape(&self) -> ModelShape;
+
+    /// Whether the guidance strength is an input of it.
+    fn reads_guidance(&self) -> bool;
+
+    /// Its input from tensors under the names that diffusers' `forward` gives its arguments.
+    ///
+    /// # Errors
+    /// What is missing or of another shape, in words.
+    fn named_input(
+        &self,
+        tensors: &BTreeMap<String, HostTensor>,
+        device: &Device,
+    ) -> Result<Self::Input, String>;
 
     /// The velocity, `[batch, img_tokens, out_channels]`.
     ///
@@ -91,6 +106,9 @@ pub trait Adapt {
     fn adapt<M: Module>(&self, component: Component, module: M) -> Result<M, Self::Error>;
 }
 
+/// A file of weights below a pipeline folder, and name and shape of every tensor in it.
+pub type ComponentFile = (&'static str, BTreeMap<String, Vec<usize>>);
+
 /// An opened pipeline of one family.
 ///
 /// *Model space* is where the network sees latents, `[batch, channels, height, width]`; a *grid* is the height and width
@@ -109,7 +127,7 @@ pub trait Family: Sized + Debug {
     const NAME: &'static str;
     /// Folders of the pipeline that decide what a prompt becomes.
     const TEXT_FOLDERS: &'static [&'static str];
-    /// Names of the tensors that a prompt becomes.
+    /// Names of the tensors that a prompt becomes, as diffusers' pipelines call them.
     const TEXT: &'static [&'static str];
     /// Names of the tensors that an image becomes.
     const LATENTS: &'static [&'static str];
@@ -125,6 +143,16 @@ pub trait Family: Sized + Debug {
     /// # Errors
     /// A configuration that is missing or describes no network.
     fn shape(folder: &PipelineFolder) -> Result<ModelShape, WeightsError>;
+
+    /// Files of weights that a complete pipeline has beside its configurations, and the tensors in each; nothing is allocated on
+    /// `device`.
+    ///
+    /// # Errors
+    /// As [`shape`](Self::shape).
+    fn weights(
+        folder: &PipelineFolder,
+        device: &Device,
+    ) -> Result<Vec<ComponentFile>, WeightsError>;
 
     /// Where its parts are.
     fn folder(&self) -> &PipelineFolder;
@@ -147,6 +175,23 @@ pub trait Family: Sized + Debug {
     /// # Errors
     /// As [`network`](Self::network), as far as headers show it.
     fn outline(&self, device: &Device) -> Result<Self::Network, WeightsError>;
+
+    /// The network of an architecture as `config.json` says it, with lazily initialised weights.
+    ///
+    /// # Errors
+    /// What describes no network of this family, in words.
+    fn new_network(config: Value, device: &Device) -> Result<Self::Network, String>;
+
+    /// Loads a velocity network from a component folder or a single file, whose tensors must be those of the architecture
+    /// that `config` states.
+    ///
+    /// # Errors
+    /// As [`network`](Self::network), or tensors of another architecture.
+    fn network_at(
+        path: &Path,
+        config: Option<&Value>,
+        device: &Device,
+    ) -> Result<Self::Network, WeightsError>;
 
     /// Why `network` cannot be run on latents alone, if so.
     fn problem(&self, network: &Self::Network) -> Option<String>;
@@ -227,4 +272,52 @@ pub trait Family: Sized + Debug {
 
     /// Exponent of the shift by image size that training's `flux` shift applies.
     fn training_mu(&self, image_tokens: usize) -> f64;
+}
+
+/// An argument of diffusers' `forward`, see [`Network::named_input`].
+pub(crate) fn argument<const D: usize>(
+    tensors: &BTreeMap<String, HostTensor>,
+    name: &str,
+    device: &Device,
+) -> Result<Tensor<D>, String> {
+    let tensor = named(tensors, name)?;
+    if tensor.shape.len() != D {
+        let shape = &tensor.shape;
+        return Err(format!(
+            "input `{name}` has shape {shape:?}, not {D} dimensions"
+        ));
+    }
+    let data = TensorData::new(tensor.to_f32(), tensor.shape.clone());
+    Ok(Tensor::from_data(data, device))
+}
+
+/// Numbers, one for each row of the batch.
+pub(crate) fn numbers(
+    tensors: &BTreeMap<String, HostTensor>,
+    name: &str,
+) -> Result<Vec<f32>, String> {
+    Ok(named(tensors, name)?.to_f32())
+}
+
+/// Positions, `[tokens, N]`.
+pub(crate) fn positions<const N: usize>(
+    tensors: &BTreeMap<String, HostTensor>,
+    name: &str,
+) -> Result<Vec<[f32; N]>, String> {
+    let tensor = named(tensors, name)?;
+    match tensor.shape.as_slice() {
+        &[_, axes] if axes == N => Ok(tensor.to_f32().as_chunks().0.to_vec()),
+        shape => Err(format!(
+            "input `{name}` has shape {shape:?}, not [tokens, {N}]"
+        )),
+    }
+}
+
+fn named<'a>(
+    tensors: &'a BTreeMap<String, HostTensor>,
+    name: &str,
+) -> Result<&'a HostTensor, String> {
+    tensors
+        .get(name)
+        .ok_or_else(|| format!("no input `{name}`"))
 }

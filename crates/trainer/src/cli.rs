@@ -6,7 +6,11 @@ use clap::{Args, Parser, Subcommand};
 
 /// Fine-tune FLUX image models with LoRA; a stopped run resumes to the same bits.
 #[derive(Debug, Parser)]
-#[command(name = "flux-lora", version)]
+#[command(
+    name = "flux-lora",
+    version,
+    after_help = "For people who work on this program there are also parity, bench and random-weights: see `flux-lora COMMAND --help`."
+)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -40,13 +44,15 @@ pub enum Command {
         path: PathBuf,
     },
     /// Run reference cases made with diffusers and PEFT, and compare
+    #[command(hide = true)]
     Parity(ParityArgs),
     /// List what this binary can run on
     Devices,
     /// Time what the benchmarks in the documentation time
-    #[command(subcommand)]
+    #[command(subcommand, hide = true)]
     Bench(BenchCommand),
     /// Fill a pipeline folder that has configurations but no weights with random weights
+    #[command(hide = true)]
     RandomWeights {
         /// Folder with model_index.json, configurations and tokenizers
         folder: PathBuf,

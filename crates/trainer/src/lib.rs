@@ -9,7 +9,7 @@
 //! | `data/` | images and captions, their sizes, every sample encoded once, micro-batches as a function of the step |
 //! | `loss`, `backward` | noise levels and loss weights; loss and gradients, block by block |
 //! | `lr_schedule` | learning rate as a function of the step |
-//! | `train`, `step` | the run: prepare, loop, save; one step of it |
+//! | `train`, `step` | the run: prepare, loop, save; one step of it, which reference cases and the benchmark make too |
 //! | `run/` | what a checkpoint says; checkpoints that survive anything |
 //! | `fingerprint` | what exactness depends on |
 //! | `adapters` | LoRA files of any format onto the networks |

@@ -1,62 +1,94 @@
-//! One step of the training: micro-batches, clipping, update, and what stops a run that goes wrong.
+//! One step of a training: micro-batches, clipping, update, and what stops a run that goes wrong.
+//!
+//! Training, the `train` reference cases and the benchmark make their steps here.
+
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use burn::module::Module;
-use flux_model::family::Family;
-use lora_core::{DropoutScope, Gradients};
-use serde::Serialize;
+use burn::optim::Optimizer;
+use flux_model::family::Network;
+use lora_core::{DropoutScope, Gradients, LoraError, Training, adapter_state};
 
-use crate::backward::{loss_and_gradients, loss_of};
-use crate::config::RunConfig;
-use crate::data::batch::{Data, Drawn};
-use crate::device::NamedDevice;
-use crate::run::checkpoint::{RunTraining, adapter_file};
+use crate::backward::{MicroBatch, loss_and_gradients, loss_of};
+use crate::run::checkpoint::Progress;
 
-/// One line of `metrics.jsonl`: only what a resumed run would write again in the same bits, so no times.
-#[derive(Debug, Serialize)]
-pub(crate) struct StepMetrics {
-    pub(crate) step: u64,
-    epoch: u64,
-    pub(crate) loss: f64,
-    grad_norm: f64,
-    pub(crate) lr: f64,
+/// A micro-batch, and what is said of it if it goes wrong.
+#[derive(Debug, Clone)]
+pub struct Drawn<I> {
+    /// The batch.
+    pub batch: MicroBatch<I>,
+    /// Its samples, for people.
+    pub about: Vec<String>,
+    /// See [`loss_of_zero`](crate::loss::loss_of_zero).
+    pub loss_of_zero: f64,
 }
 
-/// One optimizer step: micro-batches, clipping, update.
-pub(crate) fn step<F: Family>(
-    training: &mut RunTraining<F::Network>,
-    config: &RunConfig,
-    data: &Data<'_, F>,
-    names: &[&str],
-    device: &NamedDevice,
-) -> anyhow::Result<StepMetrics> {
+/// How a step is made.
+#[derive(Debug, Clone, Copy)]
+pub struct Rule {
+    /// Micro-batches.
+    pub accumulation: usize,
+    /// Keep only each block's input.
+    pub recompute: bool,
+    /// Seed of the dropout masks.
+    pub seed: u64,
+    /// Norm that all gradients together are clipped to.
+    pub max_grad_norm: Option<f64>,
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// See [`fault_of`].
+    pub divergence_factor: Option<f64>,
+}
+
+/// What a step did.
+#[derive(Debug)]
+pub struct Stepped {
+    /// Loss of each micro-batch.
+    pub losses: Vec<f32>,
+    /// Their gradients, accumulated, before clipping.
+    pub gradients: Gradients,
+    /// Norm of those.
+    pub grad_norm: f64,
+    /// Time until the norm was known; the rest of the step is the optimizer's.
+    pub backward: Duration,
+}
+
+/// One optimizer step; `draw` gives the micro-batch of a micro step, on an autodiff device.
+///
+/// # Errors
+/// A micro-batch that cannot be had, a loss or gradient that is not finite, a run that has diverged or collapsed, an update
+/// that is not finite. The model may be updated then, and is not to be saved.
+pub fn step<N: Network, O: Optimizer>(
+    training: &mut Training<N, O, Progress>,
+    rule: &Rule,
+    mut draw: impl FnMut(u64) -> anyhow::Result<Drawn<N::Input>>,
+) -> anyhow::Result<Stepped> {
+    let started = Instant::now();
     let step = training.progress.step;
-    let accumulation = config.train.gradient_accumulation_steps;
-    let first = step * accumulation as u64;
-    let guard = config.train.divergence_factor;
+    let first = step * rule.accumulation as u64;
     let mut gradients = Gradients::default();
-    let (mut loss, mut drawn_from) = (0.0, Vec::new());
-    for micro_step in first..first + accumulation as u64 {
-        let drawn = data.draw(config, micro_step, &device.device.clone().autodiff())?;
-        drawn_from.extend(describe(&drawn, names));
-        let scope = DropoutScope::enter(config.train.seed, micro_step);
-        let (micro_loss, micro_gradients) = loss_and_gradients(
+    let (mut losses, mut drawn_from) = (Vec::with_capacity(rule.accumulation), Vec::new());
+    for micro_step in first..first + rule.accumulation as u64 {
+        let drawn = draw(micro_step)?;
+        drawn_from.extend(drawn.about);
+        let scope = DropoutScope::enter(rule.seed, micro_step);
+        let (loss, micro_gradients) = loss_and_gradients(
             &training.model,
             drawn.batch,
-            accumulation,
-            config.train.recompute,
+            rule.accumulation,
+            rule.recompute,
         )?;
         scope.finish()?;
         #[cfg(feature = "canary")]
-        let micro_loss = crate::canary::poison("loss", step + 1).map_or(micro_loss, |v| v as f32);
-        if let Some(fault) = fault_of(micro_loss, drawn.loss_of_zero, guard) {
+        let loss = crate::canary::poison("loss", step + 1).map_or(loss, |v| v as f32);
+        if let Some(fault) = fault_of(loss, drawn.loss_of_zero, rule.divergence_factor) {
             bail!(
                 "{fault} at step {}, for {}; the last checkpoint is untouched",
                 step + 1,
                 drawn_from.join(", ")
             );
         }
-        loss += f64::from(micro_loss) / accumulation as f64;
+        losses.push(loss);
         gradients.accumulate(micro_gradients);
     }
     let place = || {
@@ -72,41 +104,59 @@ pub(crate) fn step<F: Family>(
         None => gradients,
     };
     let grad_norm = gradients.norm().with_context(place)?;
-    if grad_norm == 0.0 && guard.is_some() {
+    let backward = started.elapsed();
+    if grad_norm == 0.0 && rule.divergence_factor.is_some() {
         bail!(
             "the run has collapsed (every gradient is 0, so nothing is learned; a lower `optimizer.learning_rate` may help) {}",
             place()
         );
     }
-    let gradients = match config.optimizer.max_grad_norm {
-        Some(max_norm) => gradients.clip(grad_norm, max_norm),
-        None => gradients,
+    let clipped = match rule.max_grad_norm {
+        Some(max_norm) => gradients.clone().clip(grad_norm, max_norm),
+        None => gradients.clone(),
     };
-    let lr = config.learning_rate(step);
     #[cfg(feature = "canary")]
-    let lr = crate::canary::poison("update", step + 1).unwrap_or(lr);
+    let lr = crate::canary::poison("update", step + 1).unwrap_or(rule.lr);
+    #[cfg(not(feature = "canary"))]
+    let lr = rule.lr;
     // The model is taken out for the step: a failed step leaves no half-updated model behind that could be saved.
     training.model = training
         .optimizer
-        .step(lr, training.model.clone(), gradients)
+        .step(lr, training.model.clone(), clipped)
         .with_context(place)?;
-    adapter_file(&training.model, &config.lora.config()).with_context(place)?;
+    for (key, tensor) in adapter_state(&training.model) {
+        if let Some(index) = tensor.first_non_finite() {
+            return Err(LoraError::NotFinite { key, index }).with_context(place);
+        }
+    }
     training.progress.step += 1;
-    Ok(StepMetrics {
-        step: step + 1,
-        epoch: data.order.epoch(first),
-        loss,
+    Ok(Stepped {
+        losses,
+        gradients,
         grad_norm,
-        lr,
+        backward,
     })
 }
 
-/// The samples of a micro-batch, for people.
-fn describe<I>(drawn: &Drawn<I>, names: &[&str]) -> Vec<String> {
-    let samples = drawn.samples.iter().zip(&drawn.sigmas);
-    samples
-        .map(|(&sample, sigma)| format!("{} (sigma {sigma})", names[sample]))
-        .collect()
+/// Tries an update that is about to be saved on the last micro-batch it was made from, on the plain device: one too large
+/// shows in a loss, and that of the next step would come after the save.
+///
+/// # Errors
+/// A loss that is not finite, or has diverged.
+pub fn check_update<N: Network>(
+    model: &N,
+    step: u64,
+    drawn: Drawn<N::Input>,
+    divergence_factor: Option<f64>,
+) -> anyhow::Result<()> {
+    let loss = loss_of(&model.valid(), drawn.batch)?;
+    if let Some(fault) = fault_of(loss, drawn.loss_of_zero, divergence_factor) {
+        bail!(
+            "{fault} after the update at step {step}, for {}; the last checkpoint is untouched",
+            drawn.about.join(", ")
+        );
+    }
+    Ok(())
 }
 
 /// What is wrong with a loss, if anything: it is no number, or more than `factor` times the loss of predicting 0.
@@ -123,29 +173,6 @@ fn fault_of(loss: f32, loss_of_zero: f64, factor: Option<f64>) -> Option<String>
             "the run has diverged (the loss is {loss}; `train.divergence_factor` allows {factor} times the {loss_of_zero:.3} of predicting 0; a lower `optimizer.learning_rate` may help)"
         )
     })
-}
-
-/// Tries an update that is about to be saved on the last micro-batch it was made from: one too large shows in a loss, and
-/// that of the next step would come after the save.
-pub(crate) fn check_update<F: Family>(
-    training: &RunTraining<F::Network>,
-    config: &RunConfig,
-    data: &Data<'_, F>,
-    names: &[&str],
-    device: &NamedDevice,
-) -> anyhow::Result<()> {
-    let step = training.progress.step;
-    let last = step * config.train.gradient_accumulation_steps as u64 - 1;
-    let drawn = data.draw(config, last, &device.device)?;
-    let drawn_from = describe(&drawn, names);
-    let loss = loss_of(&training.model.valid(), drawn.batch)?;
-    if let Some(fault) = fault_of(loss, drawn.loss_of_zero, config.train.divergence_factor) {
-        bail!(
-            "{fault} after the update at step {step}, for {}; the last checkpoint is untouched",
-            drawn_from.join(", ")
-        );
-    }
-    Ok(())
 }
 
 #[cfg(test)]

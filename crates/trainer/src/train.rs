@@ -15,6 +15,7 @@ use lora_core::{
     AdapterSource, DEFAULT_ADAPTER, ForwardPath, LoraConfig, LoraError, PathOptimizer, Plan,
     Targets, Training, count_parameters, targeted,
 };
+use serde::Serialize;
 use tracing::{info, warn};
 
 use crate::adapters;
@@ -35,7 +36,7 @@ use crate::run::resume::{Accepted, Resume, check_resume, find_checkpoint};
 use crate::run::save::Saver;
 use crate::run::space;
 use crate::run::vfs::{RealFs, create_dir_durably};
-use crate::step::{check_update, step};
+use crate::step::{Rule, check_update, step};
 
 /// How a run is started, besides its configuration.
 #[derive(Debug, Clone)]
@@ -171,6 +172,7 @@ fn train_family<F: Family>(
         table: family.scheduler().training_sigmas(),
         family: &family,
         cache: &cache,
+        names: samples.iter().map(|sample| sample.name.clone()).collect(),
     };
     let state = State {
         progress: training.progress,
@@ -191,11 +193,25 @@ fn train_family<F: Family>(
     let previews = Previews::new(config, &cache, &family, &run)?;
     summary(config, &training, &data, &device);
 
-    let names: Vec<&str> = samples.iter().map(|sample| sample.name.as_str()).collect();
+    let autodiff = device.device.clone().autodiff();
     let mut report = progress::TrainReport::new(training.progress.step, config.train.steps);
     while training.progress.step < config.train.steps {
         let started = Instant::now();
-        let metrics = step(&mut training, config, &data, &names, &device)?;
+        let rule = rule(config, training.progress.step);
+        let draw = |micro_step| data.draw(config, micro_step, &autodiff);
+        let stepped = step(&mut training, &rule, draw)?;
+        let accumulation = rule.accumulation as f64;
+        let losses = stepped.losses.iter();
+        let metrics = StepMetrics {
+            step: training.progress.step,
+            epoch: data
+                .order
+                .epoch(first_micro_step(config, training.progress.step - 1)),
+            loss: losses.fold(0.0, |sum, &loss| sum + f64::from(loss) / accumulation),
+            grad_norm: stepped.grad_norm,
+            lr: rule.lr,
+        };
+        drop(stepped);
         saver.metrics.append(&RealFs, &metrics)?;
         report.step(metrics.step, metrics.loss, metrics.lr, started.elapsed());
 
@@ -208,7 +224,10 @@ fn train_family<F: Family>(
                 .step
                 .is_multiple_of(config.checkpoint.every)
         {
-            check_update(&training, config, &data, &names, &device)?;
+            let last_micro_step = first_micro_step(config, training.progress.step) - 1;
+            let drawn = data.draw(config, last_micro_step, &device.device)?;
+            let (model, step) = (&training.model, training.progress.step);
+            check_update(model, step, drawn, rule.divergence_factor)?;
             saver.save(&training)?;
         }
         previews.render_if_due(&training, &report, &device)?;
@@ -241,6 +260,33 @@ fn say_what_is_lost<F: Family>(
         info!("{line}");
     }
     Ok(())
+}
+
+/// One line of `metrics.jsonl`: only what a resumed run would write again in the same bits, so no times.
+#[derive(Debug, Serialize)]
+struct StepMetrics {
+    step: u64,
+    epoch: u64,
+    loss: f64,
+    grad_norm: f64,
+    lr: f64,
+}
+
+/// How the step after `step` steps is made.
+fn rule(config: &RunConfig, step: u64) -> Rule {
+    Rule {
+        accumulation: config.train.gradient_accumulation_steps,
+        recompute: config.train.recompute,
+        seed: config.train.seed,
+        max_grad_norm: config.optimizer.max_grad_norm,
+        lr: config.learning_rate(step),
+        divergence_factor: config.train.divergence_factor,
+    }
+}
+
+/// The first micro step after `step` steps.
+fn first_micro_step(config: &RunConfig, step: u64) -> u64 {
+    step * config.train.gradient_accumulation_steps as u64
 }
 
 /// What a run goes on from.

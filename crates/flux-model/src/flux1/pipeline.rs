@@ -7,10 +7,11 @@ use std::path::Path;
 use burn::tensor::{Device, Tensor, TensorData};
 use lora_core::files::host::HostTensor;
 use lora_core::host_tensor;
+use serde_json::Value;
 
 use crate::autoencoder::{Autoencoder, AutoencoderConfig};
 use crate::error::WeightsError;
-use crate::family::{Family, TokenCount, TokenCounter};
+use crate::family::{ComponentFile, Family, TokenCount, TokenCounter};
 use crate::flux1::config::FluxConfig;
 use crate::flux1::latent::{image_positions, pack, text_positions, unpack};
 use crate::flux1::text::{CLIP_TOKENS, ClipAndT5, TextEmbedding};
@@ -18,10 +19,10 @@ use crate::flux1::transformer::{FluxInput, FluxTransformer};
 use crate::lora::ModelShape;
 use crate::pipeline::{PipelineFolder, load_autoencoder, load_clip, load_t5, read_config};
 use crate::scheduler::SchedulerConfig;
-use crate::text::clip::ClipConfig;
-use crate::text::t5::T5Config;
+use crate::text::clip::{ClipConfig, ClipText};
+use crate::text::t5::{T5Config, T5Encoder};
 use crate::text::tokenizer::{ClipTokenizer, T5Tokenizer};
-use crate::weights::{Checkpoint, Layout};
+use crate::weights::{Checkpoint, Layout, checkpoint_tensors};
 
 /// An opened FLUX.1 pipeline.
 #[derive(Debug)]
@@ -54,7 +55,7 @@ impl Family for Flux1 {
     const NAME: &'static str = "FLUX.1";
     const TEXT_FOLDERS: &'static [&'static str] =
         &["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"];
-    const TEXT: &'static [&'static str] = &["sequence", "pooled"];
+    const TEXT: &'static [&'static str] = &["prompt_embeds", "pooled_prompt_embeds"];
     const LATENTS: &'static [&'static str] = &["mean", "std"];
 
     fn open(folder: PipelineFolder) -> Result<Self, WeightsError> {
@@ -73,6 +74,35 @@ impl Family for Flux1 {
             t5: Some(folder.config("text_encoder_2/config.json", T5Config::problem)?),
             ..ModelShape::default()
         })
+    }
+
+    fn weights(
+        folder: &PipelineFolder,
+        device: &Device,
+    ) -> Result<Vec<ComponentFile>, WeightsError> {
+        let clip: ClipConfig = folder.config("text_encoder/config.json", ClipConfig::problem)?;
+        let t5: T5Config = folder.config("text_encoder_2/config.json", T5Config::problem)?;
+        let vae: AutoencoderConfig =
+            folder.config("vae/config.json", AutoencoderConfig::problem)?;
+        let transformer = FluxTransformer::new(&transformer_config(folder)?, device);
+        Ok(vec![
+            (
+                "transformer/diffusion_pytorch_model.safetensors",
+                checkpoint_tensors(&transformer, Layout::Diffusers),
+            ),
+            (
+                "vae/diffusion_pytorch_model.safetensors",
+                checkpoint_tensors(&Autoencoder::new(&vae, device), Layout::Diffusers),
+            ),
+            (
+                "text_encoder/model.safetensors",
+                checkpoint_tensors(&ClipText::new(&clip, device), Layout::Clip),
+            ),
+            (
+                "text_encoder_2/model.safetensors",
+                checkpoint_tensors(&T5Encoder::new(&t5, device), Layout::T5),
+            ),
+        ])
     }
 
     fn folder(&self) -> &PipelineFolder {
@@ -113,6 +143,29 @@ impl Family for Flux1 {
         let stated = transformer_config(&self.folder).ok();
         let (_, _, config) = open_transformer(self.folder.transformer_path(), stated.as_ref())?;
         Ok(FluxTransformer::new(&config, device))
+    }
+
+    fn new_network(config: Value, device: &Device) -> Result<FluxTransformer, String> {
+        let config = parse_config(config)?;
+        Ok(FluxTransformer::new(&config, device))
+    }
+
+    fn network_at(
+        path: &Path,
+        config: Option<&Value>,
+        device: &Device,
+    ) -> Result<FluxTransformer, WeightsError> {
+        let stated = config.cloned().map(parse_config).transpose();
+        let stated = stated.map_err(|reason| mismatch(path, reason))?;
+        let network = load_transformer(path, stated.as_ref(), device)?;
+        match stated {
+            Some(stated) if normalized(&stated) != normalized(network.config()) => {
+                let found = normalized(network.config());
+                let reason = format!("its tensors are those of {found:?}, not of {stated:?}");
+                Err(mismatch(path, reason))
+            }
+            _ => Ok(network),
+        }
     }
 
     fn problem(&self, network: &FluxTransformer) -> Option<String> {
@@ -245,6 +298,21 @@ impl Family for Flux1 {
 
     fn training_mu(&self, image_tokens: usize) -> f64 {
         self.scheduler.mu(image_tokens)
+    }
+}
+
+fn parse_config(config: Value) -> Result<FluxConfig, String> {
+    let config: FluxConfig = serde_json::from_value(config).map_err(|error| error.to_string())?;
+    match config.problem() {
+        None => Ok(config),
+        Some(problem) => Err(problem),
+    }
+}
+
+fn mismatch(path: &Path, reason: String) -> WeightsError {
+    WeightsError::Config {
+        path: path.into(),
+        reason,
     }
 }
 

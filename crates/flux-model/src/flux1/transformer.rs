@@ -9,15 +9,18 @@
 //!
 //! Source: diffusers 0.38 `transformer_flux.py`; black-forest-labs/flux `src/flux/model.py` (802fb47).
 
+use std::collections::BTreeMap;
+
 use burn::module::Module;
 use burn::nn::{Identity, Linear};
 use burn::tensor::{Device, Gradients, Tensor};
+use lora_core::files::host::HostTensor;
 use lora_core::linear;
 use lora_core::training::recompute::{Blocks, TensorTree};
 
 use crate::blocks::{Block, join};
 use crate::error::WeightsError;
-use crate::family::Network;
+use crate::family::{Network, argument, numbers, positions};
 use crate::flux1::config::FluxConfig;
 use crate::flux1::latent::Position;
 use crate::layers::{RmsNorm, RotaryTable, linear_layer, sinusoidal_embedding};
@@ -205,6 +208,33 @@ impl Network for FluxTransformer {
             transformer: Some(self.config.clone()),
             ..ModelShape::default()
         }
+    }
+
+    fn reads_guidance(&self) -> bool {
+        self.config.guidance_embeds
+    }
+
+    fn named_input(
+        &self,
+        tensors: &BTreeMap<String, HostTensor>,
+        device: &Device,
+    ) -> Result<FluxInput, String> {
+        let sigma = numbers(tensors, "timestep")?;
+        Ok(FluxInput {
+            img: argument(tensors, "hidden_states", device)?,
+            txt: argument(tensors, "encoder_hidden_states", device)?,
+            pooled: argument(tensors, "pooled_projections", device)?,
+            guidance: match self.reads_guidance() {
+                true => numbers(tensors, "guidance")?,
+                false => vec![0.0; sigma.len()], // not read
+            },
+            sigma,
+            positions: [
+                positions(tensors, "txt_ids")?,
+                positions(tensors, "img_ids")?,
+            ]
+            .concat(),
+        })
     }
 }
 

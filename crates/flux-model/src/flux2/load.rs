@@ -57,7 +57,7 @@ pub fn open_transformer(
 }
 
 /// With what may be left out written down, so that two ways to state one architecture are equal.
-fn normalized(config: &Flux2Config) -> Flux2Config {
+pub(super) fn normalized(config: &Flux2Config) -> Flux2Config {
     Flux2Config {
         out_channels: Some(config.out_channels()),
         mlp_ratio: ratio_of(config.mlp_hidden(), config.hidden_size()),

@@ -2,23 +2,28 @@
 //!
 //! Source: diffusers 0.38 `Flux2KleinPipeline`.
 
+use std::path::Path;
+
 use burn::tensor::{Device, Tensor, TensorData};
 use lora_core::files::host::HostTensor;
 use lora_core::host_tensor;
+use serde_json::Value;
 
 use crate::error::WeightsError;
-use crate::family::{Family, TokenCount, TokenCounter};
+use crate::family::{ComponentFile, Family, TokenCount, TokenCounter};
 use crate::flux2::autoencoder::Flux2Autoencoder;
 use crate::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
 use crate::flux2::latent::{image_positions, pack, text_positions, unpack};
-use crate::flux2::load::{load_autoencoder, load_transformer, open_transformer};
+use crate::flux2::load::{load_autoencoder, load_transformer, normalized, open_transformer};
 use crate::flux2::schedule::empirical_mu;
 use crate::flux2::text::KleinTextEncoder;
 use crate::flux2::transformer::{Flux2Input, Flux2Transformer};
 use crate::lora::ModelShape;
 use crate::pipeline::PipelineFolder;
 use crate::scheduler::SchedulerConfig;
+use crate::text::qwen3::{Qwen3Config, Qwen3Text};
 use crate::text::qwen3_tokenizer::QwenTokenizer;
+use crate::weights::{Layout, checkpoint_tensors};
 
 /// Steps whose shift training's `flux` shift takes: those that the networks that can be trained are sampled with.
 const TRAINING_STEPS: usize = 50;
@@ -50,7 +55,7 @@ impl Family for Flux2 {
 
     const NAME: &'static str = "FLUX.2 klein";
     const TEXT_FOLDERS: &'static [&'static str] = &["text_encoder", "tokenizer"];
-    const TEXT: &'static [&'static str] = &["sequence"];
+    const TEXT: &'static [&'static str] = &["prompt_embeds"];
     const LATENTS: &'static [&'static str] = &["latents"];
 
     fn open(folder: PipelineFolder) -> Result<Self, WeightsError> {
@@ -67,6 +72,33 @@ impl Family for Flux2 {
             flux2: Some(transformer_config(folder)?),
             ..ModelShape::default()
         })
+    }
+
+    fn weights(
+        folder: &PipelineFolder,
+        device: &Device,
+    ) -> Result<Vec<ComponentFile>, WeightsError> {
+        let vae = folder.config("vae/config.json", Flux2AutoencoderConfig::problem)?;
+        let text = folder.config("text_encoder/config.json", Qwen3Config::problem)?;
+        let transformer = Flux2Transformer::new(&transformer_config(folder)?, device);
+        let (vae, text) = (
+            Flux2Autoencoder::new(&vae, device),
+            Qwen3Text::new(&text, device),
+        );
+        Ok(vec![
+            (
+                "transformer/diffusion_pytorch_model.safetensors",
+                checkpoint_tensors(&transformer, Layout::Diffusers),
+            ),
+            (
+                "vae/diffusion_pytorch_model.safetensors",
+                checkpoint_tensors(&vae, Layout::Diffusers),
+            ),
+            (
+                "text_encoder/model.safetensors",
+                checkpoint_tensors(&text, Layout::Diffusers),
+            ),
+        ])
     }
 
     fn folder(&self) -> &PipelineFolder {
@@ -104,6 +136,32 @@ impl Family for Flux2 {
         let stated = transformer_config(&self.folder).ok();
         let (_, _, config) = open_transformer(self.folder.transformer_path(), stated.as_ref())?;
         Ok(Flux2Transformer::new(&config, device))
+    }
+
+    fn new_network(config: Value, device: &Device) -> Result<Flux2Transformer, String> {
+        let config = parse_config(config)?;
+        Ok(Flux2Transformer::new(&config, device))
+    }
+
+    fn network_at(
+        path: &Path,
+        config: Option<&Value>,
+        device: &Device,
+    ) -> Result<Flux2Transformer, WeightsError> {
+        let mismatch = |reason| WeightsError::Config {
+            path: path.into(),
+            reason,
+        };
+        let stated = config.cloned().map(parse_config).transpose();
+        let stated = stated.map_err(mismatch)?;
+        let network = load_transformer(path, stated.as_ref(), device)?;
+        let found = normalized(network.config());
+        match stated {
+            Some(stated) if normalized(&stated) != found => Err(mismatch(format!(
+                "its tensors are those of {found:?}, not of {stated:?}"
+            ))),
+            _ => Ok(network),
+        }
     }
 
     fn problem(&self, network: &Flux2Transformer) -> Option<String> {
@@ -212,5 +270,13 @@ impl Family for Flux2 {
 
     fn training_mu(&self, image_tokens: usize) -> f64 {
         empirical_mu(image_tokens, TRAINING_STEPS)
+    }
+}
+
+fn parse_config(config: Value) -> Result<Flux2Config, String> {
+    let config: Flux2Config = serde_json::from_value(config).map_err(|error| error.to_string())?;
+    match config.problem() {
+        None => Ok(config),
+        Some(problem) => Err(problem),
     }
 }

@@ -11,15 +11,18 @@
 //!
 //! Source: diffusers 0.38 `transformer_flux2.py`; black-forest-labs/flux2 `model.py` (ab7cca6).
 
+use std::collections::BTreeMap;
+
 use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{Device, Gradients, Tensor};
+use lora_core::files::host::HostTensor;
 use lora_core::linear;
 use lora_core::training::recompute::{Blocks, TensorTree};
 
 use crate::blocks::{Block, join};
 use crate::error::WeightsError;
-use crate::family::Network;
+use crate::family::{Network, argument, numbers, positions};
 use crate::flux2::config::Flux2Config;
 use crate::flux2::latent::Position;
 use crate::layers::{RmsNorm, RotaryTable, linear_layer, sinusoidal_embedding};
@@ -218,6 +221,32 @@ impl Network for Flux2Transformer {
             flux2: Some(self.config.clone()),
             ..ModelShape::default()
         }
+    }
+
+    fn reads_guidance(&self) -> bool {
+        self.config.guidance_embeds
+    }
+
+    fn named_input(
+        &self,
+        tensors: &BTreeMap<String, HostTensor>,
+        device: &Device,
+    ) -> Result<Flux2Input, String> {
+        let sigma = numbers(tensors, "timestep")?;
+        Ok(Flux2Input {
+            img: argument(tensors, "hidden_states", device)?,
+            txt: argument(tensors, "encoder_hidden_states", device)?,
+            guidance: match self.reads_guidance() {
+                true => numbers(tensors, "guidance")?,
+                false => vec![0.0; sigma.len()], // not read
+            },
+            sigma,
+            positions: [
+                positions(tensors, "txt_ids")?,
+                positions(tensors, "img_ids")?,
+            ]
+            .concat(),
+        })
     }
 }
 

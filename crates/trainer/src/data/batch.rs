@@ -15,6 +15,7 @@ use crate::backward::MicroBatch;
 use crate::config::RunConfig;
 use crate::data::cache::Cache;
 use crate::loss::{draw_sigma, loss_of_zero, loss_weight};
+use crate::step::Drawn;
 
 /// The order in which samples are seen.
 #[derive(Debug)]
@@ -86,18 +87,8 @@ pub struct Data<'a, F> {
     pub family: &'a F,
     /// Its training noise levels.
     pub table: Vec<f32>,
-}
-
-/// A micro-batch and what is said about it if it goes wrong.
-pub struct Drawn<I> {
-    /// The batch.
-    pub batch: MicroBatch<I>,
-    /// Its samples.
-    pub samples: Vec<usize>,
-    /// Their noise levels.
-    pub sigmas: Vec<f32>,
-    /// See [`loss_of_zero`].
-    pub loss_of_zero: f64,
+    /// Names of the samples.
+    pub names: Vec<String>,
 }
 
 impl<F: Family> Data<'_, F> {
@@ -169,21 +160,24 @@ impl<F: Family> Data<'_, F> {
             .map(|&sigma| loss_weight(config.train.loss_weighting, sigma))
             .collect();
         let loss_of_zero = loss_of_zero(&target, &weights);
+        let drawn = samples.iter().zip(&sigmas);
+        let about = drawn
+            .map(|(&sample, sigma)| format!("{} (sigma {sigma})", self.names[sample]))
+            .collect();
         Ok(Drawn {
             batch: MicroBatch {
                 input,
                 target: tokens(target),
                 weights,
             },
-            samples,
-            sigmas,
+            about,
             loss_of_zero,
         })
     }
 }
 
 /// Encoded samples, `[1, ...]` each, as rows of one tensor for every part.
-fn stacked(samples: Vec<Vec<HostTensor>>) -> Vec<HostTensor> {
+pub(crate) fn stacked(samples: Vec<Vec<HostTensor>>) -> Vec<HostTensor> {
     let parts = samples.first().map_or(0, Vec::len);
     let part = |k: usize| {
         let rows = samples.iter().map(|sample| &sample[k]);

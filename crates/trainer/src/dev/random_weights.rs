@@ -10,13 +10,10 @@ use std::path::Path;
 use anyhow::Context;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor, TensorData};
-use flux_model::autoencoder::{Autoencoder, AutoencoderConfig};
-use flux_model::flux1::config::FluxConfig;
-use flux_model::flux1::transformer::FluxTransformer;
-use flux_model::pipeline::read_json;
-use flux_model::text::clip::{ClipConfig, ClipText};
-use flux_model::text::t5::{T5Config, T5Encoder};
-use flux_model::weights::{Layout, checkpoint_tensors};
+use flux_model::WeightsError;
+use flux_model::families::{self, Visitor};
+use flux_model::family::{ComponentFile, Family};
+use flux_model::pipeline::PipelineFolder;
 use lora_core::files::host::HostTensor;
 use lora_core::files::safetensors::serialize;
 use lora_core::random::{Stream, name_hash};
@@ -26,43 +23,21 @@ use lora_core::random::{Stream, name_hash};
 /// # Errors
 /// A folder that lacks a configuration, one that describes no network, a file that cannot be written.
 pub fn fill(folder: &Path, out: &Path, seed: u64) -> anyhow::Result<()> {
-    copy_folder(folder, out)?;
-    let device = crate::device::open(crate::device::default_name())?.device; // nothing is allocated on it
-    let flux: FluxConfig = config(folder, "transformer", FluxConfig::problem)?;
-    let tensors = checkpoint_tensors(&FluxTransformer::new(&flux, &device), Layout::Diffusers);
-    write(
-        out,
-        "transformer/diffusion_pytorch_model.safetensors",
-        tensors,
-        seed,
-    )?;
-    let vae: AutoencoderConfig = config(folder, "vae", AutoencoderConfig::problem)?;
-    let tensors = checkpoint_tensors(&Autoencoder::new(&vae, &device), Layout::Diffusers);
-    write(
-        out,
-        "vae/diffusion_pytorch_model.safetensors",
-        tensors,
-        seed,
-    )?;
-    let clip: ClipConfig = config(folder, "text_encoder", ClipConfig::problem)?;
-    let tensors = checkpoint_tensors(&ClipText::new(&clip, &device), Layout::Clip);
-    write(out, "text_encoder/model.safetensors", tensors, seed)?;
-    let t5: T5Config = config(folder, "text_encoder_2", T5Config::problem)?;
-    let tensors = checkpoint_tensors(&T5Encoder::new(&t5, &device), Layout::T5);
-    write(out, "text_encoder_2/model.safetensors", tensors, seed)
-}
-
-fn config<T: serde::de::DeserializeOwned>(
-    folder: &Path,
-    component: &str,
-    problem: impl Fn(&T) -> Option<String>,
-) -> anyhow::Result<T> {
-    let path = folder.join(component).join("config.json");
-    let config = read_json(&path)?;
-    match problem(&config) {
-        None => Ok(config),
-        Some(reason) => anyhow::bail!("`{}`: {reason}", path.display()),
+    struct Weights<'a>(&'a PipelineFolder, &'a Device);
+    impl Visitor for Weights<'_> {
+        type Output = Result<Vec<ComponentFile>, WeightsError>;
+        fn visit<F: Family>(self) -> Self::Output {
+            F::weights(self.0, self.1)
+        }
     }
+    let pipeline = PipelineFolder::open(folder)?;
+    let device = crate::device::open(crate::device::default_name())?.device; // nothing is allocated on it
+    let files = families::of_folder(&pipeline, Weights(&pipeline, &device))??;
+    copy_folder(folder, out)?;
+    for (file, tensors) in files {
+        write(out, file, tensors, seed)?;
+    }
+    Ok(())
 }
 
 fn write(

@@ -10,15 +10,17 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use flux_model::flux1::config::FluxConfig;
+use flux_model::families::{self, Visitor};
+use flux_model::family::{Family, Network};
 use flux_model::lora::{Component, LoraFormat, ModelShape, ModuleShape, WriteOptions, read, write};
 use lora_core::files::host::{Dtype, HostTensor};
 use lora_core::files::safetensors::write_streaming;
 use lora_core::random::Stream;
+use serde_json::json;
 
 use super::{in_own_process, median, peak_rss_mib};
 use crate::cli::LoraBenchArgs;
-use crate::inspect;
+use crate::{device, inspect};
 
 /// What is timed, by its name; a format is converted to.
 const WORK: [&str; 6] = ["copy", "inspect", "diffusers", "peft", "kohya", "comfyui"];
@@ -100,12 +102,22 @@ fn one(work: &str, file: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The modules of the family's default architecture; nothing is allocated.
+struct DefaultShape;
+
+impl Visitor for DefaultShape {
+    type Output = anyhow::Result<ModelShape>;
+
+    fn visit<F: Family>(self) -> Self::Output {
+        let device = device::open(device::default_name())?.device;
+        let network = F::new_network(json!({}), &device).map_err(anyhow::Error::msg)?;
+        Ok(network.shape())
+    }
+}
+
 /// Streams the LoRA to `path`: normal numbers, of which the same million is used again and again.
 fn make(path: &Path, rank: usize) -> anyhow::Result<()> {
-    let shape = ModelShape {
-        transformer: Some(FluxConfig::default()),
-        ..ModelShape::default()
-    };
+    let shape = families::named("flux1", DefaultShape).context("no FLUX.1")??;
     let mut layout = Vec::new();
     for (module, shape) in shape.modules(Component::Transformer) {
         if let ModuleShape::Linear { out, input } = shape {

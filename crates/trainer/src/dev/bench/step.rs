@@ -7,24 +7,27 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use burn::optim::AdamWConfig;
 use burn::tensor::{Device, Tensor, TensorData};
-use flux_model::flux1::config::FluxConfig;
-use flux_model::flux1::latent::{image_positions, text_positions};
-use flux_model::flux1::transformer::{FluxInput, FluxTransformer};
+use flux_model::families::{self, Visitor};
+use flux_model::family::{Family, Network};
+use lora_core::files::host::HostTensor;
 use lora_core::ops::composed;
 use lora_core::random::Stream;
 use lora_core::{
     AdapterSource, DEFAULT_ADAPTER, ForwardPath, InitLoraWeights, LoraConfig, PathOptimizer, Plan,
-    Targets, count_parameters,
+    Targets, Training, count_parameters,
 };
+use serde_json::{Value, json};
 
 use super::{in_own_process, median, peak_rss_mib};
-use crate::backward::{MicroBatch, loss_and_gradients};
+use crate::backward::MicroBatch;
 use crate::cli::StepBenchArgs;
 use crate::config::LoraSection;
 use crate::device::{self, NamedDevice};
+use crate::run::checkpoint::Progress;
+use crate::step::{Drawn, Rule, step};
 
 const IMAGE_SIDE: usize = 16;
 const TEXT_TOKENS: usize = 128;
@@ -37,7 +40,15 @@ pub fn run(args: &StepBenchArgs) -> anyhow::Result<()> {
     let name = args.device.as_deref().unwrap_or(device::default_name());
     if let Some(variant) = &args.variant {
         let device = device::open(name)?;
-        let run = |recompute| step(&device, variant, recompute, args.steps.max(1));
+        let run = |recompute| {
+            let work = TimeSteps {
+                device: &device,
+                variant,
+                recompute,
+                steps: args.steps.max(1),
+            };
+            families::named("flux1", work).context("no FLUX.1")?
+        };
         return match variant.as_str() {
             "recompute" => run(true),
             "plain" => run(false),
@@ -61,125 +72,151 @@ pub fn run(args: &StepBenchArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn config() -> FluxConfig {
-    FluxConfig {
-        num_layers: 3,
-        num_single_layers: 6,
-        attention_head_dim: 64,
-        num_attention_heads: 12,
-        joint_attention_dim: 1024,
-        pooled_projection_dim: 768,
-        guidance_embeds: true,
-        axes_dims_rope: vec![16, 24, 24],
-        ..FluxConfig::default()
-    }
+const HIDDEN: usize = 768;
+const BLOCKS: [usize; 2] = [3, 6];
+const TEXT_WIDTH: usize = 1024;
+const CHANNELS: usize = 16;
+
+fn config() -> Value {
+    json!({
+        "num_layers": BLOCKS[0],
+        "num_single_layers": BLOCKS[1],
+        "attention_head_dim": HIDDEN / 12,
+        "num_attention_heads": 12,
+        "joint_attention_dim": TEXT_WIDTH,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": true,
+        "axes_dims_rope": [16, 24, 24],
+    })
 }
 
-fn step(device: &NamedDevice, variant: &str, recompute: bool, steps: usize) -> anyhow::Result<()> {
-    let raw = &device.device;
-    let model = FluxTransformer::new(&config(), &raw.clone().autodiff());
-    let model = crate::dev::random_weights::fill_module(model, 1234, &raw.clone().autodiff());
-    let Targets::List(mut targets) = LoraSection::default().target_modules else {
-        bail!("the default targets are a list")
-    };
-    targets.push("proj_mlp".into());
-    let lora = LoraConfig {
-        r: 16,
-        lora_alpha: 16.0,
-        target_modules: Targets::List(targets),
-        init_lora_weights: InitLoraWeights::Gaussian,
-        ..LoraConfig::default()
-    };
-    let source = AdapterSource::Fresh { seed: 1234 };
-    let mut model = Plan::new(
-        &model,
-        DEFAULT_ADAPTER,
-        Some(&lora),
-        source,
-        ForwardPath::Fast,
-    )?
-    .apply(model);
-    let count = count_parameters(&model);
-    let mut optimizer = PathOptimizer::new(
-        AdamWConfig::new()
+/// Times one variant on FLUX.1.
+struct TimeSteps<'a> {
+    device: &'a NamedDevice,
+    variant: &'a str,
+    recompute: bool,
+    steps: usize,
+}
+
+impl Visitor for TimeSteps<'_> {
+    type Output = anyhow::Result<()>;
+
+    fn visit<F: Family>(self) -> Self::Output {
+        let (raw, autodiff) = (&self.device.device, self.device.device.clone().autodiff());
+        let model = F::new_network(config(), &autodiff).map_err(anyhow::Error::msg)?;
+        let model = crate::dev::random_weights::fill_module(model, 1234, &autodiff);
+        let Targets::List(mut targets) = LoraSection::default().target_modules else {
+            bail!("the default targets are a list")
+        };
+        targets.push("proj_mlp".into());
+        let lora = LoraConfig {
+            r: 16,
+            lora_alpha: 16.0,
+            target_modules: Targets::List(targets),
+            init_lora_weights: InitLoraWeights::Gaussian,
+            ..LoraConfig::default()
+        };
+        let source = AdapterSource::Fresh { seed: 1234 };
+        let plan = Plan::new(
+            &model,
+            DEFAULT_ADAPTER,
+            Some(&lora),
+            source,
+            ForwardPath::Fast,
+        )?;
+        let adamw = AdamWConfig::new()
             .with_epsilon(1e-8)
-            .with_weight_decay(1e-2)
-            .build(),
-    );
+            .with_weight_decay(1e-2);
+        let mut training = Training {
+            model: plan.apply(model),
+            optimizer: PathOptimizer::new(adamw.build()),
+            progress: Progress::default(),
+        };
+        let count = count_parameters(&training.model);
+        let rule = Rule {
+            accumulation: 1,
+            recompute: self.recompute,
+            seed: 1234,
+            max_grad_norm: Some(1.0),
+            lr: 1e-4,
+            divergence_factor: None,
+        };
 
-    let (mut gradient_time, mut optimizer_time, mut losses) = (Vec::new(), Vec::new(), Vec::new());
-    for i in 0..=steps {
-        let started = Instant::now();
-        let (loss, gradients) =
-            loss_and_gradients(&model, batch(&raw.clone().autodiff()), 1, recompute)?;
-        let norm = gradients.norm()?; // reads the gradients, so the device is done
-        let backward = started.elapsed();
-        model = optimizer.step(1e-4, model, gradients.clip(norm, 1.0))?;
-        raw.sync().map_err(|error| anyhow::anyhow!("{error:?}"))?;
-        if i > 0 {
-            gradient_time.push(backward);
-            optimizer_time.push(started.elapsed() - backward);
-            losses.push(loss);
+        let (mut gradient_time, mut total, mut losses) = (Vec::new(), Vec::new(), Vec::new());
+        for i in 0..=self.steps {
+            let started = Instant::now();
+            let stepped = step(&mut training, &rule, |_| Ok(draw::<F>(&autodiff)))?;
+            raw.sync().map_err(|error| anyhow::anyhow!("{error:?}"))?;
+            if i > 0 {
+                gradient_time.push(stepped.backward);
+                total.push(started.elapsed());
+                losses.push(stepped.losses[0]);
+            }
         }
+        let pairs = total.iter().zip(&gradient_time);
+        let optimizer_time: Vec<Duration> =
+            pairs.map(|(total, backward)| *total - *backward).collect();
+        let seconds = median(&total);
+        println!(
+            "{} {:9}: base {:.1} M, LoRA {:.2} M; step {seconds:.3} s (forward+backward {:.3}, optimizer {:.3}; min {:.3}); {:.1} GFLOP/s; peak RSS {} MiB; loss {:.4} -> {:.4}",
+            self.device.name,
+            self.variant,
+            (count.total - count.trainable) as f64 / 1e6,
+            count.trainable as f64 / 1e6,
+            median(&gradient_time),
+            median(&optimizer_time),
+            total.iter().min().map_or(0.0, Duration::as_secs_f64),
+            flops() / seconds / 1e9,
+            peak_rss_mib().map_or("?".into(), |mib| mib.to_string()),
+            losses[0],
+            losses[losses.len() - 1],
+        );
+        Ok(())
     }
-    let total: Vec<Duration> = gradient_time
-        .iter()
-        .zip(&optimizer_time)
-        .map(|(a, b)| *a + *b)
-        .collect();
-    let seconds = median(&total);
-    println!(
-        "{} {variant:9}: base {:.1} M, LoRA {:.2} M; step {seconds:.3} s (forward+backward {:.3}, optimizer {:.3}; min {:.3}); {:.1} GFLOP/s; peak RSS {} MiB; loss {:.4} -> {:.4}",
-        device.name,
-        (count.total - count.trainable) as f64 / 1e6,
-        count.trainable as f64 / 1e6,
-        median(&gradient_time),
-        median(&optimizer_time),
-        total.iter().min().map_or(0.0, Duration::as_secs_f64),
-        flops() / seconds / 1e9,
-        peak_rss_mib().map_or("?".into(), |mib| mib.to_string()),
-        losses[0],
-        losses[losses.len() - 1],
-    );
-    Ok(())
 }
 
-fn batch(device: &Device) -> MicroBatch<FluxInput> {
-    let config = config();
-    let tokens = IMAGE_SIDE * IMAGE_SIDE;
-    let normal = |name: &str, shape: [usize; 3]| {
+/// Latents of a square image, halfway to noise, and a text.
+fn draw<F: Family>(device: &Device) -> Drawn<<F::Network as Network>::Input> {
+    let normals = |name: &str, shape: &[usize]| {
         let values = Stream::new(1234, name, 0, 0).normals(shape.iter().product());
-        Tensor::<3>::from_data(TensorData::new(values, shape), device)
+        HostTensor::from_f32(shape.to_vec(), &values)
     };
-    let (latents, noise) = (
-        normal("latents", [1, tokens, 64]),
-        normal("noise", [1, tokens, 64]),
+    let grid = [2 * IMAGE_SIDE; 2];
+    let shape = [1, CHANNELS, grid[0], grid[1]];
+    let tokens = |name: &str| {
+        let values = normals(name, &shape).to_f32();
+        F::pack(Tensor::from_data(TensorData::new(values, shape), device))
+    };
+    let (latents, noise) = (tokens("latents"), tokens("noise"));
+    let text = vec![
+        normals("txt", &[1, TEXT_TOKENS, TEXT_WIDTH]),
+        normals("pooled", &[1, 768]),
+    ];
+    let input = F::input(
+        latents.clone() * 0.4 + noise.clone() * 0.6,
+        grid,
+        F::text(text, device),
+        vec![0.6],
+        vec![3.5],
     );
-    let mut positions = text_positions(TEXT_TOKENS);
-    positions.extend(image_positions(2 * IMAGE_SIDE, 2 * IMAGE_SIDE));
-    let input = FluxInput {
-        img: latents.clone() * 0.4 + noise.clone() * 0.6,
-        txt: normal("txt", [1, TEXT_TOKENS, config.joint_attention_dim]),
-        pooled: normal("pooled", [1, 1, config.pooled_projection_dim]).flatten(0, 1),
-        sigma: vec![0.6],
-        guidance: vec![3.5],
-        positions,
-    };
-    MicroBatch {
-        input,
-        target: noise - latents,
-        weights: vec![1.0],
+    Drawn {
+        batch: MicroBatch {
+            input,
+            target: noise - latents,
+            weights: vec![1.0],
+        },
+        about: Vec::new(),
+        loss_of_zero: f64::INFINITY,
     }
 }
 
 /// Forward, gradients of inputs, and of the adapter: linear layers cost 2, attention 3 forward passes.
 fn flops() -> f64 {
-    let config = config();
     let (d, s) = (
-        config.hidden_size() as f64,
+        HIDDEN as f64,
         (IMAGE_SIDE * IMAGE_SIDE + TEXT_TOKENS) as f64,
     );
-    let blocks = (config.num_layers + config.num_single_layers) as f64;
+    let blocks = BLOCKS.iter().sum::<usize>() as f64;
     let linears = blocks * 24.0 * s * d * d;
     let attention = blocks * 4.0 * s * s * d;
     2.0 * linears + 3.0 * attention

@@ -1,0 +1,43 @@
+//! Cases of the autoencoder: an image to its latent distribution, latents to an image.
+
+use anyhow::Context;
+use burn::tensor::{Device, Tensor};
+use flux_model::autoencoder::AutoencoderConfig;
+use flux_model::pipeline::load_autoencoder;
+use lora_core::host_tensor;
+
+use super::case::{Case, Tensors};
+use super::report::Report;
+
+/// `vae` and `single_file_vae`.
+pub(super) fn compute(case: &Case, device: &Device) -> anyhow::Result<Report> {
+    let vae = if case.kind == "vae" {
+        load_autoencoder(&case.path("/model/path")?, None, device)?
+    } else {
+        let config: AutoencoderConfig = serde_json::from_value(case.value("/config")?.clone())
+            .context("`/config` of case.json")?;
+        load_autoencoder(&case.path("/checkpoint/file")?, Some(&config), device)?
+    };
+    let mut out = Tensors::new();
+    let mut put = |name: &str, tensor: Tensor<4>| {
+        out.insert(name.into(), host_tensor(tensor));
+    };
+    if case.has_input("image") {
+        let image: Tensor<4> = case.tensor("image", device)?;
+        put("moments", vae.moments(image.clone()));
+        let latents = vae.encode(image);
+        put("mean", latents.mean.clone());
+        put("logvar", latents.logvar.clone());
+        put("std", latents.std());
+        let model_input = vae.to_model_space(latents.mean.clone());
+        put("model_input_from_mean", model_input);
+        put("reconstruction", vae.decode(latents.mean));
+    }
+    if case.has_input("latent") {
+        let latent: Tensor<4> = case.tensor("latent", device)?;
+        put("decoded", vae.decode(latent.clone()));
+        let own = vae.from_model_space(latent);
+        put("decoded_from_model_space", vae.decode(own));
+    }
+    Report::by_tensor(case, out)
+}
