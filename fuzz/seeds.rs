@@ -94,7 +94,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             "manifest",
             chosen(
                 1,
-                "{\n  \"format_version\": 1,\n  \"step\": 1,\n  \"files\": [\n    {\n      \"name\": \"state.json\",\n      \"length\": 2,\n      \"sha256\": \"44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a\"\n    }\n  ],\n  \"config_digest\": \"\",\n  \"dataset_digest\": \"\",\n  \"fingerprint\": null",
+                "{\n  \"format_version\": 2,\n  \"step\": 1,\n  \"files\": [\n    {\n      \"name\": \"state.json\",\n      \"length\": 2,\n      \"sha256\": \"44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a\"\n    }\n  ],\n  \"config_digest\": \"\",\n  \"dataset_digest\": \"\",\n  \"fingerprint\": null",
             ),
         ),
         (

@@ -22,8 +22,8 @@ use burn::optim::{AdamW, AdamWConfig, GradientsParams};
 use burn::tensor::{Device, Int, Tensor};
 use flux_lora_examples::{fresh_run, root};
 use lora_core::{
-    AdapterFile, AdapterSource, ForwardPath, Gradients, LoraConfig, OptimizerState, PathOptimizer,
-    Plan, Training, TrainingRecord, count_parameters, detach, merge, set_adapters,
+    AdapterFile, Gradients, LoraConfig, OptimizerState, PathOptimizer, Training, TrainingRecord,
+    attach, count_parameters, detach, merge, set_adapters,
 };
 
 use crops::{Batch, Film, PATCH_VALUES, PATCHES, PHOTOS, Photographs, Split};
@@ -100,17 +100,8 @@ fn lora_config() -> LoraConfig {
 }
 
 fn start(base: Classifier) -> Result<Run> {
-    let source = AdapterSource::Fresh { seed: 42 };
-    // `Dense`: burn-nn's layers read their weights through `Param::val()`.
-    let plan = Plan::new(
-        &base,
-        ADAPTER,
-        Some(&lora_config()),
-        source,
-        ForwardPath::Dense,
-    )?;
     Ok(Training {
-        model: plan.apply(base),
+        model: attach(base, lora_config().fresh(42).named(ADAPTER))?,
         optimizer: PathOptimizer::new(AdamWConfig::new().build()),
         progress: 0,
     })
@@ -123,7 +114,7 @@ fn train(mut run: Run, until: u64, data: &Photographs, device: &Device) -> Resul
         report(run.progress, &loss)?;
         let mut gradients = Gradients::default();
         gradients.take("", &run.model, &mut loss.backward());
-        run.model = run.optimizer.step(2e-3, run.model, gradients)?;
+        run.optimizer.step(2e-3, &mut run.model, gradients)?;
         run.progress += 1;
     }
     Ok(run)
@@ -144,7 +135,7 @@ fn resume(base: Classifier, dir: &Path, device: &Device) -> Result<Run> {
     let path = dir.join("optimizer.safetensors");
     let state = OptimizerState::from_bytes(&path, fs::read(&path)?, scalars)?;
     let run = TrainingRecord::new(AdapterFile::load_peft(dir)?, state, steps)
-        .restore_adapters(base, ADAPTER, Some(&lora_config()), ForwardPath::Dense)?
+        .restore_adapters(base, |file| file.stored().named(ADAPTER))?
         .restore_optimizer(AdamWConfig::new().build(), device)?
         .restore_progress();
     Ok(run)
@@ -200,8 +191,7 @@ fn main() -> Result<()> {
     );
 
     save(&run, &dir)?;
-    let source = AdapterSource::File(AdapterFile::load_peft(&dir)?);
-    let loaded = Plan::new(&base, ADAPTER, None, source, ForwardPath::Dense)?.apply(base.clone());
+    let loaded = attach(base.clone(), AdapterFile::load_peft(&dir)?.stored())?;
     same_bits("loaded from its folder and trained", &loaded, &run.model)?;
 
     let off = set_adapters(run.model.clone(), &[])?; // `&[(ADAPTER, 0.5)]` would be half of it

@@ -10,7 +10,7 @@ use flux_model::flux1::load_transformer;
 use flux_model::flux1::transformer::{FluxInput, FluxTransformer};
 use flux_model::lora::{Component, ModelShape, delta, read};
 use lora_core::random::Stream;
-use lora_core::{AdapterFile, AdapterSource, ForwardPath, PeftType, Plan};
+use lora_core::{AdapterFile, PeftType};
 
 /// The workbench's run, 8 steps of another kind; `lora_dropout` is LoRA's alone.
 fn bench(kind: &str) -> Workbench {
@@ -98,9 +98,7 @@ fn base() -> FluxTransformer {
 }
 
 fn with(file: AdapterFile) -> FluxTransformer {
-    let (model, source) = (base(), AdapterSource::File(file));
-    let plan = Plan::new(&model, "default", None, source, ForwardPath::Fast).expect("fits");
-    plan.apply(model)
+    lora_core::attach(base(), file.stored().fast()).expect("fits")
 }
 
 /// What the network makes of one fixed input.

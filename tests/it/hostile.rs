@@ -571,7 +571,7 @@ fn manifest(files: &[(&str, &[u8])]) -> Vec<u8> {
     };
     let files = files.iter().map(entry).collect::<Vec<_>>().join(", ");
     sealed(&format!(
-        r#"{{"format_version": 1, "step": 1, "files": [{files}], "config_digest": "", "dataset_digest": "", "fingerprint": null"#
+        r#"{{"format_version": 2, "step": 1, "files": [{files}], "config_digest": "", "dataset_digest": "", "fingerprint": null"#
     ))
 }
 
@@ -584,7 +584,7 @@ fn checkpoints() -> Vec<Case> {
         )
     };
     let fields =
-        r#""format_version": 1, "step": 1, "files": [], "config_digest": "", "dataset_digest": """#;
+        r#""format_version": 2, "step": 1, "files": [], "config_digest": "", "dataset_digest": """#;
     let unexpected = "unexpected JSON in ckpt-0000000001/MANIFEST.json";
     let with_state = |state: String, says: &str| {
         let lora = factors("transformer.", &[2, 4], &[4, 2], &[]);
@@ -675,10 +675,10 @@ fn checkpoints() -> Vec<Case> {
         with(
             sealed(
                 &fields
-                    .replace("version\": 1", "version\": 2")
+                    .replace("version\": 2", "version\": 3")
                     .replacen('"', "{\"", 1),
             ),
-            "ckpt-0000000001/MANIFEST.json has format version 2, this program reads 1; use the version that wrote it",
+            "ckpt-0000000001/MANIFEST.json has format version 3, this program reads 2; use the version that wrote it",
         ),
         Case {
             prepare: |folder| make_pipe(&folder.join(NAME).join("state.json")),

@@ -1,22 +1,18 @@
-//! `Adapter`: one named update of one parameter; `Lora`: all adapters of that parameter.
-//!
-//! `Lora` is Burn's [`Reparameterization`]: it sits on the parameter, so any model can carry it. Its `Module` is written by
-//! hand for two reasons: paths name the adapter (`to_q.weight.lora.default.lora_A`), and `map` is the only mutable access
-//! Burn gives to what is attached, which [`edit`](crate::edit) uses.
+//! `Adapter`: one named update of one parameter.
 //!
 //! Factors are kept as files store them, `lora_A: [r, in]` and `lora_B: [out, r]`, while Burn's linear weight is `[in, out]`.
 
-use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, Reparameterization};
+use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor};
 use burn::tensor::{Device, Tensor};
 
+use crate::dropout;
 use crate::kinds::factors::{Factor, Factors, Layer};
 use crate::kinds::lora;
 use crate::kinds::module::AdapterSpec;
-use crate::kinds::parts::{Kind, LORA_A, LORA_B, LORA_BIAS, WHOLE};
+use crate::kinds::parts::{Kind, LORA_A, LORA_B, LORA_BIAS};
 use crate::ops::linear::LowRank;
 use crate::peft::config::InitLoraWeights;
-use crate::site::{Site, WeightLayout};
-use crate::{dropout, edit};
+use crate::site::Site;
 
 /// One named adapter on one parameter.
 #[derive(Debug, Clone)]
@@ -104,7 +100,7 @@ impl Adapter {
     }
 
     /// The weight this adapter makes of `weight`, which is `[in, out]`; `base` is the weight without any adapter.
-    fn apply(&self, weight: Tensor<2>, base: &Tensor<2>) -> Tensor<2> {
+    pub(crate) fn apply(&self, weight: Tensor<2>, base: &Tensor<2>) -> Tensor<2> {
         match self.delta() {
             Some(delta) => lora::changed(&self.factors, weight, delta.transpose(), base),
             None => weight,
@@ -128,40 +124,8 @@ impl Adapter {
     }
 }
 
-/// All adapters of one parameter, in the order they were added.
-#[derive(Debug, Clone)]
-pub struct Lora {
-    pub(crate) adapters: Vec<Adapter>,
-}
-
-impl Lora {
-    /// Every adapter, active or not.
-    pub fn adapters(&self) -> &[Adapter] {
-        &self.adapters
-    }
-
-    /// Adapters that take part in the forward pass.
-    pub fn active(&self) -> impl Iterator<Item = &Adapter> {
-        self.adapters.iter().filter(|a| a.is_active())
-    }
-
-    /// The parameter, or what an active adapter has in place of it.
-    pub(crate) fn replaced<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
-        let whole = self.active().find_map(|adapter| adapter.factors.get(WHOLE));
-        match whole {
-            Some(value) => value.vector().reshape(base.shape()).cast(base.dtype()),
-            None => base,
-        }
-    }
-
-    pub(crate) fn each(self, f: impl FnMut(Adapter) -> Adapter) -> Self {
-        Self {
-            adapters: self.adapters.into_iter().map(f).collect(),
-        }
-    }
-}
-
-const CONTAINER: &str = "Struct:Adapter";
+/// The container of a factor, as a walk over the model sees it.
+const PART: &str = "lora-core part";
 
 impl Module for Adapter {
     fn collect_devices(&self, devices: Devices) -> Devices {
@@ -173,18 +137,18 @@ impl Module for Adapter {
 
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
         for (part, factor) in self.factors.iter() {
-            visitor.enter_module(part.name, CONTAINER);
+            visitor.enter_module(part.name, PART);
             factor.visit(visitor);
-            visitor.exit_module(part.name, CONTAINER);
+            visitor.exit_module(part.name, PART);
         }
     }
 
     fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
         Self {
             factors: self.factors.map(|part, factor| {
-                mapper.enter_module(part.name, CONTAINER);
+                mapper.enter_module(part.name, PART);
                 let factor = factor.map(mapper);
-                mapper.exit_module(part.name, CONTAINER);
+                mapper.exit_module(part.name, PART);
                 factor
             }),
             ..self
@@ -209,82 +173,5 @@ impl Module for Adapter {
 
     fn materialize(self) -> Self {
         self
-    }
-}
-
-impl Module for Lora {
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        self.adapters
-            .iter()
-            .fold(devices, |devices, adapter| adapter.collect_devices(devices))
-    }
-
-    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        for adapter in &self.adapters {
-            visitor.enter_module(&adapter.name, "Struct:Lora");
-            adapter.visit(visitor);
-            visitor.exit_module(&adapter.name, "Struct:Lora");
-        }
-    }
-
-    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
-        edit::apply_pending(self).each(|adapter| {
-            let name = adapter.name.clone();
-            mapper.enter_module(&name, "Struct:Lora");
-            let adapter = adapter.map(mapper);
-            mapper.exit_module(&name, "Struct:Lora");
-            adapter
-        })
-    }
-
-    fn fork(self, device: &Device) -> Self {
-        self.each(|adapter| adapter.fork(device))
-    }
-
-    fn to_device(self, device: &Device) -> Self {
-        self.each(|adapter| adapter.to_device(device))
-    }
-
-    fn train(self) -> Self {
-        self.each(Module::train)
-    }
-
-    fn valid(&self) -> Self {
-        Self {
-            adapters: self.adapters.iter().map(Module::valid).collect(),
-        }
-    }
-
-    fn materialize(self) -> Self {
-        self
-    }
-}
-
-impl Reparameterization for Lora {
-    const NAME: &'static str = "lora";
-
-    /// `Param::val()` of an adapted weight: the dense `W + scale * B A`, or the parameter that is trained in its place.
-    fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
-        let base = self.replaced(base);
-        let changes = || self.active().filter(|adapter| !adapter.is_whole());
-        let Some(first) = changes().next() else {
-            return base;
-        };
-        let shape = base.shape();
-        let rows = shape[0] as i32;
-        let base: Tensor<2> = match first.site.layout {
-            WeightLayout::InOut | WeightLayout::Table => base.reshape([rows, -1]),
-            WeightLayout::OutIn => base.reshape([rows, -1]).transpose(),
-        };
-        let weight = changes().fold(base.clone(), |weight, adapter| {
-            if first.site.layout != WeightLayout::Table {
-                dropout::note_dense_path(adapter.spec.dropout, &adapter.name);
-            }
-            adapter.apply(weight, &base)
-        });
-        match first.site.layout {
-            WeightLayout::InOut | WeightLayout::Table => weight.reshape(shape),
-            WeightLayout::OutIn => weight.transpose().reshape(shape),
-        }
     }
 }

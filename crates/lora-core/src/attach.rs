@@ -1,115 +1,186 @@
-//! Putting an adapter on a model, in two steps: a [`Plan`] that can fail and changes nothing, and [`Plan::apply`], which
-//! cannot fail.
+//! Putting an adapter on a model: everything is checked first, then attached, then counted.
 //!
-//! Factors are born from their [`AdapterSource`]. There is no way to attach first and load later, so what is about to be
-//! loaded can never be initialised over.
+//! Factors are born from their source, a seed or a file. There is no way to attach first and load later, so what is about to
+//! be loaded can never be initialised over.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use burn::module::{Module, ModuleVisitor, Param, Reparameterization, Reparameterizer};
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::module::{Module, Param, Reparameterizer};
+use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::adapter::{Adapter, Lora};
+use crate::adapter::Adapter;
+use crate::adapters::Adapters;
 use crate::edit::{active_replacements, adapter_names, edit};
 use crate::error::LoraError;
 use crate::files::host::HostTensor;
-use crate::kinds::dense::{self, Whole};
+use crate::kinds::dense::Whole;
 use crate::kinds::factors::{Factor, Factors};
 use crate::kinds::module::{AdapterSpec, ModuleAdapter};
-use crate::kinds::parts::{Dim, INITIAL_A, INITIAL_B, LORA_A, LORA_B, MAGNITUDE, Part};
+use crate::kinds::parts::{INITIAL_A, INITIAL_B, LORA_A, LORA_B, MAGNITUDE, Part};
 use crate::kinds::{split, start};
-use crate::peft::config::{LoraConfig, Targets, TrainBias};
+use crate::peft::config::LoraConfig;
 use crate::peft::file::AdapterFile;
-use crate::peft::selection::{LayerFilter, is_saved, keeps_adapters_off};
 use crate::random::name_hash;
+use crate::scan::{Layer, Parameter, Scan, matrix_size};
 use crate::site::{Site, WeightLayout};
 use crate::state::{each_parameter, host};
+use crate::walk::walk;
 
 /// The name PEFT gives an adapter when none is asked for.
 pub const DEFAULT_ADAPTER: &str = "default";
 
-/// Where the factors come from.
+/// An adapter that is to be attached: [`LoraConfig::fresh`] or [`AdapterFile::stored`], and how.
 #[derive(Debug, Clone)]
-pub enum AdapterSource {
-    /// Drawn from a seed, as `init_lora_weights` says.
-    Fresh {
-        /// Seed of the run.
-        seed: u64,
-    },
-    /// Read from a file: rank, alpha and layers are the file's; the configuration must not disagree.
-    File(AdapterFile),
+pub struct NewAdapter {
+    name: String,
+    source: Source,
+    is_fast: bool,
 }
 
-/// How the model computes its adapted layers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ForwardPath {
-    /// Through `Param::val()`, as every unedited Burn model does: dropout and `lora_bias` cannot exist there.
-    Dense,
-    /// Through [`linear`](crate::linear) in every adapted layer.
-    Fast,
+#[derive(Debug, Clone)]
+enum Source {
+    Fresh(Box<LoraConfig>, u64),
+    Stored(AdapterFile, Option<Box<LoraConfig>>),
 }
 
-/// A checked decision which layers get which factors.
+impl LoraConfig {
+    /// A new adapter whose factors are drawn from a seed, as `init_lora_weights` says.
+    pub fn fresh(self, seed: u64) -> NewAdapter {
+        NewAdapter::from(Source::Fresh(Box::new(self), seed))
+    }
+}
+
+impl AdapterFile {
+    /// This adapter: rank, alpha and layers are the file's.
+    pub fn stored(self) -> NewAdapter {
+        NewAdapter::from(Source::Stored(self, None))
+    }
+}
+
+impl From<Source> for NewAdapter {
+    fn from(source: Source) -> Self {
+        Self {
+            name: DEFAULT_ADAPTER.into(),
+            source,
+            is_fast: false,
+        }
+    }
+}
+
+impl NewAdapter {
+    /// Under another name than [`DEFAULT_ADAPTER`].
+    #[must_use]
+    pub fn named(mut self, name: &str) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    /// For a model that computes its layers through [`linear`](crate::linear): then dropout and `lora_bias` can be.
+    ///
+    /// Every other model reads its weights through `Param::val()`, where they cannot exist.
+    #[must_use]
+    pub fn fast(mut self) -> Self {
+        self.is_fast = true;
+        self
+    }
+
+    /// Refuses a stored adapter that `config` does not describe; a fresh one has its own configuration.
+    #[must_use]
+    pub fn agreeing_with(mut self, config: &LoraConfig) -> Self {
+        if let Source::Stored(_, expected) = &mut self.source {
+            *expected = Some(Box::new(config.clone()));
+        }
+        self
+    }
+}
+
+/// Attaches an adapter: it is active, with weight 1, and trained. Base weights stop requiring gradients; other adapters stay
+/// as they are, active ones too.
+///
+/// # Errors
+/// A pattern that matches nothing, an invalid configuration, a tensor of the file that is missing, left over or of the
+/// wrong shape, a file and configuration that disagree, a name that is taken, a parameter that carries another library's
+/// reparameterization.
+pub fn attach<M: Module>(model: M, adapter: NewAdapter) -> Result<M, LoraError> {
+    Plan::decide(&model, adapter, true)?.apply(model)
+}
+
+/// The layers that `config` adapts on `model`, each with its inputs and outputs. No weight is read, so a model that is not
+/// loaded will do.
+///
+/// # Errors
+/// A pattern that matches nothing, a layer that cannot be adapted in this way or whose size does not allow the rank.
+pub fn targeted<M: Module>(
+    model: &M,
+    config: &LoraConfig,
+) -> Result<BTreeMap<String, [usize; 2]>, LoraError> {
+    config.validate()?;
+    let scan = Scan::of(model);
+    let mut layers = BTreeMap::new();
+    for path in scan.targets(config)? {
+        if let Some(site) = scan.weights[path].site(path) {
+            start::check(config, &site)?;
+            layers.insert(path.to_string(), [site.inputs(), site.outputs()]);
+        }
+    }
+    Ok(layers)
+}
+
+/// A checked decision which layers of a model get which factors: [`attach`] in two steps.
 #[derive(Debug)]
 pub struct Plan {
     name: String,
     layers: BTreeMap<String, Layer>,
     magnitudes: BTreeMap<String, HostTensor>,
     whole: BTreeMap<String, Whole>,
-    occupied: BTreeSet<String>,
-}
-
-#[derive(Debug)]
-struct Layer {
-    site: Site,
-    module: ModuleAdapter,
-    device: Device,
 }
 
 impl Plan {
-    /// Decides where adapter `name` goes on `model` and takes its factors from `source`.
-    ///
-    /// With a file, `config` may be `None`; if given, it must agree with the file.
+    /// Decides where `adapter` goes on `model`, which stays as it is: nothing lazy is made, unless factors start from the
+    /// weights (`pissa`, `olora`, DoRA).
     ///
     /// # Errors
-    /// A pattern that matches nothing, an invalid configuration, a tensor of the file that is missing, left over or of the
-    /// wrong shape, a file and configuration that disagree, a name that is taken.
-    pub fn new<M: Module>(
-        model: &M,
-        name: &str,
-        config: Option<&LoraConfig>,
-        source: AdapterSource,
-        path: ForwardPath,
-    ) -> Result<Self, LoraError> {
+    /// As [`attach`].
+    pub fn new<M: Module>(model: &M, adapter: NewAdapter) -> Result<Self, LoraError> {
+        Self::decide(model, adapter, false)
+    }
+
+    /// `settles`: shapes are those of the values, also where that makes a lazy weight.
+    fn decide<M: Module>(model: &M, adapter: NewAdapter, settles: bool) -> Result<Self, LoraError> {
+        let NewAdapter {
+            name,
+            source,
+            is_fast,
+        } = adapter;
         if name.is_empty() || name.contains('.') {
             return Err(LoraError::Config(format!(
                 "adapter name `{name}` must be non-empty and without dots"
             )));
         }
-        if adapter_names(model).iter().any(|attached| attached == name) {
-            return Err(LoraError::Config(format!(
-                "an adapter named `{name}` is already attached"
-            )));
-        }
-        if let Some(config) = config {
-            config.validate()?;
-        }
-        let mut scan = Scan::default();
-        model.visit(&mut scan);
+        check_name(model, &name)?;
+        let mut scan = Scan::of(model);
         let (modules, whole) = match source {
-            AdapterSource::Fresh { seed } => {
-                let config = config.ok_or_else(|| {
-                    LoraError::Config("a fresh adapter needs a configuration".into())
-                })?;
-                let whole = scan.whole(config)?;
-                let modules = fresh(model, &scan, config, seed)?;
+            Source::Fresh(config, seed) => {
+                config.validate()?;
+                let targets = scan.targets(&config)?.into_iter();
+                let mut wanted: BTreeSet<String> = targets.map(|t| format!("{t}.weight")).collect();
+                wanted.extend(scan.whole(&config)?.into_keys().map(String::from));
+                scan.settle(model, |path| settles && wanted.contains(path));
+                let whole = scan.whole(&config)?;
+                let modules = fresh(model, &scan, &config, seed)?;
                 (modules, own_values(model, &whole))
             }
-            AdapterSource::File(file) => {
+            Source::Stored(file, config) => {
                 if let Some(config) = config {
-                    file.agrees_with(config)?;
-                    scan.selects_exactly(config, &file)?;
+                    config.validate()?;
+                    file.agrees_with(&config)?;
+                    scan.selects_exactly(&config, &file)?;
                 }
+                scan.settle(model, |path| {
+                    let layer = path.strip_suffix(".weight").unwrap_or(path);
+                    settles
+                        && (file.modules().contains_key(layer) || file.whole().contains_key(path))
+                });
                 let whole = scan.place_whole(&file)?;
                 (file.into_modules(), whole)
             }
@@ -124,8 +195,11 @@ impl Plan {
         if layers.is_empty() {
             return Err(LoraError::Config("the adapter file holds no layer".into()));
         }
-        for (layer, placed) in &layers {
-            placed.check_path(layer, path)?;
+        for (parameter, placed) in &layers {
+            placed.check_path(parameter, is_fast)?;
+        }
+        for parameter in layers.keys().chain(whole.keys()) {
+            scan.check_free(parameter)?;
         }
         let replaced = active_replacements(model);
         if let Some((parameter, other)) = replaced.iter().find(|(p, _)| whole.contains_key(*p)) {
@@ -133,17 +207,18 @@ impl Plan {
                 "adapter `{other}` trains `{parameter}` in full as well; switch it off with `set_adapters` or delete it first"
             )));
         }
-        let mut plan = Self {
-            name: name.into(),
-            layers,
-            magnitudes: BTreeMap::new(),
-            whole,
-            occupied: scan.occupied,
+        let lacking = layers.iter().filter(|(_, layer)| layer.lacks_magnitude());
+        let lacking: BTreeMap<&str, &Layer> = lacking.map(|(p, l)| (p.as_str(), l)).collect();
+        let magnitudes = match lacking.is_empty() {
+            true => BTreeMap::new(),
+            false => initial_magnitudes(model, &lacking),
         };
-        if plan.layers.values().any(|layer| layer.lacks_magnitude()) {
-            plan.magnitudes = initial_magnitudes(model, &plan.layers);
-        }
-        Ok(plan)
+        Ok(Self {
+            name,
+            layers,
+            magnitudes,
+            whole,
+        })
     }
 
     /// Paths of the layers that get an adapter, sorted.
@@ -153,19 +228,49 @@ impl Plan {
             .map(|path| path.strip_suffix(".weight").unwrap_or(path))
     }
 
-    /// Attaches: the new adapter is active, with weight 1, and trained. Base weights stop requiring gradients; other adapters
-    /// stay as they are, active ones too.
-    pub fn apply<M: Module>(self, model: M) -> M {
-        let model = model.apply_reparameterization(&self);
-        if self.occupied.is_empty() {
-            return model;
-        }
-        edit(model, move |path, mut lora: Lora| {
-            if self.occupied.contains(path) {
-                lora.adapters.extend(self.adapter(path));
+    /// Attaches what was decided; `model` is the one that it was decided for.
+    ///
+    /// # Errors
+    /// Another model: one without a planned parameter, or with one of another shape, or with an adapter of this name.
+    pub fn apply<M: Module>(self, model: M) -> Result<M, LoraError> {
+        let another = |parameter: &str, problem: &str| {
+            Err(LoraError::Config(format!(
+                "adapter `{}` was planned for another model: `{parameter}` {problem}",
+                self.name
+            )))
+        };
+        check_name(&model, &self.name)?;
+        let mut scan = Scan::of(&model);
+        scan.settle(&model, |path| {
+            self.layers.contains_key(path) || self.whole.contains_key(path)
+        });
+        let layers = self.layers.iter().map(|(path, layer)| (path, &layer.site));
+        let whole = self.whole.iter().map(|(path, whole)| (path, &whole.site));
+        for (path, site) in layers.chain(whole) {
+            if !scan.has(path, site) {
+                return another(path, "is not there in the shape that was planned for");
             }
-            lora
-        })
+            scan.check_free(path)?;
+        }
+        let (mut occupied, mut attached) = (BTreeSet::new(), BTreeSet::new());
+        let model = edit(model, |path, mut adapters| {
+            occupied.insert(path.to_string());
+            if let Some(adapter) = self.adapter(path) {
+                attached.insert(path.to_string());
+                adapters.adapters.push(adapter);
+            }
+            adapters
+        });
+        let model = model.apply_reparameterization(Apply {
+            plan: &self,
+            occupied: &occupied,
+            attached: &mut attached,
+        });
+        let planned = self.layers.keys().chain(self.whole.keys());
+        match planned.into_iter().find(|path| !attached.contains(*path)) {
+            None => Ok(model),
+            Some(path) => another(path, "was not reached"),
+        }
     }
 
     /// What goes onto the parameter at `path`.
@@ -224,465 +329,50 @@ fn to_model(part: Part, tensor: &HostTensor, device: &Device) -> Factor {
     }
 }
 
-/// Rows and columns of a factor, whose kernel is flattened.
-fn matrix_size(part: &HostTensor) -> [usize; 2] {
-    let rows = part.shape.first().copied().unwrap_or(1);
-    [rows, part.numel() / rows.max(1)]
-}
-
-impl Layer {
-    /// Whether its DoRA still has to look at the base weight.
-    fn lacks_magnitude(&self) -> bool {
-        self.module.use_dora && self.module.factors.get(MAGNITUDE).is_none()
-    }
-
-    /// Refuses what the way in which the model computes the layer cannot do.
-    fn check_path(&self, layer: &str, path: ForwardPath) -> Result<(), LoraError> {
-        let fast = path == ForwardPath::Fast && self.site.layout == WeightLayout::InOut;
-        // PEFT's embeddings know no dropout.
-        if self.module.spec.dropout > 0.0 && !fast && self.site.layout != WeightLayout::Table {
-            return Err(LoraError::Config(format!(
-                "`lora_dropout` needs a model that computes its layers with `lora_core::linear`, which `{layer}` is not; set it to 0"
-            )));
-        }
-        if self.module.has_bias() && !fast {
-            return Err(LoraError::Config(format!(
-                "`{layer}` has a `lora_bias`, which needs a model that computes its layers with `lora_core::linear`"
-            )));
-        }
-        Ok(())
+/// Refuses a second adapter of the same name.
+fn check_name<M: Module>(model: &M, name: &str) -> Result<(), LoraError> {
+    match adapter_names(model).iter().any(|attached| attached == name) {
+        false => Ok(()),
+        true => Err(LoraError::Config(format!(
+            "an adapter named `{name}` is already attached"
+        ))),
     }
 }
 
-impl Reparameterizer for &Plan {
-    type Reparam = Lora;
+/// Puts adapters on parameters that have none yet, and freezes everything that is not a factor of ours.
+struct Apply<'a> {
+    plan: &'a Plan,
+    /// Paths of parameters that have adapters already: Burn would discard a second reparameterization.
+    occupied: &'a BTreeSet<String>,
+    attached: &'a mut BTreeSet<String>,
+}
+
+impl Reparameterizer for Apply<'_> {
+    type Reparam = Adapters;
 
     fn reparameterize<const D: usize>(
         &mut self,
         path: &str,
         param: Param<Tensor<D>>,
-    ) -> (Param<Tensor<D>>, Option<Lora>) {
-        if path.split('.').any(|part| part == Lora::NAME) {
-            return (param, None); // a factor of an adapter that is already there
+    ) -> (Param<Tensor<D>>, Option<Adapters>) {
+        // Nothing but its adapters is below a parameter.
+        let mut above = path.match_indices('.').map(|(end, _)| &path[..end]);
+        if above.any(|above| self.occupied.contains(above)) {
+            return (param, None);
         }
         let param = param.set_require_grad(false);
-        let adapter = match self.occupied.contains(path) {
-            true => None,
-            false => self.adapter(path),
-        };
-        let lora = adapter.map(|adapter| Lora {
+        if self.occupied.contains(path) {
+            return (param, None);
+        }
+        let adapter = self.plan.adapter(path);
+        if adapter.is_some() {
+            self.attached.insert(path.into());
+        }
+        let adapters = adapter.map(|adapter| Adapters {
             adapters: vec![adapter],
         });
-        (param, lora)
+        (param, adapters)
     }
-}
-
-/// Paths, shapes and owners of a model's parameters, and where adapters already sit.
-#[derive(Default)]
-struct Scan {
-    path: Vec<String>,
-    owner: Vec<String>,
-    /// By the path of the layer that has them as `weight`.
-    weights: BTreeMap<String, Parameter>,
-    /// By their own path.
-    parameters: BTreeMap<String, Parameter>,
-    occupied: BTreeSet<String>,
-}
-
-#[derive(Clone)]
-struct Parameter {
-    shape: Vec<usize>,
-    owner: String,
-    /// As PyTorch calls it: `norm.weight` where Burn says `norm.gamma`.
-    key: String,
-    device: Device,
-    /// Where it has one yet; else it will be the device's default.
-    dtype: Option<DType>,
-}
-
-impl Parameter {
-    fn is_linear(&self) -> bool {
-        self.owner == "Struct:Linear"
-    }
-
-    /// Where an adapter of the layer `path` would sit, if its weight can be adapted.
-    fn site(&self, path: &str) -> Option<Site> {
-        let layout = match (self.owner.as_str(), self.shape.len()) {
-            ("Struct:Conv1d" | "Struct:Conv2d" | "Struct:Conv3d", 3..) => WeightLayout::OutIn,
-            ("Struct:Embedding", 2) => WeightLayout::Table,
-            (_, 2) => WeightLayout::InOut,
-            _ => return None,
-        };
-        Some(Site {
-            key: path.into(),
-            layout,
-            shape: self.shape.clone(),
-        })
-    }
-
-    fn is_adaptable(&self) -> bool {
-        self.site("").is_some()
-    }
-
-    /// The parameter itself, to be trained in full.
-    fn whole_site(&self) -> Site {
-        let is_transposed = self.is_linear() && self.shape.len() == 2;
-        Site {
-            key: self.key.clone(),
-            layout: if is_transposed {
-                WeightLayout::InOut
-            } else {
-                WeightLayout::OutIn
-            },
-            shape: self.shape.clone(),
-        }
-    }
-}
-
-impl ModuleVisitor for Scan {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        if container == "Reparameterization" {
-            self.occupied.insert(self.path.join("."));
-        }
-        self.path.push(name.into());
-        self.owner.push(container.into());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-        self.owner.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if self.owner.iter().any(|owner| owner == "Reparameterization") {
-            return;
-        }
-        let [module @ .., last] = self.path.as_slice() else {
-            return;
-        };
-        let (layer, owner) = (
-            module.join("."),
-            self.owner.last().cloned().unwrap_or_default(),
-        );
-        let name = match (owner.ends_with("Norm"), last.as_str()) {
-            (true, "gamma") => "weight",
-            (true, "beta") => "bias",
-            (_, name) => name,
-        };
-        let parameter = Parameter {
-            shape: param.lazy_shape().to_vec(),
-            key: [module.to_vec(), vec![name.into()]].concat().join("."),
-            device: param.lazy_device(),
-            dtype: param.is_initialized().then(|| param.base().dtype()),
-            owner,
-        };
-        if last == "weight" {
-            self.weights.insert(layer, parameter.clone());
-        }
-        self.parameters.insert(self.path.join("."), parameter);
-    }
-}
-
-impl Scan {
-    /// Layers that `config` selects.
-    fn targets(&self, config: &LoraConfig) -> Result<Vec<&str>, LoraError> {
-        let target = config.target_modules.matcher()?;
-        let exclude = config
-            .exclude_modules
-            .as_ref()
-            .map(|e| e.matcher())
-            .transpose()?;
-        let layers = LayerFilter::new(
-            config.layers_to_transform.as_ref(),
-            config.layers_pattern.as_ref(),
-        )?;
-        let is_listed = |path: &str| match &config.target_modules {
-            Targets::List(entries) => entries.iter().any(|entry| entry == path),
-            Targets::Pattern(_) => false,
-        };
-        let is_target = |path: &str, weight: &Parameter| {
-            !exclude
-                .as_ref()
-                .is_some_and(|e| e.matches(path, weight.is_linear()))
-                && target.matches(path, weight.is_linear())
-                && layers
-                    .as_ref()
-                    .is_none_or(|layers| is_listed(path) || layers.matches(path))
-        };
-        // A list entry that selects nothing is a typing error, even where other entries match.
-        if let Targets::List(entries) = &config.target_modules {
-            if entries.is_empty() {
-                return Err(LoraError::Config(
-                    "`target_modules` is empty: name the layers to adapt".into(),
-                ));
-            }
-            for entry in entries {
-                if !self.weights.iter().any(|(path, w)| {
-                    w.is_adaptable() && crate::peft::config::is_suffix(path, entry)
-                }) {
-                    return Err(self.no_match(entry));
-                }
-            }
-        }
-        let mut targets = Vec::new();
-        for (path, weight) in &self.weights {
-            let mut saved = config.modules_to_save.iter();
-            if weight.is_adaptable()
-                && is_target(path, weight)
-                && !saved.try_fold(false, |off, entry| {
-                    keeps_adapters_off(path, entry).map(|this| off || this)
-                })?
-            {
-                targets.push(path.as_str());
-            }
-        }
-        if targets.is_empty() {
-            let pattern = match &config.target_modules {
-                Targets::Pattern(pattern) => pattern.clone(),
-                Targets::List(entries) => entries.join(", "),
-            };
-            return Err(self.no_match(&pattern));
-        }
-        Ok(targets)
-    }
-
-    /// Parameters that `config` trains in full.
-    fn whole(&self, config: &LoraConfig) -> Result<BTreeMap<&str, &Parameter>, LoraError> {
-        let targets = self.targets(config)?;
-        let mut whole = BTreeMap::new();
-        for entry in &config.modules_to_save {
-            let saved: Vec<_> = self
-                .parameters
-                .iter()
-                .filter(|(_, parameter)| is_saved(&parameter.key, entry))
-                .map(|(path, parameter)| (path.as_str(), parameter))
-                .collect();
-            if saved.is_empty() {
-                return Err(LoraError::Config(format!(
-                    "`{entry}` of `modules_to_save` names no module of this model"
-                )));
-            }
-            whole.extend(saved);
-        }
-        let layers = whole.keys().filter_map(|path| path.strip_suffix(".weight"));
-        if let Some(layer) = layers.into_iter().find(|layer| targets.contains(layer)) {
-            return Err(LoraError::Config(format!(
-                "`{layer}` is named by both `target_modules` and `modules_to_save`"
-            )));
-        }
-        if let Some((path, _)) = whole.iter().find(|(_, p)| p.owner == "Struct:BatchNorm") {
-            return Err(LoraError::Config(format!(
-                "`{path}` of `modules_to_save` is a batch norm, whose running statistics an adapter cannot hold"
-            )));
-        }
-        whole.extend(
-            self.parameters
-                .iter()
-                .filter(|(_, parameter)| match config.bias {
-                    TrainBias::None => false,
-                    TrainBias::All => parameter.key.contains("bias"),
-                    TrainBias::LoraOnly => parameter
-                        .key
-                        .strip_suffix(".bias")
-                        .is_some_and(|layer| targets.contains(&layer)),
-                })
-                .map(|(path, parameter)| (path.as_str(), parameter)),
-        );
-        Ok(whole)
-    }
-
-    /// Checks that `config` selects the layers and parameters a file holds, no more and no fewer.
-    fn selects_exactly(&self, config: &LoraConfig, file: &AdapterFile) -> Result<(), LoraError> {
-        let differ = |key: &str, selected: BTreeSet<&str>, stored: BTreeSet<&str>, is: &str| {
-            let Some(name) = selected.symmetric_difference(&stored).next() else {
-                return Ok(());
-            };
-            let is = |there: bool| {
-                if there {
-                    is.into()
-                } else {
-                    format!("not {is}")
-                }
-            };
-            Err(LoraError::Disagrees {
-                key: format!("{key} ({name})"),
-                configured: is(selected.contains(name)),
-                stored: is(stored.contains(name)),
-            })
-        };
-        differ(
-            "target_modules",
-            self.targets(config)?.into_iter().collect(),
-            file.modules().keys().map(String::as_str).collect(),
-            "adapted",
-        )?;
-        let whole = self.whole(config)?;
-        differ(
-            "modules_to_save",
-            whole.values().map(|p| p.key.as_str()).collect(),
-            file.whole().keys().map(String::as_str).collect(),
-            "saved",
-        )
-    }
-
-    /// The parameters that a file holds in full, as the model lays them out.
-    fn place_whole(&self, file: &AdapterFile) -> Result<BTreeMap<String, Whole>, LoraError> {
-        let mut by_key: BTreeMap<&str, (&String, &Parameter)> = self
-            .parameters
-            .iter()
-            .map(|(path, parameter)| (parameter.key.as_str(), (path, parameter)))
-            .collect();
-        file.whole()
-            .iter()
-            .map(|(key, tensor)| {
-                let (path, parameter) =
-                    by_key
-                        .remove(key.as_str())
-                        .ok_or_else(|| LoraError::Leftover {
-                            key: key.clone(),
-                            reason: "the model has no such parameter".into(),
-                        })?;
-                let site = parameter.whole_site();
-                check_tensor(key.clone(), tensor, dense::file_shape(&site))?;
-                let whole = Whole {
-                    values: dense::from_file(&site, tensor),
-                    site,
-                    device: parameter.device.clone(),
-                };
-                Ok((path.clone(), whole))
-            })
-            .collect()
-    }
-
-    fn no_match(&self, pattern: &str) -> LoraError {
-        let nearest = self
-            .weights
-            .keys()
-            .max_by_key(|path| similarity(path, pattern))
-            .filter(|path| similarity(path, pattern) > 0)
-            .cloned();
-        LoraError::NoMatch {
-            pattern: pattern.into(),
-            nearest,
-        }
-    }
-
-    /// Checks one layer's factors against the weight they go to.
-    fn place(&self, path: &str, module: ModuleAdapter) -> Result<Layer, LoraError> {
-        let leftover = |reason: &str| LoraError::Leftover {
-            key: format!("{path}.{}", module.factors.kind().parts()[0].name),
-            reason: reason.into(),
-        };
-        let weight = self
-            .weights
-            .get(path)
-            .ok_or_else(|| leftover("the model has no such layer"))?;
-        if let Some(dtype) = weight.dtype.filter(|dtype| *dtype != DType::F32) {
-            return Err(leftover(&format!(
-                "the layer's weight is {dtype:?}, and adapters need F32: load the model as f32"
-            )));
-        }
-        let site = weight.site(path).ok_or_else(|| {
-            leftover(&format!(
-                "a weight of shape {:?} cannot be adapted",
-                weight.shape
-            ))
-        })?;
-        if module.embedding != (site.layout == WeightLayout::Table) {
-            return Err(leftover(if module.embedding {
-                "the layer is no embedding"
-            } else {
-                "an embedding needs `lora_embedding_A` and `lora_embedding_B`"
-            }));
-        }
-        let (rank, inputs, outputs) = (module.spec.rank, site.inputs(), site.outputs());
-        if module.factors.kind().peft_type().is_none() {
-            return Err(leftover(
-                "it is no product of smaller factors: add it to the base weight",
-            ));
-        }
-        let found = module.factors.size(matrix_size);
-        if module.factors.sides().is_some() && found != [outputs, inputs] {
-            return Err(LoraError::Shape {
-                key: format!("{path}.lokr_w1, lokr_w2 (their Kronecker product)"),
-                expected: vec![outputs, inputs],
-                found: found.to_vec(),
-            });
-        }
-        for (part, tensor) in module.factors.iter() {
-            let own = matrix_size(tensor);
-            let axes = part.dims.iter().enumerate();
-            let dims: Vec<usize> = axes
-                .map(|(axis, dim)| match dim {
-                    Dim::In => inputs,
-                    Dim::Out => outputs,
-                    Dim::Rank => rank,
-                    Dim::Any => own[axis],
-                })
-                .collect();
-            let expected = site.file_shape(part, &dims);
-            check_tensor(format!("{path}.{}", part.name), tensor, expected)?;
-        }
-        Ok(Layer {
-            site,
-            module,
-            device: weight.device.clone(),
-        })
-    }
-}
-
-/// Checks shape and values of a tensor of a file.
-fn check_tensor(key: String, tensor: &HostTensor, expected: Vec<usize>) -> Result<(), LoraError> {
-    if tensor.shape != expected {
-        return Err(LoraError::Shape {
-            key,
-            expected,
-            found: tensor.shape.clone(),
-        });
-    }
-    match tensor.first_non_finite() {
-        Some(index) => Err(LoraError::NotFinite { key, index }),
-        None => Ok(()),
-    }
-}
-
-/// Length of the longest common suffix and prefix, in characters: enough to find a mistyped layer.
-fn similarity(path: &str, pattern: &str) -> usize {
-    let suffix = path
-        .bytes()
-        .rev()
-        .zip(pattern.bytes().rev())
-        .take_while(|(a, b)| a == b)
-        .count();
-    let last = |s: &str| s.rsplit('.').next().unwrap_or_default().to_string();
-    let prefix = last(path)
-        .bytes()
-        .zip(last(pattern).bytes())
-        .take_while(|(a, b)| a == b)
-        .count();
-    suffix + prefix
-}
-
-/// The layers that `config` adapts on `model`, each with its inputs and outputs. No weight is read, so a model that is not
-/// loaded will do.
-///
-/// # Errors
-/// A pattern that matches nothing, a layer that cannot be adapted in this way or whose size does not allow the rank.
-pub fn targeted<M: Module>(
-    model: &M,
-    config: &LoraConfig,
-) -> Result<BTreeMap<String, [usize; 2]>, LoraError> {
-    config.validate()?;
-    let mut scan = Scan::default();
-    model.visit(&mut scan);
-    let mut layers = BTreeMap::new();
-    for path in scan.targets(config)? {
-        if let Some(site) = scan.weights[path].site(path) {
-            start::check(config, &site)?;
-            layers.insert(path.to_string(), [site.inputs(), site.outputs()]);
-        }
-    }
-    Ok(layers)
 }
 
 /// Fresh factors for every target.
@@ -715,55 +405,37 @@ fn fresh<M: Module>(
 /// DoRA starts from the norms of the weight as it is: `‖W + scale B A‖` over the inputs, with B zero `‖W‖`.
 fn initial_magnitudes<M: Module>(
     model: &M,
-    layers: &BTreeMap<String, Layer>,
+    layers: &BTreeMap<&str, &Layer>,
 ) -> BTreeMap<String, HostTensor> {
-    struct Norms<'a> {
-        path: Vec<String>,
-        layers: &'a BTreeMap<String, Layer>,
-        norms: BTreeMap<String, HostTensor>,
-    }
-    impl ModuleVisitor for Norms<'_> {
-        fn enter_module(&mut self, name: &str, _: &str) {
-            self.path.push(name.into());
+    let mut norms = BTreeMap::new();
+    walk(model, |found| {
+        let path = found.path();
+        let Some(Layer { site, module, .. }) = layers.get(path.as_str()) else {
+            return;
+        };
+        let factors = &module.factors;
+        let (Some(a), Some(b)) = (factors.get(LORA_A), factors.get(LORA_B)) else {
+            return;
+        };
+        let (values, shape) = found.param().values();
+        let weight: Tensor<2> = values.reshape([shape[0] as i32, -1]);
+        let weight = match site.layout {
+            WeightLayout::InOut | WeightLayout::Table => weight,
+            WeightLayout::OutIn => weight.transpose(),
+        };
+        let device = weight.device();
+        let factor = |t: &HostTensor| {
+            Tensor::<2>::from_data(TensorData::new(t.to_f32(), matrix_size(t)), &device)
+        };
+        let mut delta = factor(b).matmul(factor(a));
+        if let (Some(a), Some(b)) = (factors.get(INITIAL_A), factors.get(INITIAL_B)) {
+            delta = delta - factor(b).matmul(factor(a));
         }
-        fn exit_module(&mut self, _: &str, _: &str) {
-            self.path.pop();
-        }
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let path = self.path.join(".");
-            let Some(Layer { site, module, .. }) = self.layers.get(&path) else {
-                return;
-            };
-            let factors = &module.factors;
-            let (Some(a), Some(b)) = (factors.get(LORA_A), factors.get(LORA_B)) else {
-                return;
-            };
-            let base = param.base();
-            let rows = base.dims()[0] as i32;
-            let weight: Tensor<2> = match site.layout {
-                WeightLayout::InOut | WeightLayout::Table => base.reshape([rows, -1]),
-                WeightLayout::OutIn => base.reshape([rows, -1]).transpose(),
-            };
-            let device = weight.device();
-            let factor = |t: &HostTensor| {
-                Tensor::<2>::from_data(TensorData::new(t.to_f32(), matrix_size(t)), &device)
-            };
-            let mut delta = factor(b).matmul(factor(a));
-            if let (Some(a), Some(b)) = (factors.get(INITIAL_A), factors.get(INITIAL_B)) {
-                delta = delta - factor(b).matmul(factor(a));
-            }
-            let delta = delta.mul_scalar(module.spec.scale());
-            let norm = (weight + delta.transpose()).square().sum_dim(0).sqrt();
-            self.norms.insert(path, host(norm.flatten::<1>(0, 1)));
-        }
-    }
-    let mut norms = Norms {
-        path: Vec::new(),
-        layers,
-        norms: BTreeMap::new(),
-    };
-    model.visit(&mut norms);
-    norms.norms
+        let delta = delta.mul_scalar(module.spec.scale());
+        let norm = (weight + delta.transpose()).square().sum_dim(0).sqrt();
+        norms.insert(path, host(norm.flatten::<1>(0, 1)));
+    });
+    norms
 }
 
 /// The values that parameters have now.

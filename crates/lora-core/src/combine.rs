@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::Module;
 
-use crate::attach::{AdapterSource, ForwardPath, Plan};
+use crate::attach::attach;
 use crate::edit::edit;
 use crate::error::LoraError;
 use crate::files::host::HostTensor;
@@ -50,11 +50,10 @@ pub fn add_weighted_adapter<M: Module>(
         .map(|(name, weight)| Ok((AdapterFile::from_model(&model, name, None)?, *weight)))
         .collect::<Result<Vec<_>, LoraError>>()?;
     let sources: Vec<(&AdapterFile, f64)> = files.iter().map(|(file, w)| (file, *w)).collect();
-    let source = AdapterSource::File(AdapterFile::combine(&sources, combination)?);
-    let model = Plan::new(&model, name, None, source, ForwardPath::Fast)?.apply(model);
-    let name = name.to_string();
-    Ok(edit(model, move |_, lora| {
-        lora.each(|mut adapter| {
+    let combined = AdapterFile::combine(&sources, combination)?;
+    let model = attach(model, combined.stored().named(name).fast())?;
+    Ok(edit(model, |_, adapters| {
+        adapters.each(|mut adapter| {
             if adapter.name != name {
                 return adapter;
             }

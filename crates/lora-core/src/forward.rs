@@ -3,7 +3,8 @@
 use burn::nn::Linear;
 use burn::tensor::Tensor;
 
-use crate::adapter::{Adapter, Lora};
+use crate::adapter::Adapter;
+use crate::adapters::Adapters;
 use crate::ops::linear::linear as frozen_linear;
 
 /// `x W + b + sum of scale * (dropout(x) Aᵀ) Bᵀ` over the active adapters, or what the other kinds add.
@@ -15,11 +16,11 @@ use crate::ops::linear::linear as frozen_linear;
 /// - `x`: `[..., in]`; returns `[..., out]`
 pub fn linear<const D: usize>(layer: &Linear, x: Tensor<D>) -> Tensor<D> {
     let bias = layer.bias.as_ref().map(|bias| bias.val());
-    let Some(lora) = layer.weight.reparameterization::<Lora>() else {
+    let Some(adapters) = layer.weight.reparameterization::<Adapters>() else {
         return frozen_linear(x, layer.weight.base(), bias, None);
     };
-    let base = lora.replaced(layer.weight.base());
-    let mut active = lora.active().peekable();
+    let base = adapters.replaced(layer.weight.base());
+    let mut active = adapters.active().peekable();
     let low_rank = active
         .peek()
         .and_then(|first: &&Adapter| first.low_rank(&x));

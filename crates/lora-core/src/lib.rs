@@ -16,6 +16,7 @@
 //! | `linalg`, `random` | QR and SVD on the host; random numbers named by what they are for |
 
 mod adapter;
+mod adapters;
 mod attach;
 mod combine;
 mod dropout;
@@ -29,12 +30,15 @@ mod merge;
 pub mod ops;
 mod peft;
 pub mod random;
+mod scan;
 mod site;
 mod state;
 pub mod training;
+mod walk;
 
-pub use adapter::{Adapter, Lora};
-pub use attach::{AdapterSource, DEFAULT_ADAPTER, ForwardPath, Plan, targeted};
+pub use adapter::Adapter;
+pub use adapters::Adapters;
+pub use attach::{DEFAULT_ADAPTER, NewAdapter, Plan, attach, targeted};
 pub use combine::{Combination, add_weighted_adapter};
 pub use dropout::DropoutScope;
 pub use edit::{adapter_names, delete_adapter, detach, set_adapters};
@@ -50,7 +54,8 @@ pub use peft::config::{
 };
 pub use peft::file::{AdapterFile, METADATA_KEY};
 pub use state::{
-    ParameterCount, adapter_state, count_parameters, host as host_tensor, trainable_parameters,
+    ParameterCount, adapter_state, check_finite, count_parameters, host as host_tensor,
+    trainable_parameters,
 };
 pub use training::gradients::Gradients;
 pub use training::optimizer::{OptimizerScalars, OptimizerState, PathOptimizer};
@@ -60,6 +65,8 @@ pub use training::record::{AdaptersRestored, OptimizerRestored, Training, Traini
 mod test_model;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_attach;
 #[cfg(test)]
 mod tests_initial;
 #[cfg(test)]

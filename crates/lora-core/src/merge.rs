@@ -7,15 +7,12 @@
 //! There is no `unmerge`: the adapted model is still there ([`merge`] works on a clone, which shares its tensors), while
 //! subtracting, as PEFT does, would give the base back only nearly.
 
-use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::rc::Rc;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::Tensor;
 
-use crate::adapter::Lora;
-use crate::edit::edit;
+use crate::adapters::adapters_of;
 use crate::error::LoraError;
 use crate::state::each_parameter;
 
@@ -25,26 +22,23 @@ use crate::state::each_parameter;
 /// # Errors
 /// A `lora_bias` on a layer without bias.
 pub fn merge<M: Module>(model: M) -> Result<M, LoraError> {
-    let biases = Rc::new(RefCell::new(BTreeMap::<String, Tensor<1>>::new()));
-    let sink = biases.clone();
-    let _ = edit(model.clone(), move |path, lora: Lora| {
-        let layer = path.strip_suffix(".weight").unwrap_or(path);
-        for adapter in lora.active() {
+    let mut biases = BTreeMap::<String, Tensor<1>>::new();
+    for (path, adapters) in adapters_of(&model) {
+        let path = format!("{}.bias", path.strip_suffix(".weight").unwrap_or(&path));
+        for adapter in adapters.active() {
             if let Some(bias) = adapter.bias() {
                 let bias = bias.detach().mul_scalar(adapter.scale());
-                let mut biases = sink.borrow_mut();
-                let sum = match biases.remove(&format!("{layer}.bias")) {
+                let sum = match biases.remove(&path) {
                     None => bias,
                     Some(sum) => sum + bias,
                 };
-                biases.insert(format!("{layer}.bias"), sum);
+                biases.insert(path.clone(), sum);
             }
         }
-        lora
-    });
+    }
     let mut add = AddBias {
         path: Vec::new(),
-        biases: biases.take(),
+        biases,
     };
     let merged = model.materialize();
     if add.biases.is_empty() {
@@ -64,16 +58,13 @@ pub fn merge<M: Module>(model: M) -> Result<M, LoraError> {
 /// # Errors
 /// NaN or infinity in a merged weight, by name; a `lora_bias` on a layer without bias.
 pub fn safe_merge<M: Module>(model: &M) -> Result<M, LoraError> {
-    let adapted = Rc::new(RefCell::new(BTreeSet::<String>::new()));
-    let sink = adapted.clone();
-    let _ = edit(model.clone(), move |path, lora: Lora| {
-        let layer = path.strip_suffix(".weight").unwrap_or(path);
-        sink.borrow_mut()
-            .extend([path.to_string(), format!("{layer}.bias")]);
-        lora
+    let adapted = adapters_of(model).into_iter().flat_map(|(path, _)| {
+        let layer = path.strip_suffix(".weight").unwrap_or(&path);
+        let bias = format!("{layer}.bias");
+        [path, bias]
     });
-    let merged = merge(model.clone())?;
-    let (adapted, mut error) = (adapted.take(), None);
+    let adapted: BTreeSet<String> = adapted.collect();
+    let (merged, mut error) = (merge(model.clone())?, None);
     each_parameter(
         &merged,
         |path| adapted.contains(path),

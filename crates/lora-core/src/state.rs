@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use burn::module::{Module, ModuleVisitor, Param, Reparameterization};
-use burn::tensor::Tensor;
+use burn::module::Module;
+use burn::tensor::{DType, Tensor};
 
-use crate::adapter::Lora;
+use crate::error::LoraError;
 use crate::files::host::HostTensor;
 use crate::kinds::parts::WHOLE;
+use crate::walk::walk;
 
 /// Parameters of a model.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -22,80 +23,96 @@ pub struct ParameterCount {
 
 /// Counts parameters without initialising lazy ones.
 pub fn count_parameters<M: Module>(model: &M) -> ParameterCount {
-    let mut walk = Walk::new(|_: &str, shape: &[usize], trainable: bool| {
-        let n = shape.iter().product::<usize>();
-        (n, if trainable { n } else { 0 })
+    let (mut count, mut adapted) = (ParameterCount::default(), BTreeSet::new());
+    walk(model, |found| {
+        let n: usize = found.param().lazy_shape().iter().product();
+        count.total += n;
+        if found.param().is_trainable() {
+            count.trainable += n;
+        }
+        if let Some((parameter, _, part)) = found.factor()
+            && part != WHOLE.name
+        {
+            adapted.insert(parameter);
+        }
     });
-    model.visit(&mut walk);
-    let (total, trainable) = walk
-        .out
-        .iter()
-        .fold((0, 0), |sum, n| (sum.0 + n.0, sum.1 + n.1));
-    ParameterCount {
-        total,
-        trainable,
-        adapted_layers: walk.adapted.len(),
-    }
+    count.adapted_layers = adapted.len();
+    count
 }
 
 /// Path and shape of every trainable parameter.
 pub fn trainable_parameters<M: Module>(model: &M) -> BTreeMap<String, Vec<usize>> {
-    let mut walk = Walk::new(|path: &str, shape: &[usize], trainable: bool| {
-        trainable.then(|| (path.to_string(), shape.to_vec()))
+    let mut trainable = BTreeMap::new();
+    walk(model, |found| {
+        if found.param().is_trainable() {
+            trainable.insert(found.path(), found.param().lazy_shape());
+        }
     });
-    model.visit(&mut walk);
-    walk.out.into_iter().flatten().collect()
+    trainable
 }
 
-struct Walk<F, T> {
-    path: Vec<String>,
-    adapted: BTreeSet<String>,
-    f: F,
-    out: Vec<T>,
-}
-
-impl<F, T> Walk<F, T> {
-    fn new(f: F) -> Self {
-        Self {
-            path: Vec::new(),
-            adapted: BTreeSet::new(),
-            f,
-            out: Vec::new(),
-        }
-    }
-}
-
-impl<T, F: FnMut(&str, &[usize], bool) -> T> ModuleVisitor for Walk<F, T> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        if container == "Struct:Adapter"
-            && name != WHOLE.name
-            && let [parameter @ .., _, _] = self.path.as_slice()
-        {
-            self.adapted.insert(parameter.join("."));
-        }
-        self.path.push(name.into());
-    }
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let shape = param.lazy_shape();
-        self.out.push((self.f)(
-            &self.path.join("."),
-            shape.as_slice(),
-            param.is_initialized() && param.is_require_grad(),
-        ));
-    }
-}
-
-/// Every parameter of every adapter by path (`to_q.weight.lora.default.lora_A`), as f32 on the host.
+/// Every parameter of every adapter by path (`to_q.weight.adapter.default.lora_A`), as f32 on the host.
 pub fn adapter_state<M: Module>(model: &M) -> BTreeMap<String, HostTensor> {
     let mut state = BTreeMap::new();
-    let is_adapter = |path: &str| path.split('.').any(|part| part == Lora::NAME);
-    each_parameter(model, is_adapter, |path, values| {
-        state.insert(path, values);
+    walk(model, |found| {
+        if found.factor().is_some() {
+            let (values, shape) = found.param().values();
+            state.insert(
+                found.path(),
+                HostTensor {
+                    shape,
+                    ..host(values)
+                },
+            );
+        }
     });
     state
+}
+
+/// Checks every trainable parameter for NaN and infinity, in one transfer from its device.
+///
+/// # Errors
+/// The first such parameter, by path.
+pub fn check_finite<M: Module>(model: &M) -> Result<(), LoraError> {
+    let mut tensors = BTreeMap::new();
+    walk(model, |found| {
+        if found.param().is_trainable() {
+            tensors.insert(found.path(), found.param().values().0.inner());
+        }
+    });
+    for (key, values) in gathered(tensors) {
+        if let Some(index) = values.iter().position(|v| !v.is_finite()) {
+            return Err(LoraError::NotFinite { key, index });
+        }
+    }
+    Ok(())
+}
+
+/// The values of many tensors, in their order, with one transfer from each device.
+pub(crate) fn gathered<K: Ord>(
+    tensors: impl IntoIterator<Item = (K, Tensor<1>)>,
+) -> BTreeMap<K, Vec<f32>> {
+    let mut by_device: Vec<Vec<(K, Tensor<1>)>> = Vec::new();
+    for (key, tensor) in tensors {
+        let device = tensor.device();
+        let mut others = by_device.iter_mut();
+        match others.find(|others| others[0].1.device() == device) {
+            Some(others) => others.push((key, tensor)),
+            None => by_device.push(vec![(key, tensor)]),
+        }
+    }
+    let mut values = BTreeMap::new();
+    for tensors in by_device {
+        let f32s = tensors.iter().map(|(_, t)| t.clone().cast(DType::F32));
+        let all = host(Tensor::cat(f32s.collect(), 0)).to_f32();
+        let mut rest = all.as_slice();
+        for (key, tensor) in tensors {
+            let (own, others) = rest.split_at(tensor.dims()[0]);
+            values.insert(key, own.to_vec());
+            rest = others;
+        }
+    }
+    values
 }
 
 /// Calls `f` with the path and the values of every wanted parameter, without what its adapters do to it; one is on the host at
@@ -103,31 +120,20 @@ pub fn adapter_state<M: Module>(model: &M) -> BTreeMap<String, HostTensor> {
 pub(crate) fn each_parameter<M: Module>(
     model: &M,
     wanted: impl Fn(&str) -> bool,
-    f: impl FnMut(String, HostTensor),
+    mut f: impl FnMut(String, HostTensor),
 ) {
-    struct Each<W, F> {
-        path: Vec<String>,
-        wanted: W,
-        f: F,
-    }
-    impl<W: Fn(&str) -> bool, F: FnMut(String, HostTensor)> ModuleVisitor for Each<W, F> {
-        fn enter_module(&mut self, name: &str, _: &str) {
-            self.path.push(name.into());
+    walk(model, |found| {
+        let path = found.path();
+        if wanted(&path) {
+            let (values, shape) = found.param().values();
+            f(
+                path,
+                HostTensor {
+                    shape,
+                    ..host(values)
+                },
+            );
         }
-        fn exit_module(&mut self, _: &str, _: &str) {
-            self.path.pop();
-        }
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let path = self.path.join(".");
-            if (self.wanted)(&path) {
-                (self.f)(path, host(param.base()));
-            }
-        }
-    }
-    model.visit(&mut Each {
-        path: Vec::new(),
-        wanted,
-        f,
     });
 }
 

@@ -21,10 +21,7 @@ fn config() -> LoraConfig {
 }
 
 fn attach(model: Mlp, name: &str, config: &LoraConfig, seed: u64) -> Mlp {
-    let source = AdapterSource::Fresh { seed };
-    Plan::new(&model, name, Some(config), source, ForwardPath::Fast)
-        .expect("valid plan")
-        .apply(model)
+    crate::attach(model, config.clone().fresh(seed).named(name).fast()).expect("valid")
 }
 
 fn gradients(model: &Mlp, fast: bool, device: &Device) -> (Vec<f32>, Gradients) {
@@ -49,16 +46,16 @@ fn zero_b_leaves_the_output_unchanged_and_base_weights_are_frozen() {
     assert_eq!(values(base.fast(x.clone())), values(adapted.fast(x)));
     let trainable = trainable_parameters(&adapted);
     let expected: Vec<&str> = vec![
-        "down.weight.lora.default.lora_A",
-        "down.weight.lora.default.lora_B",
-        "up.weight.lora.default.lora_A",
-        "up.weight.lora.default.lora_B",
+        "down.weight.adapter.default.lora_A",
+        "down.weight.adapter.default.lora_B",
+        "up.weight.adapter.default.lora_A",
+        "up.weight.adapter.default.lora_B",
     ];
     assert_eq!(
         trainable.keys().map(String::as_str).collect::<Vec<_>>(),
         expected
     );
-    assert_eq!(trainable["up.weight.lora.default.lora_A"], [3, 8]);
+    assert_eq!(trainable["up.weight.adapter.default.lora_A"], [3, 8]);
     let count = count_parameters(&adapted);
     assert_eq!(
         (count.total, count.trainable, count.adapted_layers),
@@ -81,8 +78,9 @@ fn a_step_moves_every_factor_and_no_base_weight() {
     );
     let (_, gradients) = gradients(&model, true, &device);
     let mut optimizer = PathOptimizer::new(AdamWConfig::new().build());
-    let model = optimizer
-        .step(1e-2, model, gradients)
+    let mut model = model;
+    optimizer
+        .step(1e-2, &mut model, gradients)
         .expect("every parameter has its gradient");
     assert_eq!(values(model.up.weight.base().inner()), before.0);
     for (path, tensor) in adapter_state(&model) {
@@ -96,16 +94,9 @@ fn a_base_weight_that_is_not_f32_is_an_error() {
     let mut model = Mlp::new(8, &Device::flex().autodiff());
     let half = model.up.weight.val().inner().cast(DType::F16);
     model.up.weight = Param::from_tensor(Tensor::from_inner(half));
-    let source = AdapterSource::Fresh { seed: 1 };
-    let error = Plan::new(
-        &model,
-        "default",
-        Some(&config()),
-        source,
-        ForwardPath::Fast,
-    )
-    .expect_err("f16")
-    .to_string();
+    let error = Plan::new(&model, config().fresh(1).fast())
+        .expect_err("f16")
+        .to_string();
     assert_eq!(
         error,
         "tensor `up.lora_A` has no place in this model: the layer's weight is F16, and adapters need F32: load the model as f32"
@@ -123,13 +114,13 @@ fn a_missing_or_foreign_gradient_is_an_error() {
     );
     let mut optimizer = PathOptimizer::new(AdamWConfig::new().build());
     let error = optimizer
-        .step(1e-2, model.clone(), Gradients::default())
+        .step(1e-2, &mut model.clone(), Gradients::default())
         .expect_err("no gradients")
         .to_string();
     assert!(error.contains("has no gradient"), "{error}");
     let (_, found) = gradients(&model, true, &device);
     let error = optimizer
-        .step(1e-2, model.no_grad(), found)
+        .step(1e-2, &mut model.no_grad(), found)
         .expect_err("nothing to train")
         .to_string();
     assert!(error.contains("has no parameter"), "{error}");
@@ -181,8 +172,8 @@ proptest! {
         let bytes = file.to_bytes("transformer.");
         let read = AdapterFile::from_bytes("x.safetensors".as_ref(), bytes, "transformer.").expect("valid file");
         prop_assert_eq!(&read, &file);
-        let plan = Plan::new(&base, "default", Some(&config), AdapterSource::File(read), ForwardPath::Fast).expect("fits");
-        let restored = plan.apply(base);
+        let plan = Plan::new(&base, read.stored().agreeing_with(&config).fast()).expect("fits");
+        let restored = plan.apply(base).expect("attached");
         prop_assert_eq!(adapter_state(&restored), adapter_state(&model));
         let x = input(5, 8, &device);
         prop_assert_eq!(values(restored.fast(x.clone())), values(model.fast(x)));
@@ -222,13 +213,7 @@ fn adapters_are_chosen_weighted_and_deleted_by_name() {
     assert_eq!(values(left.fast(x())), values(only("a", 1).fast(x())));
     let error = delete_adapter(left, "b").expect_err("gone").to_string();
     assert_eq!(error, "no adapter named `b`; attached: a");
-    let taken = Plan::new(
-        &both,
-        "a",
-        Some(&config()),
-        AdapterSource::Fresh { seed: 1 },
-        ForwardPath::Fast,
-    );
+    let taken = Plan::new(&both, config().fresh(1).named("a").fast());
     assert_eq!(
         taken.expect_err("taken").to_string(),
         "an adapter named `a` is already attached"
@@ -242,13 +227,7 @@ fn a_pattern_that_matches_nothing_names_its_neighbour() {
         target_modules: Targets::List(vec!["up".into(), "dawn".into()]),
         ..config()
     };
-    let error = Plan::new(
-        &base,
-        "default",
-        Some(&config),
-        AdapterSource::Fresh { seed: 1 },
-        ForwardPath::Fast,
-    );
+    let error = Plan::new(&base, config.clone().fresh(1).fast());
     assert_eq!(
         error.expect_err("no match").to_string(),
         "LoRA target `dawn` matches no layer of this model; the nearest layer is `down`"
@@ -262,15 +241,9 @@ fn a_file_that_disagrees_names_both_values() {
     let model = attach(base.clone(), "default", &config(), 1);
     let file = AdapterFile::from_model(&model, "default", Some(&config())).expect("attached");
     let plan = |config: &LoraConfig| {
-        Plan::new(
-            &base,
-            "default",
-            Some(config),
-            AdapterSource::File(file.clone()),
-            ForwardPath::Fast,
-        )
-        .expect_err("disagrees")
-        .to_string()
+        Plan::new(&base, file.clone().stored().agreeing_with(config).fast())
+            .expect_err("disagrees")
+            .to_string()
     };
     let error = plan(&LoraConfig { r: 4, ..config() });
     assert!(
@@ -300,13 +273,7 @@ fn dropout_is_a_function_of_seed_and_step_and_refused_on_the_dense_path() {
         lora_dropout: 0.5,
         ..config()
     };
-    let refused = Plan::new(
-        &base,
-        "default",
-        Some(&config),
-        AdapterSource::Fresh { seed: 1 },
-        ForwardPath::Dense,
-    );
+    let refused = Plan::new(&base, config.clone().fresh(1));
     assert!(
         refused
             .expect_err("dense")
@@ -345,8 +312,8 @@ fn trained(steps: u64) -> (Mlp, PathOptimizer<burn::optim::AdamW>) {
     let mut optimizer = PathOptimizer::new(AdamWConfig::new().build());
     for _ in 0..steps {
         let (_, found) = gradients(&model, true, &device);
-        model = optimizer
-            .step(1e-2, model, found)
+        optimizer
+            .step(1e-2, &mut model, found)
             .expect("complete gradients");
     }
     (model, optimizer)
@@ -364,20 +331,17 @@ fn restored_in_the_only_order_training_goes_on_in_the_same_bits() {
         mut optimizer,
         progress,
     } = record
-        .restore_adapters(
-            Mlp::new(8, &device.clone().autodiff()),
-            "default",
-            Some(&config()),
-            ForwardPath::Fast,
-        )
+        .restore_adapters(Mlp::new(8, &device.clone().autodiff()), |file| {
+            file.stored().agreeing_with(&config()).fast()
+        })
         .expect("fits")
         .restore_optimizer(AdamWConfig::new().build(), &device)
         .expect("complete")
         .restore_progress();
     for _ in progress..9 {
         let (_, found) = gradients(&model, true, &device);
-        model = optimizer
-            .step(1e-2, model, found)
+        optimizer
+            .step(1e-2, &mut model, found)
             .expect("complete gradients");
     }
     assert_eq!(adapter_state(&model), adapter_state(&straight));
@@ -399,7 +363,7 @@ fn optimizer_state_that_does_not_fit_is_refused() {
             .expect_err("refused")
             .to_string()
     };
-    let moment = "up.weight.lora.default.lora_A.momentum.moment_1";
+    let moment = "up.weight.adapter.default.lora_A.momentum.moment_1";
     assert!(optimizer.state().tensors.contains_key(moment));
     let error = refuse(&|s| drop(s.tensors.remove(moment)));
     assert!(error.contains("incomplete"), "{error}");
@@ -445,10 +409,10 @@ fn an_unedited_burn_model_trains_through_the_dense_path() {
         target_modules: Targets::List(vec!["query".into(), "value".into()]),
         ..config()
     };
-    let source = AdapterSource::Fresh { seed: 5 };
-    let model = Plan::new(&model, "default", Some(&config), source, ForwardPath::Dense)
+    let model = Plan::new(&model, config.clone().fresh(5))
         .expect("fits")
-        .apply(model);
+        .apply(model)
+        .expect("attached");
     let x = Tensor::<2>::reshape(input(12, 16, &device), [2, 6, 16]).autodiff();
     let loss = |model: &burn::nn::transformer::TransformerEncoder| {
         (model.forward(TransformerEncoderInput::new(x.clone())) - x.clone())
@@ -462,8 +426,8 @@ fn an_unedited_burn_model_trains_through_the_dense_path() {
         losses.push(now.clone().into_scalar::<f32>());
         let mut gradients = Gradients::default();
         gradients.take("", &model, &mut now.backward());
-        model = optimizer
-            .step(1e-2, model, gradients)
+        optimizer
+            .step(1e-2, &mut model, gradients)
             .expect("complete gradients");
     }
     assert!(losses[4] < losses[0], "{losses:?}");

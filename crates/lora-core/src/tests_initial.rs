@@ -31,10 +31,10 @@ fn split_config(init: InitLoraWeights, use_rslora: bool) -> LoraConfig {
 }
 
 fn split(model: Mlp, config: &LoraConfig) -> Mlp {
-    let source = AdapterSource::Fresh { seed: 4 };
-    Plan::new(&model, "default", Some(config), source, ForwardPath::Fast)
+    Plan::new(&model, config.clone().fresh(4).fast())
         .expect("fits")
         .apply(model)
+        .expect("attached")
 }
 
 #[test]
@@ -120,9 +120,8 @@ fn a_trained_split_adapter_is_saved_as_peft_converts_it() {
             assert_eq!(read.modules(), trained.modules());
             for file in [read, trained.to_plain()] {
                 let model = expected.model(&device);
-                let source = AdapterSource::File(file);
-                let plan = Plan::new(&model, "default", None, source, ForwardPath::Fast);
-                let model = plan.expect("fits").apply(model);
+                let plan = Plan::new(&model, file.stored().fast());
+                let model = plan.expect("fits").apply(model).expect("attached");
                 let x = || expected.x(&device);
                 expected.assert_near(&format!("{case}.forward"), &values(model.fast(x())));
                 expected.assert_near(&format!("{case}.forward"), &values(model.dense(x())));
@@ -142,7 +141,9 @@ fn train(mut model: Mlp, optimizer: &mut PathOptimizer<burn::optim::AdamW>, step
         scope.finish().expect("fast path");
         let mut gradients = Gradients::default();
         gradients.take("", &model, &mut found);
-        model = optimizer.step(1e-2, model, gradients).expect("complete");
+        optimizer
+            .step(1e-2, &mut model, gradients)
+            .expect("complete");
     }
     model
 }
@@ -175,12 +176,9 @@ fn a_split_adapter_trains_resumes_in_the_same_bits_and_leaves_the_base_alone() {
             let bytes = file.expect("attached").to_bytes("");
             let file = AdapterFile::from_bytes("x".as_ref(), bytes, "").expect("valid");
             let resumed = TrainingRecord::new(file, optimizer.state(), ())
-                .restore_adapters(
-                    expected.model(&autodiff),
-                    "default",
-                    Some(&config),
-                    ForwardPath::Fast,
-                )
+                .restore_adapters(expected.model(&autodiff), |file| {
+                    file.stored().agreeing_with(&config).fast()
+                })
                 .expect("fits")
                 .restore_optimizer(adamw(), &device)
                 .expect("complete")
@@ -220,9 +218,8 @@ fn a_split_adapter_of_dora_computes_what_peft_does() {
     let autodiff = device.clone().autodiff();
     let attach = |file: AdapterFile, device: &Device| {
         let model = expected.model(device);
-        let source = AdapterSource::File(file);
-        let plan = Plan::new(&model, "default", None, source, ForwardPath::Fast);
-        plan.expect("fits").apply(model)
+        let plan = Plan::new(&model, file.stored().fast());
+        plan.expect("fits").apply(model).expect("attached")
     };
     for path in [Mlp::fast, Mlp::dense] {
         let plain = attach(trained.to_plain(), &device);
@@ -236,7 +233,9 @@ fn a_split_adapter_of_dora_computes_what_peft_does() {
         gradients.take("", &model, &mut found);
         assert_eq!(gradients.iter().count(), 6);
         for (path, gradient) in gradients.iter() {
-            let (layer, part) = path.split_once(".weight.lora.default.lora_").expect("ours");
+            let (layer, part) = path
+                .split_once(".weight.adapter.default.lora_")
+                .expect("ours");
             let part = part.trim_end_matches("_vector");
             let key = format!("pissa_dora.{layer}.gradient_{part}");
             expected.assert_near(&key, &values(gradient.clone()));
@@ -261,9 +260,8 @@ fn on_a_changed_base(expected: &Expected, adapter: &AdapterFile, device: &Device
         let plain = factors.clone().without(INITIAL_A).without(INITIAL_B);
         modules.insert(layer.to_string(), ModuleAdapter::new(module.spec, plain));
     }
-    let source = AdapterSource::File(AdapterFile::new(modules));
-    let plan = Plan::new(&model, "default", None, source, ForwardPath::Fast);
-    plan.expect("fits").apply(model)
+    let plan = Plan::new(&model, AdapterFile::new(modules).stored().fast());
+    plan.expect("fits").apply(model).expect("attached")
 }
 
 #[test]
@@ -361,32 +359,30 @@ fn what_cannot_be_split_is_refused() {
         let model = split(expected.model(&device), &pissa());
         AdapterFile::from_model(&model, "default", None).expect("attached")
     };
-    let refused = |config: &LoraConfig, source| {
-        Plan::new(&base, "default", Some(config), source, ForwardPath::Fast)
+    let refused = |adapter: NewAdapter| {
+        Plan::new(&base, adapter.fast())
             .expect_err("refused")
             .to_string()
     };
     for other in [InitLoraWeights::Gaussian, InitLoraWeights::Olora] {
         assert_eq!(
-            refused(&split_config(other, false), AdapterSource::File(file())),
+            refused(file().stored().agreeing_with(&split_config(other, false))),
             format!(
                 "`init_lora_weights (down)` is {other} in the configuration but pissa in the stored adapter; resume with the stored value or start a new run"
             )
         );
     }
-    let error = refused(
-        &LoraConfig {
-            r: 6,
-            lora_alpha: 12.0,
-            ..pissa()
-        },
-        AdapterSource::File(file().to_plain()),
-    );
+    let config = LoraConfig {
+        r: 6,
+        lora_alpha: 12.0,
+        ..pissa()
+    };
+    let error = refused(file().to_plain().stored().agreeing_with(&config));
     assert!(
         error.contains("is pissa in the configuration but no part of the base weight"),
         "{error}"
     );
-    let fresh = |config: LoraConfig| refused(&config, AdapterSource::Fresh { seed: 1 });
+    let fresh = |config: LoraConfig| refused(config.fresh(1));
     assert_eq!(
         fresh(LoraConfig { r: 13, ..pissa() }),
         "`init_lora_weights` pissa: `down` has 24 inputs and 12 outputs, too few for rank 13; lower `r` or set `rank_pattern`"
@@ -437,14 +433,7 @@ fn what_cannot_be_split_is_refused() {
                 target_modules: Targets::List(vec![layer.into()]),
                 ..split_config(init, false)
             };
-            let source = AdapterSource::Fresh { seed: 1 };
-            let error = Plan::new(
-                &others,
-                "default",
-                Some(&config),
-                source,
-                ForwardPath::Dense,
-            );
+            let error = Plan::new(&others, config.clone().fresh(1));
             assert_eq!(
                 error.expect_err("refused").to_string(),
                 format!(

@@ -57,10 +57,10 @@ impl Expected {
     }
     fn with(&self, names: &[&str], device: &Device) -> Mlp {
         names.iter().fold(self.model(device), |model, name| {
-            let source = AdapterSource::File(file(name));
-            Plan::new(&model, name, None, source, ForwardPath::Fast)
+            Plan::new(&model, file(name).stored().named(name).fast())
                 .expect("fits")
                 .apply(model)
+                .expect("attached")
         })
     }
 }
@@ -72,7 +72,10 @@ fn file(name: &str) -> AdapterFile {
 /// `scale * B A` of a layer as `[out, in]` values.
 pub(crate) fn deltas(model: &Mlp, name: &str) -> BTreeMap<String, Vec<f32>> {
     let layer = |linear: &burn::nn::Linear| {
-        let lora = linear.weight.reparameterization::<Lora>().expect("adapted");
+        let lora = linear
+            .weight
+            .reparameterization::<Adapters>()
+            .expect("adapted");
         let adapter = lora.adapters().iter().find(|a| a.name() == name);
         values(adapter.expect("attached").delta().expect("LoRA"))
     };
@@ -248,9 +251,12 @@ fn a_lora_bias_has_nowhere_to_go_in_a_layer_without_bias() {
         target_modules: Targets::Pattern("all-linear".into()),
         ..LoraConfig::default()
     };
-    let (model, source) = (layer(), AdapterSource::Fresh { seed: 1 });
-    let plan = Plan::new(&model, "default", Some(&config), source, ForwardPath::Fast);
-    let model = plan.expect("PEFT trains it too").apply(model);
+    let model = layer();
+    let plan = Plan::new(&model, config.clone().fresh(1).fast());
+    let model = plan
+        .expect("PEFT trains it too")
+        .apply(model)
+        .expect("attached");
     for error in [merge(model.clone()).err(), safe_merge(&model).err()] {
         assert_eq!(
             error.expect("refused").to_string(),
@@ -270,9 +276,13 @@ fn an_rslora_adapter_alone_combines_to_itself() {
         ..LoraConfig::default()
     };
     let model = expected.model(&device);
-    let source = AdapterSource::Fresh { seed: 3 };
-    let plan = Plan::new(&model, "rs", Some(&config), source, ForwardPath::Fast).expect("fits");
-    let model = add_weighted_adapter(plan.apply(model), &[("rs", 1.0)], "new", Combination::Cat);
+    let plan = Plan::new(&model, config.clone().fresh(3).named("rs").fast()).expect("fits");
+    let model = add_weighted_adapter(
+        plan.apply(model).expect("attached"),
+        &[("rs", 1.0)],
+        "new",
+        Combination::Cat,
+    );
     let model = model.expect("combined");
     let (own, new) = (deltas(&model, "rs"), deltas(&model, "new"));
     assert!(
@@ -323,9 +333,12 @@ fn merging_what_is_not_finite_is_refused_and_changes_nothing() {
         HostTensor::from_f32([12, 3], &[3e38; 36]),
     );
     let model = expected.model(&device);
-    let source = AdapterSource::File(AdapterFile::new(modules));
-    let plan = Plan::new(&model, "huge", None, source, ForwardPath::Fast).expect("finite factors");
-    let model = plan.apply(model);
+    let plan = Plan::new(
+        &model,
+        AdapterFile::new(modules).stored().named("huge").fast(),
+    )
+    .expect("finite factors");
+    let model = plan.apply(model).expect("attached");
     let error = safe_merge(&model).expect_err("infinite").to_string();
     assert!(
         error.starts_with("tensor `down.weight` holds a value that is not finite"),

@@ -183,12 +183,9 @@ fn load(case: &str) -> AdapterFile {
     AdapterFile::load_peft(&fixtures().join(case)).expect(case)
 }
 
-fn attach(net: Net, file: AdapterFile, path: ForwardPath) -> Net {
+fn attach(net: Net, file: AdapterFile) -> Net {
     let config = file.config();
-    let source = AdapterSource::File(file);
-    Plan::new(&net, "default", Some(&config), source, path)
-        .expect("fits the model")
-        .apply(net)
+    lora_core::attach(net, file.stored().agreeing_with(&config)).expect("fits the model")
 }
 
 #[test]
@@ -202,7 +199,7 @@ fn outputs_and_merged_weights_are_pefts() {
     );
     for case in CASES {
         let expected = tensors(&format!("{case}/expected.safetensors"));
-        let adapted = attach(net.clone(), load(case), ForwardPath::Dense);
+        let adapted = attach(net.clone(), load(case));
         let output = expected["output"].to_f32();
         close(&values(adapted.dense(&device)), &output, case);
         close(&values(adapted.fast(&device)), &output, case);
@@ -242,7 +239,7 @@ fn gradients_are_pefts() {
     let net = Net::new(&autodiff);
     for case in CASES {
         let expected = tensors(&format!("{case}/expected.safetensors"));
-        let adapted = attach(net.clone(), load(case), ForwardPath::Dense);
+        let adapted = attach(net.clone(), load(case));
         for fast in [false, true] {
             let output = match fast {
                 true => adapted.fast(&autodiff),
@@ -252,8 +249,9 @@ fn gradients_are_pefts() {
             gradients.take("", &adapted, &mut output.square().sum().backward());
             let before = AdapterFile::from_model(&adapted, "default", None).expect("attached");
             let descent = burn::optim::SgdConfig::new().build();
-            let stepped = PathOptimizer::new(descent)
-                .step(1.0, adapted.clone(), gradients)
+            let mut stepped = adapted.clone();
+            PathOptimizer::new(descent)
+                .step(1.0, &mut stepped, gradients)
                 .expect("every trainable parameter has a gradient");
             let after = AdapterFile::from_model(&stepped, "default", None).expect("attached");
             let mut compared = 0;
@@ -301,7 +299,7 @@ fn our_folders_hold_what_peft_saved() {
     for case in CASES {
         let stored = load(case);
         let config = stored.config();
-        let adapted = attach(net.clone(), stored.clone(), ForwardPath::Dense);
+        let adapted = attach(net.clone(), stored.clone());
         let file = AdapterFile::from_model(&adapted, "default", Some(&config)).expect("attached");
         let dir = keep.as_deref().unwrap_or(scratch.path()).join(case);
         file.save_peft(&dir).expect("written");
@@ -341,10 +339,10 @@ fn fresh_adapters_have_pefts_tensors() {
             init_lora_weights: InitLoraWeights::Default,
             ..load(case).config()
         };
-        let source = AdapterSource::Fresh { seed: 4 };
-        let net = Plan::new(&net, "default", Some(&config), source, ForwardPath::Dense)
+        let net = Plan::new(&net, config.clone().fresh(4))
             .expect("valid")
-            .apply(net.clone());
+            .apply(net.clone())
+            .expect("attached");
         let dir = tempfile::tempdir().expect("a folder");
         let file = AdapterFile::from_model(&net, "default", Some(&config)).expect("attached");
         file.save_peft(dir.path()).expect("written");
@@ -381,13 +379,7 @@ fn a_grouped_convolution_of_peft_is_refused() {
         .init(&device);
     let path = fixtures().join("grouped.safetensors");
     let file = AdapterFile::load(&path, "base_model.model.").expect("an adapter");
-    let error = Plan::new(
-        &Grouped { conv },
-        "default",
-        None,
-        AdapterSource::File(file),
-        ForwardPath::Dense,
-    );
+    let error = Plan::new(&Grouped { conv }, file.stored());
     assert_eq!(
         error.expect_err("no change of the weight").to_string(),
         "tensor `conv.lora_A`: expected shape [2, 2, 3, 3], found [2, 4, 3, 3]"
@@ -404,8 +396,8 @@ fn train(
         let mut gradients = Gradients::default();
         let loss = net.fast(&device).square().sum();
         gradients.take("", net, &mut loss.backward());
-        *net = optimizer
-            .step(1e-2, net.clone(), gradients)
+        optimizer
+            .step(1e-2, net, gradients)
             .expect("complete gradients");
     }
 }
@@ -421,9 +413,8 @@ fn every_kind_resumes_in_the_same_bits() {
             ..load(case).config()
         };
         let fresh = || {
-            let source = AdapterSource::Fresh { seed: 4 };
-            let plan = Plan::new(&base, "default", Some(&config), source, ForwardPath::Dense);
-            let net = plan.expect("valid").apply(base.clone());
+            let plan = Plan::new(&base, config.clone().fresh(4));
+            let net = plan.expect("valid").apply(base.clone()).expect("attached");
             (net, PathOptimizer::new(AdamWConfig::new().build()))
         };
         let (mut straight, mut optimizer) = fresh();
@@ -446,7 +437,7 @@ fn every_kind_resumes_in_the_same_bits() {
         let state = OptimizerState::from_bytes("y".as_ref(), state.to_bytes(), state.scalars)
             .expect("ours");
         let resumed = TrainingRecord::new(file, state, 2)
-            .restore_adapters(base.clone(), "default", Some(&config), ForwardPath::Dense)
+            .restore_adapters(base.clone(), |file| file.stored().agreeing_with(&config))
             .expect("fits")
             .restore_optimizer(AdamWConfig::new().build(), &device)
             .expect("complete")
@@ -479,9 +470,8 @@ fn two_adapters_cannot_train_one_parameter_at_once() {
             modules_to_save: vec!["head".into()],
             ..LoraConfig::default()
         };
-        let source = AdapterSource::Fresh { seed };
-        Plan::new(net, name, Some(&config), source, ForwardPath::Dense)
-            .map(|plan| plan.apply(net.clone()))
+        Plan::new(net, config.clone().fresh(seed).named(name))
+            .map(|plan| plan.apply(net.clone()).expect("attached"))
     };
     let one = with(&base, "a", 1).expect("free");
     let error = with(&one, "b", 2).expect_err("taken").to_string();
@@ -499,8 +489,8 @@ fn two_adapters_cannot_train_one_parameter_at_once() {
     );
     let back = set_adapters(both, &[("a", 1.0)]).expect("one of them");
     let trained = trainable_parameters(&back);
-    assert!(trained.contains_key("head.weight.lora.a.whole"));
-    assert!(!trained.contains_key("head.weight.lora.b.whole"));
+    assert!(trained.contains_key("head.weight.adapter.a.whole"));
+    assert!(!trained.contains_key("head.weight.adapter.b.whole"));
     // What is deleted can be attached anew.
     let none = delete_adapter(delete_adapter(back, "a").expect("a"), "b").expect("b");
     assert_eq!(adapter_names(&with(&none, "c", 3).expect("free")), ["c"]);
@@ -510,8 +500,7 @@ fn two_adapters_cannot_train_one_parameter_at_once() {
 fn what_a_configuration_cannot_mean_is_refused() {
     let net = Net::new(&Device::flex());
     let refuse = |config: LoraConfig| {
-        let source = AdapterSource::Fresh { seed: 1 };
-        Plan::new(&net, "default", Some(&config), source, ForwardPath::Fast)
+        Plan::new(&net, config.clone().fresh(1).fast())
             .expect_err("refused")
             .to_string()
     };
@@ -573,8 +562,7 @@ fn what_a_configuration_cannot_mean_is_refused() {
     );
     // A stored adapter that another configuration would not give.
     let disagree = |stored: AdapterFile, config: LoraConfig| {
-        let source = AdapterSource::File(stored);
-        Plan::new(&net, "default", Some(&config), source, ForwardPath::Fast)
+        Plan::new(&net, stored.stored().agreeing_with(&config).fast())
             .expect_err("disagrees")
             .to_string()
     };
@@ -600,8 +588,7 @@ fn what_a_configuration_cannot_mean_is_refused() {
         target_modules: Targets::Pattern("all-linear".into()),
         ..LoraConfig::default()
     };
-    let source = AdapterSource::Fresh { seed: 1 };
-    let plan = Plan::new(&net, "default", Some(&config), source, ForwardPath::Fast).expect("valid");
+    let plan = Plan::new(&net, config.clone().fresh(1).fast()).expect("valid");
     assert_eq!(
         plan.layers().collect::<Vec<_>>(),
         [

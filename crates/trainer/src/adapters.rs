@@ -1,6 +1,5 @@
 //! LoRA files of any format onto the networks.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -11,9 +10,7 @@ use flux_model::lora::{Change, Component, LoraSet, ModelShape, read};
 use flux_model::weights::{change_parameters, tensors_of};
 use lora_core::files::host::HostTensor;
 use lora_core::parts::{Kind, LORA_B, LORA_BIAS};
-use lora_core::{
-    AdapterFile, AdapterSource, AdapterSpec, ForwardPath, LoraConfig, Plan, set_adapters,
-};
+use lora_core::{AdapterFile, AdapterSpec, LoraConfig, set_adapters};
 use tracing::{info, warn};
 
 /// A LoRA file to be used at some strength.
@@ -139,10 +136,9 @@ pub fn attach<M: Module>(
         let (file, residuals) = lora.set.to_adapter(component)?;
         let mut changes = BTreeMap::new();
         {
-            let model = RefCell::new(&model);
             let mut base = |module: &str| {
                 let key = format!("{module}.weight");
-                tensors_of(*model.borrow(), |name| name == key)
+                tensors_of(&model, |name| name == key)
                     .remove(&key)
                     .map(|tensor| tensor.to_f32())
             };
@@ -156,14 +152,7 @@ pub fn attach<M: Module>(
         }
         model = change(model, changes, lora.strength)?;
         if !file.modules().is_empty() {
-            let plan = Plan::new(
-                &model,
-                &lora.name,
-                None,
-                AdapterSource::File(file),
-                ForwardPath::Fast,
-            )?;
-            model = plan.apply(model);
+            model = lora_core::attach(model, file.stored().named(&lora.name).fast())?;
             weights.push((lora.name.as_str(), lora.strength));
         }
     }

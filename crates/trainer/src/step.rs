@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use burn::optim::Optimizer;
 use flux_model::family::Network;
-use lora_core::{DropoutScope, Gradients, LoraError, Training, adapter_state};
+use lora_core::{DropoutScope, Gradients, Training, check_finite};
 
 use crate::backward::{MicroBatch, loss_and_gradients, loss_of};
 use crate::run::checkpoint::Progress;
@@ -119,16 +119,10 @@ pub fn step<N: Network, O: Optimizer>(
     let lr = crate::canary::poison("update", step + 1).unwrap_or(rule.lr);
     #[cfg(not(feature = "canary"))]
     let lr = rule.lr;
-    // The model is taken out for the step: a failed step leaves no half-updated model behind that could be saved.
-    training.model = training
-        .optimizer
-        .step(lr, training.model.clone(), clipped)
+    (training.optimizer)
+        .step(lr, &mut training.model, clipped)
         .with_context(place)?;
-    for (key, tensor) in adapter_state(&training.model) {
-        if let Some(index) = tensor.first_non_finite() {
-            return Err(LoraError::NotFinite { key, index }).with_context(place);
-        }
-    }
+    check_finite(&training.model).with_context(place)?;
     training.progress.step += 1;
     Ok(Stepped {
         losses,

@@ -12,8 +12,8 @@ use flux_model::family::{Family, Network};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::weights::Checkpoint;
 use lora_core::{
-    AdapterSource, DEFAULT_ADAPTER, ForwardPath, LoraConfig, LoraError, PathOptimizer, Plan,
-    Targets, Training, count_parameters, targeted,
+    LoraConfig, LoraError, NewAdapter, PathOptimizer, Plan, Targets, Training, attach,
+    count_parameters, targeted,
 };
 use serde::Serialize;
 use tracing::{info, warn};
@@ -161,7 +161,7 @@ fn train_family<F: Family>(
         .network(&device.device.clone().autodiff())
         .context("load the transformer")?;
     let mut training = match &begin {
-        Begin::New(source) => start(model, source.clone(), &lora, optimizer)?,
+        Begin::New(adapter) => start(model, adapter.clone(), optimizer)?,
         Begin::Resumed(opened) => {
             restore(opened.record()?, model, &lora, optimizer, &device.device)?
         }
@@ -291,7 +291,7 @@ fn first_micro_step(config: &RunConfig, step: u64) -> u64 {
 
 /// What a run goes on from.
 enum Begin {
-    New(AdapterSource),
+    New(NewAdapter),
     Resumed(Box<Opened>),
 }
 
@@ -335,30 +335,30 @@ fn check_new<F: Family>(
     run: &RunDir,
     samples: &[Sample],
     outline: &F::Network,
-) -> anyhow::Result<AdapterSource> {
+) -> anyhow::Result<NewAdapter> {
     let lora = config.lora.config();
     let layers = targeted(outline, &lora)
         .map_err(|error| explain_targets(error, &config.lora.target_modules))?;
     space::check(config, family, run, samples, &layers)?;
-    let source = source(config, outline)?;
+    let adapter = adapter(config, &lora, outline)?;
     // The magnitudes of DoRA are those of the weights, which an outline has not.
-    if matches!(source, AdapterSource::File(_)) && !lora.use_dora {
-        let path = ForwardPath::Fast;
-        Plan::new(outline, DEFAULT_ADAPTER, Some(&lora), source.clone(), path)?;
+    if config.lora.init_from.is_some() && !lora.use_dora {
+        Plan::new(outline, adapter.clone())?;
     }
-    Ok(source)
+    Ok(adapter)
 }
 
-/// Where the factors of a run that begins come from; `model` may be an outline.
-fn source<N: Network>(config: &RunConfig, model: &N) -> anyhow::Result<AdapterSource> {
+/// The adapter of a run that begins; `model` may be an outline.
+fn adapter<N: Network>(
+    config: &RunConfig,
+    lora: &LoraConfig,
+    model: &N,
+) -> anyhow::Result<NewAdapter> {
     let Some(path) = &config.lora.init_from else {
-        return Ok(AdapterSource::Fresh {
-            seed: config.train.seed,
-        });
+        return Ok(lora.clone().fresh(config.train.seed).fast());
     };
-    let file = adapters::to_train_on(path, &model.shape(), &config.lora.config())
-        .context("`lora.init_from`")?;
-    Ok(AdapterSource::File(file))
+    let file = adapters::to_train_on(path, &model.shape(), lora).context("`lora.init_from`")?;
+    Ok(file.stored().agreeing_with(lora).fast())
 }
 
 /// Says what is meant by a string, where it names no layer.
@@ -374,19 +374,11 @@ fn explain_targets(error: LoraError, targets: &Targets) -> anyhow::Error {
 /// A run that has made no step.
 fn start<N: Network>(
     model: N,
-    source: AdapterSource,
-    lora: &LoraConfig,
+    adapter: NewAdapter,
     optimizer: AdamW,
 ) -> anyhow::Result<RunTraining<N>> {
-    let plan = Plan::new(
-        &model,
-        DEFAULT_ADAPTER,
-        Some(lora),
-        source,
-        ForwardPath::Fast,
-    )?;
     Ok(Training {
-        model: plan.apply(model),
+        model: attach(model, adapter)?,
         optimizer: PathOptimizer::new(optimizer),
         progress: Progress::default(),
     })

@@ -474,20 +474,33 @@ pub fn serialize(
     tensors: &BTreeMap<String, HostTensor>,
     metadata: &BTreeMap<String, String>,
 ) -> Vec<u8> {
-    let mut layout = tensors
-        .iter()
-        .map(|(name, tensor)| (name.clone(), tensor.dtype, tensor.shape.clone()))
-        .collect::<Vec<_>>();
-    // Wide elements first keeps all of them aligned; the sort is stable, so names stay sorted.
-    layout.sort_by_key(|(_, dtype, _)| Reverse(dtype.size()));
-
     let mut out = Vec::new();
-    match write(&mut out, &layout, metadata, |name| {
-        Ok::<_, io::Error>(&tensors[name])
-    }) {
+    match write_tensors(&mut out, tensors, metadata) {
         Ok(()) => out,
         Err(error) => panic!("{error}"),
     }
+}
+
+/// Writes the file that [`serialize`] makes, without a copy of the tensors.
+///
+/// # Errors
+/// What `out` returns; [`io::ErrorKind::InvalidInput`] for a name that [`TensorFile::open`] refuses, or a tensor whose bytes
+/// do not fill its shape.
+pub fn write_tensors<W: Write + ?Sized, T: Borrow<HostTensor>>(
+    out: &mut W,
+    tensors: &BTreeMap<String, T>,
+    metadata: &BTreeMap<String, String>,
+) -> io::Result<()> {
+    let layout = tensors.iter().map(|(name, tensor)| {
+        let tensor = tensor.borrow();
+        (name.clone(), tensor.dtype, tensor.shape.clone())
+    });
+    let mut layout = layout.collect::<Vec<_>>();
+    // Wide elements first keeps all of them aligned; the sort is stable, so names stay sorted.
+    layout.sort_by_key(|(_, dtype, _)| Reverse(dtype.size()));
+    write(out, &layout, metadata, |name| {
+        Ok::<_, io::Error>(tensors[name].borrow())
+    })
 }
 
 /// Streams a safetensors file: the header from `layout`, then `tensor(name)` for each of its rows, one in memory at a
@@ -507,7 +520,7 @@ pub fn write_streaming<W: Write, E: From<io::Error>>(
     write(out, layout, metadata, tensor)
 }
 
-fn write<W: Write, T: Borrow<HostTensor>, E: From<io::Error>>(
+fn write<W: Write + ?Sized, T: Borrow<HostTensor>, E: From<io::Error>>(
     out: &mut W,
     layout: &[(String, Dtype, Vec<usize>)],
     metadata: &BTreeMap<String, String>,

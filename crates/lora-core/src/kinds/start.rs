@@ -14,6 +14,9 @@ use crate::peft::selection::PeftType;
 use crate::random::{Stream, name_hash};
 use crate::site::{Site, WeightLayout};
 
+/// The smaller side of the largest weight that is decomposed exactly: the time grows with its cube.
+const EXACT_SVD: usize = 1024;
+
 /// Refuses a layer that cannot start as `config` says.
 pub(crate) fn check(config: &LoraConfig, site: &Site) -> Result<(), LoraError> {
     let refuse = |what: String| Err(LoraError::Config(what));
@@ -49,6 +52,11 @@ pub(crate) fn check(config: &LoraConfig, site: &Site) -> Result<(), LoraError> {
     if method.splits_base() && rank > inputs.min(outputs) {
         return refuse(format!(
             "has {inputs} inputs and {outputs} outputs, too few for rank {rank}; lower `r` or set `rank_pattern`"
+        ));
+    }
+    if method == InitLoraWeights::Pissa && inputs.min(outputs) > EXACT_SVD {
+        return refuse(format!(
+            "is [{outputs}, {inputs}], and the exact decomposition of a weight whose smaller side is over {EXACT_SVD} takes too long; use `pissa_niter_4`, which is nearly the same"
         ));
     }
     if method == InitLoraWeights::Orthogonal && !rank.is_multiple_of(2) {

@@ -88,6 +88,9 @@ impl Default for LoraConfig {
     }
 }
 
+/// More rounds of subspace iteration than anybody needs; without a bound a typing error runs for days.
+const MAX_PISSA_ROUNDS: usize = 100;
+
 impl LoraConfig {
     /// Rank and alpha of the layer at `path`, by the patterns.
     ///
@@ -128,6 +131,13 @@ impl LoraConfig {
         {
             return fail(format!(
                 "alpha of `{key}` is {alpha}; it must be a finite number"
+            ));
+        }
+        if let InitLoraWeights::PissaNiter(n) = self.init_lora_weights
+            && n > MAX_PISSA_ROUNDS
+        {
+            return fail(format!(
+                "`init_lora_weights` pissa_niter_{n} asks for {n} rounds; 4 to 32 are usual, {MAX_PISSA_ROUNDS} are the most"
             ));
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {

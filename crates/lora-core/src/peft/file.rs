@@ -17,16 +17,20 @@
 //! Source: diffusers 0.38 `loaders/lora_base.py` (`_pack_dict_with_prefix`, `LORA_ADAPTER_METADATA_KEY`), PEFT 0.19
 //! `save_and_load.py`.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::path::Path;
 
 use burn::module::Module;
 use serde_json::{Map, Value};
 
-use crate::adapter::{Adapter, Lora};
+use crate::adapter::Adapter;
+use crate::adapters::adapters_of;
+use crate::edit::adapter_names;
 use crate::error::LoraError;
 use crate::files::host::HostTensor;
-use crate::files::safetensors::{TensorFile, serialize};
+use crate::files::safetensors::{TensorFile, write_tensors};
 use crate::files::strict_json::parse_json;
 use crate::kinds::factors::Factors;
 use crate::kinds::module::{AdapterSpec, ModuleAdapter};
@@ -87,20 +91,16 @@ impl AdapterFile {
         name: &str,
         config: Option<&LoraConfig>,
     ) -> Result<Self, LoraError> {
-        // A visitor sees parameters, not the adapter they belong to; a mapper's edit hook does.
-        let found = std::rc::Rc::new(std::cell::RefCell::new(Self::default()));
-        let (sink, wanted) = (found.clone(), name.to_string());
-        let _ = crate::edit::edit(model.clone(), move |_, lora: Lora| {
-            if let Some(adapter) = lora.adapters().iter().find(|a| a.name() == wanted) {
-                sink.borrow_mut().insert(adapter);
+        let mut file = Self::default();
+        for (_, adapters) in adapters_of(model) {
+            if let Some(adapter) = adapters.adapters().iter().find(|a| a.name() == name) {
+                file.insert(adapter);
             }
-            lora
-        });
-        let mut file = found.take();
+        }
         if file.modules.is_empty() && file.whole.is_empty() {
             return Err(LoraError::UnknownAdapter {
                 name: name.into(),
-                attached: crate::edit::adapter_names(model),
+                attached: adapter_names(model),
             });
         }
         file.selection = config.map(selection).map(Box::new);
@@ -311,8 +311,26 @@ impl AdapterFile {
     }
 
     /// Bytes of the file: [`to_plain`](Self::to_plain), sorted keys, f32, alpha in the header.
+    ///
+    /// # Panics
+    /// If the path of a layer is one that a file cannot hold.
     pub fn to_bytes(&self, prefix: &str) -> Vec<u8> {
-        let plain = self.to_plain();
+        let mut bytes = Vec::new();
+        match self.write(prefix, &mut bytes) {
+            Ok(()) => bytes,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Writes what [`to_bytes`](Self::to_bytes) gives, without a copy of the tensors, unless factors were split off the base.
+    ///
+    /// # Errors
+    /// What `out` returns; the path of a layer that a file cannot hold.
+    pub fn write(&self, prefix: &str, out: &mut dyn Write) -> io::Result<()> {
+        let plain = match self.modules.values().any(|module| module.split.is_some()) {
+            true => Cow::Owned(self.to_plain()),
+            false => Cow::Borrowed(self),
+        };
         let mut metadata = BTreeMap::from([
             ("format".to_string(), "pt".to_string()),
             (METADATA_KEY.to_string(), plain.metadata_json(prefix)),
@@ -320,16 +338,16 @@ impl AdapterFile {
         if !self.modules.is_empty() && self.modules.values().all(|m| m.split.is_some()) {
             metadata.insert(SPLIT_KEY.to_string(), show(&self.config()));
         }
-        serialize(&plain.tensors(prefix), &metadata)
+        write_tensors(out, &plain.tensors(prefix), &metadata)
     }
 
     /// Tensors by their names in a file.
-    pub(crate) fn tensors(&self, prefix: &str) -> BTreeMap<String, HostTensor> {
+    pub(crate) fn tensors(&self, prefix: &str) -> BTreeMap<String, &HostTensor> {
         let mut tensors = BTreeMap::new();
         for (layer, module) in &self.modules {
             for (part, tensor) in module.factors.iter() {
                 if let Some(suffix) = part.key(module.embedding) {
-                    tensors.insert(format!("{prefix}{layer}{suffix}"), tensor.clone());
+                    tensors.insert(format!("{prefix}{layer}{suffix}"), tensor);
                 }
             }
         }
@@ -339,7 +357,7 @@ impl AdapterFile {
                 Some(layer) => format!("{layer}.base_layer.bias"),
                 None => key.clone(),
             };
-            tensors.insert(format!("{prefix}{key}"), tensor.clone());
+            tensors.insert(format!("{prefix}{key}"), tensor);
         }
         tensors
     }

@@ -2,13 +2,14 @@
 //! `adapter_model.safetensors`, whose keys start with `base_model.model.`.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
 use crate::error::LoraError;
 use crate::files::replace::replace_file;
-use crate::files::safetensors::{TensorFile, serialize};
+use crate::files::safetensors::{TensorFile, write_tensors};
 use crate::files::strict_json::parse_json;
 use crate::peft::file::AdapterFile;
 use crate::peft::form;
@@ -56,13 +57,14 @@ impl AdapterFile {
         fields.insert("inference_mode".into(), true.into());
         let config = serde_json::to_vec_pretty(&fields).unwrap_or_default();
         let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-        let tensors = serialize(&plain.tensors(PREFIX), &metadata);
-        for (name, bytes) in [(CONFIG, config), (TENSORS, tensors)] {
+        let replace = |name: &str, write: &dyn Fn(&mut dyn Write) -> std::io::Result<()>| {
             let path = dir.join(name);
-            replace_file(&path, |file| file.write_all(&bytes))
-                .map_err(|source| io(&path, source))?;
-        }
-        Ok(())
+            replace_file(&path, write).map_err(|source| io(&path, source))
+        };
+        replace(CONFIG, &|file| file.write_all(&config))?;
+        replace(TENSORS, &|file| {
+            write_tensors(file, &plain.tensors(PREFIX), &metadata)
+        })
     }
 }
 

@@ -5,10 +5,12 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::Module;
 use burn::tensor::{Gradients as BurnGradients, Tensor};
 
 use crate::error::LoraError;
+use crate::state::gathered;
+use crate::walk::walk;
 
 /// Gradient of every trainable parameter, flattened to one dimension.
 #[derive(Debug, Clone, Default)]
@@ -19,36 +21,14 @@ impl Gradients {
     ///
     /// A path that is there already is added to.
     pub fn take<M: Module>(&mut self, prefix: &str, module: &M, from: &mut BurnGradients) {
-        struct Take<'a> {
-            path: Vec<String>,
-            from: &'a mut BurnGradients,
-            into: &'a mut Gradients,
-        }
-        impl ModuleVisitor for Take<'_> {
-            fn enter_module(&mut self, name: &str, _: &str) {
-                self.path.push(name.into());
+        let prefix = prefix.split('.').filter(|part| !part.is_empty());
+        let prefix: String = prefix.map(|part| format!("{part}.")).collect();
+        walk(module, |found| {
+            if found.param().is_trainable()
+                && let Some(gradient) = found.param().take_gradient(from)
+            {
+                self.add(format!("{prefix}{}", found.path()), gradient);
             }
-            fn exit_module(&mut self, _: &str, _: &str) {
-                self.path.pop();
-            }
-            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-                if param.is_require_grad()
-                    && let Some(gradient) = param.grad_remove(self.from)
-                {
-                    let n = gradient.shape().num_elements();
-                    self.into.add(self.path.join("."), gradient.reshape([n]));
-                }
-            }
-        }
-        let path = prefix
-            .split('.')
-            .filter(|part| !part.is_empty())
-            .map(String::from)
-            .collect();
-        module.visit(&mut Take {
-            path,
-            from,
-            into: self,
         });
     }
 
@@ -74,31 +54,27 @@ impl Gradients {
             .map(|(path, gradient)| (path.as_str(), gradient))
     }
 
+    /// The gradient of the parameter at `path`.
+    pub(crate) fn get(&self, path: &str) -> Option<&Tensor<1>> {
+        self.0.get(path)
+    }
+
     /// Removes and returns the gradient of the parameter at `path`.
     pub(crate) fn remove(&mut self, path: &str) -> Option<Tensor<1>> {
         self.0.remove(path)
     }
 
-    /// A path that no parameter has claimed.
-    pub(crate) fn leftover(&self) -> Option<&str> {
-        self.0.keys().next().map(String::as_str)
-    }
-
     /// The norm over all gradients together.
     ///
-    /// Summed on the host in f64 in path order: the same bits wherever the gradients are the same, whatever order a device
+    /// One transfer from the device, then summed on the host in f64 in path order: the same bits wherever the gradients are the same, whatever order a device
     /// would reduce in.
     ///
     /// # Errors
     /// A gradient that holds NaN or infinity; the error names its parameter.
     pub fn norm(&self) -> Result<f64, LoraError> {
         let mut sum = 0.0;
-        for (path, gradient) in &self.0 {
-            let values = gradient
-                .to_data()
-                .convert::<f32>()
-                .try_into_vec::<f32>()
-                .expect("converted to f32");
+        let gradients = self.0.iter();
+        for (path, values) in gathered(gradients.map(|(path, g)| (path, g.clone()))) {
             if let Some(index) = values.iter().position(|v| !v.is_finite()) {
                 return Err(LoraError::NotFinite {
                     key: format!("gradient of {path}"),

@@ -4,6 +4,7 @@
 //! word. Here every trainable parameter must find its state, and every stored state its parameter, or loading fails.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Write};
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::optim::{DynOptimizer, DynState, Optimizer, StateSink, StateSource};
@@ -13,7 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::LoraError;
 use crate::files::host::HostTensor;
-use crate::files::safetensors::TensorFile;
+use crate::files::safetensors::{TensorFile, serialize, write_tensors};
+use crate::state::trainable_parameters;
 use crate::training::gradients::Gradients;
 
 /// A per-tensor optimizer of Burn (`AdamWConfig::build()`) and its state for every parameter.
@@ -50,6 +52,10 @@ pub struct OptimizerScalars {
     values: BTreeMap<String, serde_json::Value>,
 }
 
+fn format_pt() -> BTreeMap<String, String> {
+    BTreeMap::from([("format".into(), "pt".into())])
+}
+
 impl OptimizerState {
     /// The state from a safetensors file's bytes and the scalars kept beside it.
     ///
@@ -70,10 +76,15 @@ impl OptimizerState {
 
     /// The tensors as a safetensors file.
     pub fn to_bytes(&self) -> Vec<u8> {
-        crate::files::safetensors::serialize(
-            &self.tensors,
-            &BTreeMap::from([("format".into(), "pt".into())]),
-        )
+        serialize(&self.tensors, &format_pt())
+    }
+
+    /// Writes what [`to_bytes`](Self::to_bytes) gives, without a copy of the tensors.
+    ///
+    /// # Errors
+    /// What `out` returns.
+    pub fn write(&self, out: &mut dyn Write) -> io::Result<()> {
+        write_tensors(out, &self.tensors, &format_pt())
     }
 }
 
@@ -89,28 +100,40 @@ impl<O: Optimizer> PathOptimizer<O> {
     /// One step of every trainable parameter of `model`.
     ///
     /// # Errors
-    /// A trainable parameter without gradient, or a gradient without parameter.
+    /// A trainable parameter without gradient, a gradient without parameter or of another size; then nothing has changed.
     pub fn step<M: Module>(
         &mut self,
         learning_rate: f64,
-        model: M,
+        model: &mut M,
         gradients: Gradients,
-    ) -> Result<M, LoraError> {
+    ) -> Result<(), LoraError> {
+        let trainable = trainable_parameters(model);
+        let fail = |problem: String| Err(LoraError::Gradients(problem));
+        if let Some((path, _)) = gradients
+            .iter()
+            .find(|(path, _)| !trainable.contains_key(*path))
+        {
+            return fail(format!("the gradient of `{path}` has no parameter"));
+        }
+        for (path, shape) in &trainable {
+            let Some(gradient) = gradients.get(path) else {
+                return fail(format!("`{path}` has no gradient"));
+            };
+            let (found, expected) = (gradient.dims()[0], shape.iter().product::<usize>());
+            if found != expected {
+                return fail(format!(
+                    "the gradient of `{path}` has {found} elements, not {expected}"
+                ));
+            }
+        }
         let mut walk = Walk {
             owner: self,
             gradients,
             learning_rate,
             path: Vec::new(),
-            missing: None,
         };
-        let model = model.map(&mut walk);
-        match (walk.missing, walk.gradients.leftover()) {
-            (None, None) => Ok(model),
-            (Some(path), _) => Err(LoraError::Gradients(format!("`{path}` has no gradient"))),
-            (None, Some(path)) => Err(LoraError::Gradients(format!(
-                "the gradient of `{path}` has no parameter"
-            ))),
-        }
+        *model = model.clone().map(&mut walk);
+        Ok(())
     }
 
     /// A copy of the state on the host.
@@ -147,9 +170,11 @@ impl<O: Optimizer> PathOptimizer<O> {
 
     /// An optimizer that continues from `state` for the parameters `trainable` (path to shape).
     ///
+    /// What the state of a parameter consists of is asked of the optimizer, with a step of zeros: state of any shape will do.
+    ///
     /// # Errors
-    /// A parameter without state, a state without parameter, a moment that is missing, left over, not finite or of
-    /// another shape than its parameter.
+    /// A parameter without state, a state without parameter, a tensor or number of it that is missing, left over, not finite
+    /// or of another shape than the optimizer's.
     pub fn restore(
         optimizer: O,
         state: OptimizerState,
@@ -158,26 +183,73 @@ impl<O: Optimizer> PathOptimizer<O> {
     ) -> Result<Self, LoraError> {
         let fail = |text: String| Err(LoraError::Optimizer(text));
         let OptimizerState { tensors, scalars } = state;
-        if let Some(path) = trainable
-            .keys()
-            .find(|path| !scalars.ranks.contains_key(*path))
-        {
-            return fail(format!("`{path}` has no stored state"));
+        let mut restored = Self::new(optimizer);
+        let mut expected = StateSink::default();
+        for (path, shape) in trainable {
+            let has_state = restored.describe(path, shape, device, &mut expected)?;
+            match (has_state, scalars.ranks.get(path)) {
+                (true, None) => return fail(format!("`{path}` has no stored state")),
+                (true, Some(rank)) if *rank != shape.len() => {
+                    return fail(format!(
+                        "the state of `{path}` has another number of dimensions"
+                    ));
+                }
+                (false, Some(_)) => {
+                    return fail(format!(
+                        "`{path}` has stored state, but this optimizer keeps none"
+                    ));
+                }
+                _ => {}
+            }
         }
-        if let Some(path) = scalars
-            .ranks
-            .keys()
-            .find(|path| !trainable.contains_key(*path))
-        {
+        let mut stored = scalars.ranks.keys();
+        if let Some(path) = stored.find(|path| !trainable.contains_key(*path)) {
             return fail(format!("the state of `{path}` has no parameter"));
         }
-        if let Some((path, _)) = trainable
-            .iter()
-            .find(|(path, shape)| scalars.ranks[*path] != shape.len())
-        {
+        let expected_shapes: BTreeMap<String, Vec<usize>> = (expected.tensors.into_iter())
+            .map(|(name, data)| (name, data.shape().to_vec()))
+            .collect();
+        for (name, tensor) in &tensors {
+            let Some(shape) = expected_shapes.get(name) else {
+                let mut paths = trainable.keys();
+                let is_owned = paths.any(|path| {
+                    let rest = name.strip_prefix(path.as_str());
+                    rest.is_some_and(|rest| rest.starts_with('.'))
+                });
+                return fail(match is_owned {
+                    true => format!("`{name}` is not part of this optimizer's state"),
+                    false => format!("`{name}` belongs to no parameter"),
+                });
+            };
+            if tensor.shape != *shape {
+                return fail(format!(
+                    "`{name}` has shape {:?}, not {shape:?}",
+                    tensor.shape
+                ));
+            }
+            if let Some(index) = tensor.first_non_finite() {
+                return Err(LoraError::NotFinite {
+                    key: name.clone(),
+                    index,
+                });
+            }
+        }
+        let mut expected_names = expected_shapes.keys();
+        if let Some(name) = expected_names.find(|name| !tensors.contains_key(*name)) {
             return fail(format!(
-                "the state of `{path}` has another number of dimensions"
+                "the stored state is incomplete: `{name}` is missing"
             ));
+        }
+        let expected_numbers: BTreeSet<String> =
+            expected.scalars.into_iter().map(|(name, _)| name).collect();
+        let stored_numbers: BTreeSet<String> = scalars.values.keys().cloned().collect();
+        if let Some(name) = expected_numbers.difference(&stored_numbers).next() {
+            return fail(format!(
+                "the stored state is incomplete: `{name}` is missing"
+            ));
+        }
+        if let Some(name) = stored_numbers.difference(&expected_numbers).next() {
+            return fail(format!("`{name}` is not part of this optimizer's state"));
         }
         let mut values = BTreeMap::new();
         for (name, value) in scalars.values {
@@ -194,51 +266,49 @@ impl<O: Optimizer> PathOptimizer<O> {
             values.insert(name, scalar);
         }
         let mut source = StateSource::new(values);
-        let mut unclaimed: BTreeSet<String> = tensors.keys().cloned().collect();
-        for (name, tensor) in &tensors {
-            let owner = trainable.iter().find(|(path, _)| {
-                name.strip_prefix(path.as_str())
-                    .is_some_and(|rest| rest.starts_with('.'))
-            });
-            let Some((path, shape)) = owner else {
-                return fail(format!("`{name}` belongs to no parameter"));
-            };
-            if tensor.shape != *shape {
-                return fail(format!(
-                    "`{name}` has shape {:?}, `{path}` has {shape:?}",
-                    tensor.shape
-                ));
-            }
-            if let Some(index) = tensor.first_non_finite() {
-                return Err(LoraError::NotFinite {
-                    key: name.clone(),
-                    index,
-                });
-            }
-        }
         for (name, tensor) in tensors {
             source.insert_tensor(name, TensorData::new(tensor.to_f32(), tensor.shape));
         }
-        let mut restored = Self::new(optimizer);
-        for (path, shape) in trainable {
-            let state = restored
-                .optimizer
-                .state_unflatten(shape.len(), path, &mut source, device);
+        for (path, _) in scalars.ranks {
+            let rank = trainable[&path].len();
+            let state = (restored.optimizer).state_unflatten(rank, &path, &mut source, device);
             let Some(state) = state else {
                 return fail(format!("the stored state of `{path}` is incomplete"));
             };
-            // What was used is what flattening gives back; the rest of the file must be empty.
-            let mut used = StateSink::default();
-            restored.optimizer.state_flatten(path, &state, &mut used);
-            for (name, _) in used.tensors {
-                unclaimed.remove(&name);
+            restored.state.insert(path, state);
+        }
+        Ok(restored)
+    }
+
+    /// Adds what the state of a parameter of this shape consists of to `into`; whether it has any.
+    fn describe(
+        &self,
+        path: &str,
+        shape: &[usize],
+        device: &Device,
+        into: &mut StateSink,
+    ) -> Result<bool, LoraError> {
+        let state = match shape.len() {
+            1 => self.first_state::<1>(shape, device),
+            2 => self.first_state::<2>(shape, device),
+            3 => self.first_state::<3>(shape, device),
+            4 => self.first_state::<4>(shape, device),
+            5 => self.first_state::<5>(shape, device),
+            rank => {
+                let problem = format!("`{path}` has {rank} dimensions; 1 to 5 can be restored");
+                return Err(LoraError::Optimizer(problem));
             }
-            restored.state.insert(path.clone(), state);
+        };
+        if let Some(state) = &state {
+            self.optimizer.state_flatten(path, state, into);
         }
-        match unclaimed.first() {
-            Some(name) => fail(format!("`{name}` is not part of this optimizer's state")),
-            None => Ok(restored),
-        }
+        Ok(state.is_some())
+    }
+
+    fn first_state<const D: usize>(&self, shape: &[usize], device: &Device) -> Option<DynState> {
+        let zeros = || Tensor::<D>::zeros(shape.to_vec(), device);
+        let (_, state) = self.optimizer.step(0.0, zeros(), zeros(), None);
+        state.map(|state| DynState::create(state, D))
     }
 }
 
@@ -247,7 +317,6 @@ struct Walk<'a, O: Optimizer> {
     gradients: Gradients,
     learning_rate: f64,
     path: Vec<String>,
-    missing: Option<String>,
 }
 
 impl<O: Optimizer> ModuleMapper for Walk<'_, O> {
@@ -265,8 +334,7 @@ impl<O: Optimizer> ModuleMapper for Walk<'_, O> {
         }
         let path = self.path.join(".");
         let Some(gradient) = self.gradients.remove(&path) else {
-            self.missing.get_or_insert(path);
-            return param;
+            return param; // the paths were compared before
         };
         let gradient = gradient.reshape(param.shape());
         let state = self

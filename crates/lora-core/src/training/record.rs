@@ -9,9 +9,8 @@ use burn::optim::Optimizer;
 use burn::tensor::Device;
 use derive_new::new;
 
-use crate::attach::{AdapterSource, ForwardPath, Plan};
+use crate::attach::{NewAdapter, attach};
 use crate::error::LoraError;
-use crate::peft::config::LoraConfig;
 use crate::peft::file::AdapterFile;
 use crate::state::trainable_parameters;
 use crate::training::optimizer::{OptimizerState, PathOptimizer};
@@ -55,26 +54,18 @@ pub struct Training<M, O: Optimizer, P> {
 }
 
 impl<P> TrainingRecord<P> {
-    /// Attaches the stored adapters, under the name `adapter`, to the bare model.
+    /// Attaches the stored adapter to the bare model; `how` says under which name, on which path and what it must agree with,
+    /// as `|file| file.stored().fast()` does.
     ///
     /// # Errors
-    /// As [`Plan::new`]: what is stored does not fit the model, or disagrees with `config`.
+    /// As [`attach`]: what is stored does not fit the model, or disagrees with the configuration.
     pub fn restore_adapters<M: Module>(
         self,
         model: M,
-        adapter: &str,
-        config: Option<&LoraConfig>,
-        path: ForwardPath,
+        how: impl FnOnce(AdapterFile) -> NewAdapter,
     ) -> Result<AdaptersRestored<M, P>, LoraError> {
-        let plan = Plan::new(
-            &model,
-            adapter,
-            config,
-            AdapterSource::File(self.adapters),
-            path,
-        )?;
         Ok(AdaptersRestored {
-            model: plan.apply(model),
+            model: attach(model, how(self.adapters))?,
             optimizer: self.optimizer,
             progress: self.progress,
         })

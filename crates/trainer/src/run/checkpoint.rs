@@ -11,8 +11,8 @@ use burn::optim::AdamW;
 use lora_core::files::safetensors::{FileError, TensorFile};
 use lora_core::files::strict_json::{parse_json, read_file};
 use lora_core::{
-    AdapterFile, DEFAULT_ADAPTER, ForwardPath, LoraConfig, OptimizerScalars, OptimizerState,
-    Training, TrainingRecord,
+    AdapterFile, DEFAULT_ADAPTER, LoraConfig, OptimizerScalars, OptimizerState, Training,
+    TrainingRecord,
 };
 use serde::{Deserialize, Serialize};
 
@@ -226,7 +226,7 @@ pub fn restore<M: Module>(
     device: &burn::tensor::Device,
 ) -> anyhow::Result<RunTraining<M>> {
     Ok(record
-        .restore_adapters(model, DEFAULT_ADAPTER, Some(lora), ForwardPath::Fast)?
+        .restore_adapters(model, |file| file.stored().agreeing_with(lora).fast())?
         .restore_optimizer(optimizer, device)?
         .restore_progress())
 }

@@ -25,7 +25,7 @@ use crate::run::vfs::list;
 pub const MANIFEST: &str = "MANIFEST.json";
 
 /// The manifest layout written here, and the only one read.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// A manifest larger than this is not one of ours.
 pub(crate) const MANIFEST_LIMIT: u64 = 1 << 20;

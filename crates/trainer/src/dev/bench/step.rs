@@ -16,8 +16,7 @@ use lora_core::files::host::HostTensor;
 use lora_core::ops::composed;
 use lora_core::random::Stream;
 use lora_core::{
-    AdapterSource, DEFAULT_ADAPTER, ForwardPath, InitLoraWeights, LoraConfig, PathOptimizer, Plan,
-    Targets, Training, count_parameters,
+    InitLoraWeights, LoraConfig, PathOptimizer, Targets, Training, attach, count_parameters,
 };
 use serde_json::{Value, json};
 
@@ -116,19 +115,11 @@ impl Visitor for TimeSteps<'_> {
             init_lora_weights: InitLoraWeights::Gaussian,
             ..LoraConfig::default()
         };
-        let source = AdapterSource::Fresh { seed: 1234 };
-        let plan = Plan::new(
-            &model,
-            DEFAULT_ADAPTER,
-            Some(&lora),
-            source,
-            ForwardPath::Fast,
-        )?;
         let adamw = AdamWConfig::new()
             .with_epsilon(1e-8)
             .with_weight_decay(1e-2);
         let mut training = Training {
-            model: plan.apply(model),
+            model: attach(model, lora.fresh(1234).fast())?,
             optimizer: PathOptimizer::new(adamw.build()),
             progress: Progress::default(),
         };

@@ -9,9 +9,7 @@ use flux_model::lora::Component;
 use flux_model::pipeline::{PipelineFolder, load_clip};
 use flux_model::weights::tensors_of;
 use lora_core::files::safetensors::TensorFile;
-use lora_core::{
-    AdapterFile, AdapterSource, ForwardPath, LoraConfig, METADATA_KEY, Plan, merge, set_adapters,
-};
+use lora_core::{AdapterFile, LoraConfig, METADATA_KEY, attach, merge, set_adapters};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -62,14 +60,8 @@ pub(super) fn forward<F: Family>(case: &Case, device: &Device) -> anyhow::Result
     for name in table(case, "/lora")?.keys() {
         let pointer = format!("/lora/{}", escaped(name));
         let file = case.path(&format!("{pointer}/file"))?;
-        let plan = Plan::new(
-            &model,
-            name,
-            None,
-            AdapterSource::File(adapter(case, &file, &pointer)?),
-            ForwardPath::Fast,
-        )?;
-        model = plan.apply(model);
+        let file = adapter(case, &file, &pointer)?;
+        model = attach(model, file.stored().named(name).fast())?;
     }
     // A weight set, every weight times `scale`.
     let with = |set: &str, scale: f64| -> anyhow::Result<F::Network> {

@@ -7,9 +7,7 @@ use burn::optim::AdamWConfig;
 use burn::tensor::{Device, Tensor, TensorData};
 use flux_model::family::{Family, Network};
 use lora_core::files::host::HostTensor;
-use lora_core::{
-    AdapterSource, DEFAULT_ADAPTER, ForwardPath, PathOptimizer, Plan, Training, adapter_state,
-};
+use lora_core::{PathOptimizer, Training, adapter_state, attach};
 
 use super::case::{Case, Tensors};
 use super::lora::adapter;
@@ -27,14 +25,7 @@ pub(super) fn compute<F: Family>(case: &Case, device: &Device) -> anyhow::Result
     let autodiff = device.clone().autodiff();
     let model = F::network_at(&case.path("/model/path")?, None, &autodiff)?;
     let file = adapter(case, &case.path("/lora/init")?, "/lora")?;
-    let plan = Plan::new(
-        &model,
-        DEFAULT_ADAPTER,
-        None,
-        AdapterSource::File(file),
-        ForwardPath::Fast,
-    )?;
-    let model = plan.apply(model);
+    let model = attach(model, file.stored().fast())?;
     let data = Data::<F>::read(case, &model)?;
 
     let setting = |key: &str| case.f64(&format!("/optimizer/{key}"));
@@ -280,9 +271,9 @@ impl<F: Family> Data<F> {
     }
 }
 
-/// `to_q.weight.lora.default.lora_A` to `transformer.to_q.lora_A.weight`.
+/// `to_q.weight.adapter.default.lora_A` to `transformer.to_q.lora_A.weight`.
 fn rename(path: &str) -> Option<String> {
-    let (layer, factor) = path.split_once(".weight.lora.default.")?;
+    let (layer, factor) = path.split_once(".weight.adapter.default.")?;
     let suffix = if factor.starts_with("lora_magnitude") {
         factor.into()
     } else {

@@ -179,7 +179,7 @@ fn hostile_manifests_are_errors() {
         verify(&dir).unwrap_err()
     };
     assert!(matches!(
-        reseal(&|m| m.format_version = 2),
+        reseal(&|m| m.format_version = 3),
         CheckpointError::Version { found: 2, .. }
     ));
     assert!(matches!(
@@ -207,7 +207,7 @@ fn hostile_manifests_are_errors() {
         CheckpointError::Length { .. }
     ));
     let deep = format!("{}1{}", "[".repeat(500), "]".repeat(500));
-    let body = format!("{{\n  \"format_version\": 1,\n  \"fingerprint\": {deep}");
+    let body = format!("{{\n  \"format_version\": 2,\n  \"fingerprint\": {deep}");
     let sealed = format!("{body}{}{}{}", SEAL.0, sha256_hex(body.as_bytes()), SEAL.1);
     fs::write(&path, sealed).unwrap();
     assert!(matches!(verify(&dir), Err(CheckpointError::Json { .. })));
