@@ -256,7 +256,17 @@ fn a_run_that_diverges_is_stopped_and_not_saved() {
     assert_says(&message, &["every gradient is 0", "at step ", ".png"]);
     let off = [&collapses[..], &["--set", "train.divergence_factor=none"]].concat();
     let message = error(&bench.train("other", "flex", &off), 1);
-    assert_says(&message, &["the loss is NaN after the update at step "]);
+    // Which number stops being one first is up to the kernels.
+    assert_says(&message, &[" at step ", "the last checkpoint is untouched"]);
+    let no_number = [
+        "the loss is NaN",
+        "the loss is inf",
+        "a value that is not finite",
+    ];
+    assert!(
+        no_number.iter().any(|says| message.contains(says)),
+        "{message}"
+    );
 }
 
 #[test]

@@ -26,6 +26,14 @@ pub enum WeightsError {
         /// What was looked for.
         what: String,
     },
+    /// Something else than what is needed there.
+    #[error("`{}` {what}", path.display())]
+    Unusable {
+        /// The file or folder.
+        path: PathBuf,
+        /// What it is, and what mends it.
+        what: String,
+    },
     /// A JSON file does not parse.
     #[error("`{}` is not valid", path.display())]
     Json {

@@ -9,7 +9,7 @@
 //! | `autoencoder` | pixels to latents and back |
 //! | `text/` | CLIP, T5, Qwen3 and their tokenizers |
 //! | `scheduler` | noise levels and the Euler step |
-//! | `pipeline` | a diffusers folder and its components |
+//! | `pipeline`, `found` | a diffusers folder and its components; what is there in its place |
 //! | `sampler` | noise to latents |
 //! | `layers` | norms, rotary positions, sinusoidal embedding |
 //! | `ops/` | attention, norms, activations: operations with handwritten gradients and CPU kernels |
@@ -26,6 +26,7 @@ pub mod families;
 pub mod family;
 pub mod flux1;
 pub mod flux2;
+mod found;
 pub mod layers;
 pub mod lora;
 pub mod ops;

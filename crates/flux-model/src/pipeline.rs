@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::autoencoder::{Autoencoder, AutoencoderConfig};
 use crate::error::WeightsError;
+use crate::found::check_pipeline;
 use crate::text::clip::{ClipConfig, ClipText};
 use crate::text::t5::{T5Config, T5Encoder};
 use crate::weights::{Checkpoint, Layout};
@@ -29,8 +30,9 @@ impl PipelineFolder {
     /// Opens a folder with `model_index.json`.
     ///
     /// # Errors
-    /// No such folder, or one whose index does not parse.
+    /// No such folder, something else than a pipeline, or an index that does not parse.
     pub fn open(root: &Path) -> Result<Self, WeightsError> {
+        check_pipeline(root)?;
         Ok(Self {
             root: root.into(),
             index: read_json(&root.join("model_index.json"))?,

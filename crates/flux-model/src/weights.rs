@@ -19,6 +19,7 @@ use crate::error::WeightsError;
 use crate::flux1::config::FluxConfig;
 use crate::flux1::keys::{self, BflModule};
 use crate::flux2;
+use crate::found;
 
 /// How a checkpoint names its tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,11 +144,19 @@ impl Checkpoint {
     /// Nothing to open, or a malformed file.
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
         let file = if path.is_dir() {
-            component_file(path)?
+            found::component_file(path)?
         } else {
             path.to_path_buf()
         };
         let tensors = TensorSet::open(&file)?;
+        if let Some(program) = found::quantised(tensors.names()) {
+            return Err(WeightsError::Unusable {
+                path: file,
+                what: format!(
+                    "is quantised by {program}, which is not read yet; take the bf16 or fp8 checkpoint"
+                ),
+            });
+        }
         let prefix = ["model.diffusion_model.", "diffusion_model."]
             .into_iter()
             .find(|prefix| tensors.names().any(|name| name.starts_with(prefix)))
@@ -439,24 +448,6 @@ impl Checkpoint {
             }),
         }
     }
-}
-
-/// The weights file of a component folder.
-fn component_file(folder: &Path) -> Result<PathBuf, WeightsError> {
-    let names = [
-        "diffusion_pytorch_model.safetensors.index.json",
-        "model.safetensors.index.json",
-        "diffusion_pytorch_model.safetensors",
-        "model.safetensors",
-    ];
-    names
-        .iter()
-        .map(|name| folder.join(name))
-        .find(|path| path.is_file())
-        .ok_or_else(|| WeightsError::NoComponent {
-            path: folder.into(),
-            what: format!("weights file ({})", names[2..].join(" or ")),
-        })
 }
 
 /// Path and owner of the parameter a walk is at.

@@ -127,7 +127,7 @@ pub fn bfl_autoencoder_module(path: &str, levels: usize) -> Option<String> {
             format!("down.{level}.downsample.conv")
         }
         ["up_blocks", level, tail @ ..] => {
-            let level = (levels - 1).checked_sub(level.parse().ok()?)?; // BFL counts from full resolution
+            let level = levels.checked_sub(level.parse::<usize>().ok()?.checked_add(1)?)?; // BFL counts from full resolution
             match tail {
                 ["resnets", j, part] => format!("up.{level}.block.{j}.{}", resnet(part)),
                 ["upsamplers", "0", "conv"] => format!("up.{level}.upsample.conv"),
@@ -150,4 +150,20 @@ pub fn bfl_autoencoder_module(path: &str, levels: usize) -> Option<String> {
         _ => return None,
     };
     Some(format!("{coder}.{renamed}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_autoencoder_level_that_is_not_there_has_no_name() {
+        let name = |path, levels| bfl_autoencoder_module(path, levels);
+        let path = "decoder.up_blocks.1.resnets.0.conv1";
+        assert_eq!(name(path, 4).as_deref(), Some("decoder.up.2.block.0.conv1"));
+        assert_eq!(name(path, 1), None);
+        assert_eq!(name(path, 0), None);
+        let largest = format!("decoder.up_blocks.{}.resnets.0.conv1", usize::MAX);
+        assert_eq!(name(&largest, 4), None);
+    }
 }

@@ -19,6 +19,7 @@ use crate::flux1::transformer::{FluxInput, FluxTransformer};
 use crate::lora::ModelShape;
 use crate::pipeline::{PipelineFolder, load_autoencoder, load_clip, load_t5, read_config};
 use crate::scheduler::SchedulerConfig;
+use crate::sizes::differences;
 use crate::text::clip::{ClipConfig, ClipText};
 use crate::text::t5::{T5Config, T5Encoder};
 use crate::text::tokenizer::{ClipTokenizer, T5Tokenizer};
@@ -55,7 +56,7 @@ impl Family for Flux1 {
     const NAME: &'static str = "FLUX.1";
     const TEXT_FOLDERS: &'static [&'static str] =
         &["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"];
-    const TEXT: &'static [&'static str] = &["prompt_embeds", "pooled_prompt_embeds"];
+    const TEXT: &'static [&'static str] = &["sequence", "pooled"];
     const LATENTS: &'static [&'static str] = &["mean", "std"];
 
     fn open(folder: PipelineFolder) -> Result<Self, WeightsError> {
@@ -161,8 +162,7 @@ impl Family for Flux1 {
         match stated {
             Some(stated) if normalized(&stated) != normalized(network.config()) => {
                 let found = normalized(network.config());
-                let reason = format!("its tensors are those of {found:?}, not of {stated:?}");
-                Err(mismatch(path, reason))
+                Err(mismatch(path, differences(&normalized(&stated), &found)))
             }
             _ => Ok(network),
         }
@@ -350,9 +350,7 @@ fn open_transformer(
     if let Some(stated) = &own {
         let (stated, found) = (normalized(stated), normalized(&inferred));
         if stated != found {
-            let reason = format!(
-                "its configuration says {stated:?}, but its tensors are those of {found:?}"
-            );
+            let reason = differences(&stated, &found);
             return Err(WeightsError::Config {
                 path: checkpoint.path().into(),
                 reason,

@@ -9,6 +9,7 @@ use crate::flux2::autoencoder::Flux2Autoencoder;
 use crate::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
 use crate::flux2::transformer::Flux2Transformer;
 use crate::pipeline::read_config;
+use crate::sizes::differences;
 use crate::weights::{Checkpoint, Layout};
 
 /// Loads a transformer from a component folder or a single file in either layout.
@@ -44,9 +45,7 @@ pub fn open_transformer(
     if let Some(stated) = &own {
         let (stated, found) = (normalized(stated), normalized(&inferred));
         if stated != found {
-            let reason = format!(
-                "its configuration says {stated:?}, but its tensors are those of {found:?}"
-            );
+            let reason = differences(&stated, &found);
             return Err(WeightsError::Config {
                 path: checkpoint.path().into(),
                 reason,

@@ -21,6 +21,7 @@ use crate::flux2::transformer::{Flux2Input, Flux2Transformer};
 use crate::lora::ModelShape;
 use crate::pipeline::PipelineFolder;
 use crate::scheduler::SchedulerConfig;
+use crate::sizes::differences;
 use crate::text::qwen3::{Qwen3Config, Qwen3Text};
 use crate::text::qwen3_tokenizer::QwenTokenizer;
 use crate::weights::{Layout, checkpoint_tensors};
@@ -157,9 +158,9 @@ impl Family for Flux2 {
         let network = load_transformer(path, stated.as_ref(), device)?;
         let found = normalized(network.config());
         match stated {
-            Some(stated) if normalized(&stated) != found => Err(mismatch(format!(
-                "its tensors are those of {found:?}, not of {stated:?}"
-            ))),
+            Some(stated) if normalized(&stated) != found => {
+                Err(mismatch(differences(&normalized(&stated), &found)))
+            }
             _ => Ok(network),
         }
     }

@@ -16,6 +16,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use lora_core::files::strict_json;
 use serde::Deserialize;
 use serde_json::Value;
@@ -471,23 +473,8 @@ fn check_normalizer(normalizer: &Value) -> Result<(), Cause> {
         check_normalizer(step)?;
     }
     if normalizer["type"] == "Precompiled" {
-        let base64 = &normalizer["precompiled_charsmap"];
-        let base64 = base64.as_str().unwrap_or_default();
-        let (mut blob, mut bits, mut held) = (Vec::new(), 0u32, 0);
-        for digit in base64.trim_end_matches('=').bytes() {
-            let value = match digit {
-                b'A'..=b'Z' => digit - b'A',
-                b'a'..=b'z' => digit - b'a' + 26,
-                b'0'..=b'9' => digit - b'0' + 52,
-                b'+' => 62,
-                _ => 63, // what is not `/` fails below
-            };
-            (bits, held) = (bits << 6 | u32::from(value), held + 6);
-            if held >= 8 {
-                held -= 8;
-                blob.push((bits >> held) as u8);
-            }
-        }
+        let charsmap = &normalizer["precompiled_charsmap"];
+        let blob = STANDARD.decode(charsmap.as_str().unwrap_or_default())?;
         check_charsmap(&blob)?;
         serde_json::from_str::<Precompiled>(&normalizer.to_string())?;
     }
@@ -829,7 +816,7 @@ mod tests {
             ("[1]", "is not a usable tokenizer file"),
             (&text[..charsmap], "EOF while parsing"),
             (&patched(charsmap, "////"), "charsmap points outside itself"),
-            (&patched(charsmap + 1000, "?"), "Invalid byte 63"),
+            (&patched(charsmap + 1000, "?"), "Invalid symbol 63"),
             (&text.replace("\"</s>\"", "\"s\""), "no eos token `</s>`"),
         ] {
             let folder = folder(&[], "tokenizer.json", json.as_bytes())?;
