@@ -53,6 +53,7 @@ pub use peft::config::{
     InitLoraWeights, LoraConfig, OneOrMany, Patterns, PeftType, Targets, TrainBias,
 };
 pub use peft::file::{AdapterFile, METADATA_KEY};
+pub use peft::form::SPLITTING;
 pub use state::{
     ParameterCount, adapter_state, check_finite, count_parameters, host as host_tensor,
     trainable_parameters,

@@ -3,6 +3,7 @@
 //! Source: PEFT 0.19 `LoraConfig`, `get_pattern_key`; diffusers 0.38 `_pack_dict_with_prefix`.
 
 use fancy_regex::Regex;
+use lora_core::SPLITTING;
 use serde_json::{Map, Value};
 
 use super::Component;
@@ -41,9 +42,6 @@ const ACTIVE: &[&str] = &[
     "fan_in_fan_out",
 ];
 
-/// Initialisations that also changed the base weight, so that the factors are no change of the original one.
-const REBASED: &[&str] = &["pissa", "olora", "corda", "loftq", "lora_ga"];
-
 impl PeftConfig {
     /// Reads the fields of a `LoraConfig`; the error says what is wrong.
     pub(super) fn parse(fields: &Map<String, Value>) -> Result<Self, String> {
@@ -72,7 +70,7 @@ impl PeftConfig {
             ));
         }
         if let Some(Value::String(init)) = fields.get("init_lora_weights")
-            && REBASED.iter().any(|name| init.starts_with(name))
+            && SPLITTING.iter().any(|name| init.starts_with(name))
         {
             return Err(format!(
                 "`init_lora_weights` is {init}: the factors belong to a changed base weight; save the adapter again with PEFT's `path_initial_model_for_weight_conversion`"

@@ -28,9 +28,12 @@ pub(crate) fn fields(config: &LoraConfig) -> Map<String, Value> {
         .collect()
 }
 
+/// How the names of PEFT's initialisations begin that also change the base weight, so that the factors are no change of the
+/// original one.
+pub const SPLITTING: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
+
 /// Refuses factors that PEFT split off the base weight: they are no update of the original model. `what` holds them.
 pub(crate) fn check_is_update(fields: &Map<String, Value>, what: &str) -> Result<(), LoraError> {
-    const SPLITTING: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
     match fields.get("init_lora_weights") {
         Some(Value::String(init)) if SPLITTING.iter().any(|name| init.starts_with(name)) => {
             Err(LoraError::Config(format!(
