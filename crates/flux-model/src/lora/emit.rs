@@ -10,12 +10,12 @@ use std::collections::BTreeSet;
 use lora_core::files::host::{Dtype, HostTensor};
 
 use super::error::LoraFormatError;
+use super::format::Loss;
 use super::fuse::{FuseError, Piece, assemble, fuse};
 use super::lycoris::{LoKr, Matrix, to_full, to_low_rank};
 use super::names::{Names, Target};
 use super::split::split;
 use super::tensor::TensorRef;
-use super::write::Loss;
 use super::{Axis, Bias, Component, Factors, LoraSet, ModuleUpdate};
 
 /// One tensor of a file to be written.

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use lora_core::files::host::Dtype;
 use lora_core::files::safetensors::FileError;
 
+use super::format::{LoraFormat, Loss};
 use super::identity::Identity;
-use super::write::{LoraFormat, Loss};
 
 /// Why a LoRA cannot be read, converted or written.
 #[derive(Debug, thiserror::Error)]

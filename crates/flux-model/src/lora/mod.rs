@@ -36,6 +36,7 @@
 //! | `tensor`, `rows` | tensors that are read when needed; which rows of them |
 //! | `lycoris`, `delta` | LoKr and LoHa as products; what a module's weight changes by |
 //! | `split`, `fuse` | fused modules to parts and back |
+//! | `format` | the formats that can be written, and what writing one says |
 //! | `write`, `emit`, `emit_peft` | a set to a file, and the keys of each format |
 //! | `adapter` | to and from what [`lora_core`] attaches |
 //!
@@ -48,6 +49,7 @@ mod delta;
 mod emit;
 mod emit_peft;
 mod error;
+mod format;
 mod fuse;
 mod group;
 mod identity;
@@ -73,13 +75,14 @@ use std::fmt;
 pub use adapter::{Change, Residual};
 pub use delta::{BaseWeight, delta};
 pub use error::{KeyProblem, LoraFormatError};
+pub use format::{LoraFormat, Loss, WriteOptions, WriteReport};
 pub use identity::Identity;
 pub use lycoris::{LoKr, Matrix};
 pub use read::read;
 pub use rows::Rows;
 pub use shape::{ModelShape, ModuleShape};
 pub use tensor::TensorRef;
-pub use write::{LoraFormat, Loss, WriteOptions, WriteReport, write};
+pub use write::write;
 
 /// One LoRA: what it changes in each component, and how it was read.
 #[derive(Debug, Clone, Default)]
