@@ -14,7 +14,7 @@ use super::error::LoraFormatError;
 use super::lycoris::to_low_rank;
 use super::shape::ModelShape;
 use super::tensor::TensorRef;
-use super::{Axis, Bias, Component, Factors, LoKr, LoraSet, Matrix, ModuleUpdate};
+use super::{Axis, Bias, Component, Factors, LoKr, LoraSet, ModuleUpdate};
 
 /// A change of a base parameter, to be made before the adapter is attached.
 #[derive(Debug, Clone)]
@@ -139,10 +139,6 @@ impl LoraSet {
                 Kind::Whole => 1.0,
                 _ => module.spec.scale(),
             };
-            let side = |side: Side<&TensorRef>| match side {
-                Side::Full(full) => Matrix::Full(full.clone()),
-                Side::Product(a, b) => Matrix::Product(a.clone(), b.clone()),
-            };
             let kind = factors.kind();
             let ours = match (factors.products(), factors.sides()) {
                 (Some([[a1, b1], [a2, b2]]), _) => Factors::LoHa {
@@ -150,7 +146,7 @@ impl LoraSet {
                     b: [b1, b2].map(TensorRef::clone),
                 },
                 (_, Some(sides)) => {
-                    let [w1, w2] = sides.map(side);
+                    let [w1, w2] = sides.map(Side::cloned);
                     Factors::LoKr(LoKr { w1, w2, rows: None })
                 }
                 _ if kind == Kind::Diff => Factors::Full(factors[DIFF].clone()),

@@ -7,12 +7,13 @@
 
 use std::collections::BTreeSet;
 
+use lora_core::Side;
 use lora_core::files::host::{Dtype, HostTensor};
 
 use super::error::LoraFormatError;
 use super::format::Loss;
 use super::fuse::{FuseError, Piece, assemble, fuse};
-use super::lycoris::{LoKr, Matrix, to_full, to_low_rank};
+use super::lycoris::{LoKr, to_full, to_low_rank};
 use super::names::{Names, Target};
 use super::split::split;
 use super::tensor::TensorRef;
@@ -369,17 +370,17 @@ fn emit_lokr(
     emitted: &mut Emitted,
 ) -> f64 {
     let rank = match (&lokr.w1, &lokr.w2) {
-        (_, Matrix::Product(_, b)) | (Matrix::Product(_, b), _) => Some(b.size().0),
-        (Matrix::Full(_), Matrix::Full(_)) => None,
+        (_, Side::Product(_, b)) | (Side::Product(_, b), _) => Some(b.size().0),
+        (Side::Full(_), Side::Full(_)) => None,
     };
     // Of two full factors the alpha is ignored, so their scale has to be in one of them.
     let folded = if rank.is_none() { update.scale } else { 1.0 };
     for (name, matrix, scale) in [("lokr_w1", &lokr.w1, folded), ("lokr_w2", &lokr.w2, 1.0)] {
         match matrix {
-            Matrix::Full(tensor) => emitted
+            Side::Full(tensor) => emitted
                 .outputs
                 .push(Output::scaled(key(name), tensor, scale)),
-            Matrix::Product(left, right) => {
+            Side::Product(left, right) => {
                 emitted
                     .outputs
                     .push(Output::new(key(&format!("{name}_a")), left.clone()));

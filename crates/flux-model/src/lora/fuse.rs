@@ -4,10 +4,11 @@
 //! equal down projections are stacked. Anything else of low rank becomes block-diagonal: the down projections below each
 //! other, each up projection in its own rows and columns, the rank the sum of the ranks.
 
+use lora_core::Side;
 use lora_core::files::host::{Dtype, HostTensor};
 
 use super::error::LoraFormatError;
-use super::lycoris::{LoKr, Matrix, to_low_rank};
+use super::lycoris::{LoKr, to_low_rank};
 use super::rows::Rows;
 use super::tensor::TensorRef;
 use super::{Axis, Bias, Factors, Magnitude, ModuleUpdate};
@@ -302,10 +303,8 @@ fn rejoin(parts: &[Option<&ModuleUpdate>]) -> Option<ModuleUpdate> {
 
 fn rejoin_lokr(parts: &[&LoKr]) -> Option<LoKr> {
     let first = parts[0];
-    let same = |a: &Matrix, b: &Matrix| match (a, b) {
-        (Matrix::Full(a), Matrix::Full(b)) => a.is_same(b),
-        (Matrix::Product(a, b), Matrix::Product(c, d)) => a.is_same(c) && b.is_same(d),
-        _ => false,
+    let same = |a: &Side<TensorRef>, b: &Side<TensorRef>| {
+        a.iter().count() == b.iter().count() && a.iter().zip(b.iter()).all(|(a, b)| a.is_same(b))
     };
     if !parts.iter().all(|part| same(&part.w2, &first.w2)) {
         return None;
@@ -327,19 +326,19 @@ fn rejoin_lokr(parts: &[&LoKr]) -> Option<LoKr> {
         return None;
     }
     let w1 = match &first.w1 {
-        Matrix::Full(_) => {
+        Side::Full(_) => {
             let outer = parts.iter().map(|part| match &part.w1 {
-                Matrix::Full(tensor) => Some(tensor),
-                Matrix::Product(..) => None,
+                Side::Full(tensor) => Some(tensor),
+                Side::Product(..) => None,
             });
-            Matrix::Full(TensorRef::stacked(&outer.collect::<Option<Vec<_>>>()?)?)
+            Side::Full(TensorRef::stacked(&outer.collect::<Option<Vec<_>>>()?)?)
         }
-        Matrix::Product(_, right) => {
+        Side::Product(_, right) => {
             let outer = parts.iter().map(|part| match &part.w1 {
-                Matrix::Product(left, other) if other.is_same(right) => Some(left),
+                Side::Product(left, other) if other.is_same(right) => Some(left),
                 _ => None,
             });
-            Matrix::Product(
+            Side::Product(
                 TensorRef::stacked(&outer.collect::<Option<Vec<_>>>()?)?,
                 right.clone(),
             )

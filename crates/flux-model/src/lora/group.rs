@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use lora_core::Side;
 use lora_core::files::safetensors::TensorFile;
 
 use super::error::{KeyProblem, LoraFormatError};
 use super::key::Param;
-use super::lycoris::{LoKr, Matrix};
+use super::lycoris::LoKr;
 use super::names::Target;
 use super::peft::{Algorithm, PeftConfig};
 use super::shape::ModuleShape;
@@ -265,17 +266,17 @@ impl GroupReader<'_> {
     fn kronecker_factor(
         &self,
         [full, left, right]: [Param; 3],
-    ) -> Result<Option<(Matrix, String)>, LoraFormatError> {
+    ) -> Result<Option<(Side<TensorRef>, String)>, LoraFormatError> {
         let (whole, product) = (self.matrix(full)?, self.pair(left, right)?);
         Ok(match (whole, product) {
             (None, None) => None,
             (Some(whole), None) => {
                 let key = whole.key().to_string();
-                Some((Matrix::Full(whole), key))
+                Some((Side::Full(whole), key))
             }
             (None, Some((left, right))) => {
                 let key = left.key().to_string();
-                Some((Matrix::Product(left, right), key))
+                Some((Side::Product(left, right), key))
             }
             (Some(whole), Some((left, _))) => {
                 let other = whole.key().to_string();
@@ -335,8 +336,8 @@ impl GroupReader<'_> {
             Factors::LowRank { down, .. } => Some(down.size().0),
             Factors::LoHa { b, .. } => Some(b[0].size().0),
             Factors::LoKr(LoKr { w1, w2, .. }) => match (w1, w2) {
-                (_, Matrix::Product(_, b)) | (Matrix::Product(_, b), _) => Some(b.size().0),
-                (Matrix::Full(_), Matrix::Full(_)) => None,
+                (_, Side::Product(_, b)) | (Side::Product(_, b), _) => Some(b.size().0),
+                (Side::Full(_), Side::Full(_)) => None,
             },
             Factors::Full(_) | Factors::Replace(_) => return Ok((None, scalar)),
         };

@@ -13,6 +13,7 @@
 
 use std::ops::Range;
 
+use lora_core::Side;
 use lora_core::files::host::{Dtype, HostTensor};
 
 use super::error::LoraFormatError;
@@ -24,49 +25,24 @@ use super::{Factors, ModuleUpdate};
 #[derive(Debug, Clone)]
 pub struct LoKr {
     /// The outer factor.
-    pub w1: Matrix,
+    pub w1: Side<TensorRef>,
     /// The inner factor.
-    pub w2: Matrix,
+    pub w2: Side<TensorRef>,
     /// Rows of the product that belong to this module; `None` for all.
     pub rows: Option<Rows>,
 }
 
-/// A matrix, or a product of two.
-#[derive(Debug, Clone)]
-pub enum Matrix {
-    /// Stored as it is.
-    Full(TensorRef),
-    /// Stored as two factors.
-    Product(TensorRef, TensorRef),
+fn select(side: &Side<TensorRef>, rows: &Rows) -> Side<TensorRef> {
+    match side {
+        Side::Full(tensor) => Side::Full(tensor.select(rows)),
+        Side::Product(left, right) => Side::Product(left.select(rows), right.clone()),
+    }
 }
 
-impl Matrix {
-    pub(super) fn size(&self) -> (usize, usize) {
-        match self {
-            Self::Full(tensor) => tensor.size(),
-            Self::Product(left, right) => (left.size().0, right.size().1),
-        }
-    }
-
-    pub(super) fn select(&self, rows: &Rows) -> Self {
-        match self {
-            Self::Full(tensor) => Self::Full(tensor.select(rows)),
-            Self::Product(left, right) => Self::Product(left.select(rows), right.clone()),
-        }
-    }
-
-    fn load(&self) -> Result<Dense, LoraFormatError> {
-        match self {
-            Self::Full(tensor) => Dense::load(tensor),
-            Self::Product(left, right) => Ok(Dense::load(left)?.times(&Dense::load(right)?)),
-        }
-    }
-
-    fn tensors(&self) -> Vec<&TensorRef> {
-        match self {
-            Self::Full(tensor) => vec![tensor],
-            Self::Product(left, right) => vec![left, right],
-        }
+fn load(side: &Side<TensorRef>) -> Result<Dense, LoraFormatError> {
+    match side {
+        Side::Full(tensor) => Dense::load(tensor),
+        Side::Product(left, right) => Ok(Dense::load(left)?.times(&Dense::load(right)?)),
     }
 }
 
@@ -79,17 +55,17 @@ impl LoKr {
 
     /// Size of the product.
     pub(super) fn whole(&self) -> (usize, usize) {
-        let ((a, b), (c, d)) = (self.w1.size(), self.w2.size());
+        let [[a, b], [c, d]] = [&self.w1, &self.w2].map(|side| side.size(TensorRef::axes));
         (a.saturating_mul(c), b.saturating_mul(d))
     }
 
     pub(super) fn tensors(&self) -> Vec<&TensorRef> {
-        [self.w1.tensors(), self.w2.tensors()].concat()
+        self.w1.iter().chain(self.w2.iter()).collect()
     }
 
     /// Some of the rows: of `w1`, or, if that would `cut` a row of it, of the product.
     pub(super) fn select(&self, wanted: &Rows, cut: bool) -> Self {
-        let inner = self.w2.size().0;
+        let [inner, _] = self.w2.size(TensorRef::axes);
         if cut || self.rows.is_some() {
             let (out, _) = self.whole();
             let current = self.rows.clone().unwrap_or_else(|| Rows::all(out));
@@ -104,7 +80,7 @@ impl LoKr {
             .iter()
             .map(|rows| rows.start / inner..rows.end / inner);
         Self {
-            w1: self.w1.select(&Rows::of(outer)),
+            w1: select(&self.w1, &Rows::of(outer)),
             ..self.clone()
         }
     }
@@ -121,7 +97,7 @@ pub(super) fn dense(factors: &Factors) -> Result<Vec<f32>, LoraFormatError> {
             product
         }
         Factors::LoKr(lokr) => {
-            let product = lokr.w1.load()?.kron(&lokr.w2.load()?);
+            let product = load(&lokr.w1)?.kron(&load(&lokr.w2)?);
             match &lokr.rows {
                 None => product.values,
                 Some(rows) => product.rows(rows).values,
@@ -188,10 +164,10 @@ fn expanded_rank(factors: &Factors) -> Option<usize> {
         Factors::LowRank { down, .. } => Some(down.size().0),
         Factors::LoHa { b, .. } => Some(b[0].size().0 * b[1].size().0),
         Factors::LoKr(LoKr { w1, w2, .. }) => match (w1, w2) {
-            (Matrix::Product(_, b1), Matrix::Product(_, b2)) => Some(b1.size().0 * b2.size().0),
-            (Matrix::Full(w1), Matrix::Product(_, b2)) => Some(w1.size().1 * b2.size().0),
-            (Matrix::Product(_, b1), Matrix::Full(w2)) => Some(b1.size().0 * w2.size().0),
-            (Matrix::Full(_), Matrix::Full(_)) => None,
+            (Side::Product(_, b1), Side::Product(_, b2)) => Some(b1.size().0 * b2.size().0),
+            (Side::Full(w1), Side::Product(_, b2)) => Some(w1.size().1 * b2.size().0),
+            (Side::Product(_, b1), Side::Full(w2)) => Some(b1.size().0 * w2.size().0),
+            (Side::Full(_), Side::Full(_)) => None,
         },
         Factors::Full(_) | Factors::Replace(_) => None,
     }
@@ -207,14 +183,14 @@ fn expanded_down(factors: &Factors) -> Result<Dense, LoraFormatError> {
             Ok(first.kron_rows(&second).transposed())
         }
         Factors::LoKr(LoKr { w1, w2, .. }) => match (w1, w2) {
-            (Matrix::Product(_, b1), Matrix::Product(_, b2)) => {
+            (Side::Product(_, b1), Side::Product(_, b2)) => {
                 Ok(Dense::load(b1)?.kron(&Dense::load(b2)?))
             }
-            (Matrix::Full(w1), Matrix::Product(_, b2)) => {
+            (Side::Full(w1), Side::Product(_, b2)) => {
                 Ok(Dense::identity(w1.size().1).kron(&Dense::load(b2)?))
             }
-            (Matrix::Product(_, b1), w2) => Ok(Dense::load(b1)?.kron(&w2.load()?)),
-            (Matrix::Full(_), Matrix::Full(_)) => w2.load(),
+            (Side::Product(_, b1), w2) => Ok(Dense::load(b1)?.kron(&load(w2)?)),
+            (Side::Full(_), Side::Full(_)) => load(w2),
         },
         Factors::LowRank { down: tensor, .. }
         | Factors::Full(tensor)
@@ -227,14 +203,14 @@ fn expanded_up(factors: &Factors) -> Result<Dense, LoraFormatError> {
         Factors::LoHa { a, .. } => Ok(Dense::load(&a[0])?.kron_rows(&Dense::load(&a[1])?)),
         Factors::LoKr(LoKr { w1, w2, rows }) => {
             let product = match (w1, w2) {
-                (Matrix::Product(a1, _), Matrix::Product(a2, _)) => {
+                (Side::Product(a1, _), Side::Product(a2, _)) => {
                     Dense::load(a1)?.kron(&Dense::load(a2)?)
                 }
-                (w1, Matrix::Product(a2, _)) => w1.load()?.kron(&Dense::load(a2)?),
-                (Matrix::Product(a1, _), w2) => {
-                    Dense::load(a1)?.kron(&Dense::identity(w2.size().0))
+                (w1, Side::Product(a2, _)) => load(w1)?.kron(&Dense::load(a2)?),
+                (Side::Product(a1, _), w2) => {
+                    Dense::load(a1)?.kron(&Dense::identity(w2.size(TensorRef::axes)[0]))
                 }
-                (w1, _) => w1.load()?,
+                (w1, _) => load(w1)?,
             };
             Ok(match rows {
                 None => product,
@@ -378,8 +354,8 @@ mod tests {
 
     #[test]
     fn two_full_factors_have_no_low_rank_form() {
-        let w1 = Matrix::Full(matrix(2, 2, &[1.0, 2.0, 3.0, 4.0]));
-        let w2 = Matrix::Full(matrix(1, 1, &[3.0]));
+        let w1 = Side::Full(matrix(2, 2, &[1.0, 2.0, 3.0, 4.0]));
+        let w2 = Side::Full(matrix(1, 1, &[3.0]));
         let lokr = Factors::LoKr(LoKr { w1, w2, rows: None });
         assert_eq!(dense(&lokr).expect("in memory"), [3.0, 6.0, 9.0, 12.0]);
         assert!(to_low_rank(&ModuleUpdate::of(lokr, 1.0)).is_none());
@@ -387,8 +363,8 @@ mod tests {
 
     #[test]
     fn rows_are_cut_from_the_outer_factor_or_the_product() {
-        let w1 = Matrix::Full(matrix(4, 1, &[1.0, 2.0, 3.0, 4.0]));
-        let w2 = Matrix::Full(matrix(2, 1, &[1.0, 10.0]));
+        let w1 = Side::Full(matrix(4, 1, &[1.0, 2.0, 3.0, 4.0]));
+        let w2 = Side::Full(matrix(2, 1, &[1.0, 10.0]));
         let lokr = LoKr { w1, w2, rows: None };
         let outer = lokr.select(&Rows::span(2..6), false);
         assert!(outer.rows.is_none());

@@ -77,7 +77,7 @@ pub use delta::{BaseWeight, delta};
 pub use error::{KeyProblem, LoraFormatError};
 pub use format::{LoraFormat, Loss, WriteOptions, WriteReport};
 pub use identity::Identity;
-pub use lycoris::{LoKr, Matrix};
+pub use lycoris::LoKr;
 pub use read::read;
 pub use rows::Rows;
 pub use shape::{ModelShape, ModuleShape};

@@ -7,13 +7,14 @@
 use super::error::LoraFormatError;
 use super::names::Place;
 use super::rows::Rows;
+use super::tensor::TensorRef;
 use super::{Axis, Bias, Component, Factors, LoraSet, Magnitude, ModuleUpdate};
 
 /// The update of each place.
 pub(super) fn split(update: &ModuleUpdate, places: &[Place]) -> Vec<ModuleUpdate> {
     // All parts of a Kronecker product are cut the same way, so that they can be joined again.
     let inner = match &update.factors {
-        Some(Factors::LoKr(lokr)) => lokr.w2.size().0.max(1),
+        Some(Factors::LoKr(lokr)) => lokr.w2.size(TensorRef::axes)[0].max(1),
         _ => 1,
     };
     let mut bounds = places

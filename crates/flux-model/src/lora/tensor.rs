@@ -150,6 +150,11 @@ impl TensorRef {
         (rows, shape.get(1).copied().unwrap_or(1))
     }
 
+    /// As [`size`](Self::size), for sides of a Kronecker product.
+    pub(super) fn axes(&self) -> [usize; 2] {
+        self.size().into()
+    }
+
     /// The same elements as a vector.
     pub(super) fn flat(mut self) -> Self {
         let count = self.full.iter().product();

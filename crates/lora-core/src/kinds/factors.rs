@@ -197,10 +197,7 @@ impl<T> Factors<T> {
     /// Outputs and inputs of the change, from rows and columns of its parts; saturating.
     pub fn size(&self, size: impl Fn(&T) -> [usize; 2]) -> [usize; 2] {
         if let Some(sides) = self.sides() {
-            let [[a, b], [c, d]] = sides.map(|side| match side {
-                Side::Full(full) => size(full),
-                Side::Product(left, right) => [size(left)[0], size(right)[1]],
-            });
+            let [[a, b], [c, d]] = sides.map(|side| side.size(|part| size(part)));
             return [a.saturating_mul(c), b.saturating_mul(d)];
         }
         let length = |axis: usize, dim: Dim| {
@@ -208,6 +205,35 @@ impl<T> Factors<T> {
             part.map_or(0, |(_, value)| size(value)[axis])
         };
         [length(0, Dim::Out), length(1, Dim::In)]
+    }
+}
+
+impl<T> Side<T> {
+    /// What it is stored as, from left to right.
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        let (first, second) = match self {
+            Self::Full(full) => (full, None),
+            Self::Product(left, right) => (left, Some(right)),
+        };
+        std::iter::once(first).chain(second)
+    }
+
+    /// Rows and columns of the matrix, from those of what it is stored as.
+    pub fn size(&self, size: impl Fn(&T) -> [usize; 2]) -> [usize; 2] {
+        match self {
+            Self::Full(full) => size(full),
+            Self::Product(left, right) => [size(left)[0], size(right)[1]],
+        }
+    }
+}
+
+impl<T: Clone> Side<&T> {
+    /// The same side, of copies.
+    pub fn cloned(self) -> Side<T> {
+        match self {
+            Side::Full(full) => Side::Full(full.clone()),
+            Side::Product(left, right) => Side::Product(left.clone(), right.clone()),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! LoKr and LoHa: direct reconstruction, exact expansion, row slices, scales.
 
+use lora_core::Side;
 use lora_core::parts::{LORA_A, LORA_B};
 use proptest::prelude::*;
 
@@ -305,8 +306,8 @@ proptest! {
     ) {
         let host = |name: &str, rows, columns| TensorRef::host(name, random(&format!("{name}{seed}"), rows, columns));
         let matrix = |name: &str, rows, columns, factored: bool| match factored {
-            true => Matrix::Product(host(&format!("{name}a"), rows, rank), host(&format!("{name}b"), rank, columns)),
-            false => Matrix::Full(host(name, rows, columns)),
+            true => Side::Product(host(&format!("{name}a"), rows, rank), host(&format!("{name}b"), rank, columns)),
+            false => Side::Full(host(name, rows, columns)),
         };
         let lokr = LoKr { w1: matrix("w1", a, b, factored[0]), w2: matrix("w2", c, d, factored[1]), rows: None };
         let lokr = ModuleUpdate::of(Factors::LoKr(lokr), 0.5);
