@@ -94,7 +94,7 @@ def sheet(pictures, columns, path):
 def a(name):
     """With its article: "an owl", "grapes"."""
     name = name.lower()
-    if name.endswith("s") and not name.endswith(("ss", "us", "grass")) or name in ("fire", "lightning", "corn", "popcorn", "sushi", "bacon", "garlic", "yarn", "honey", "bread", "chocolate", "cheese", "coral"):
+    if name.endswith("s") and not name.endswith(("ss", "us", "os")) or name in ("fire", "lightning", "corn", "popcorn", "sushi", "bacon", "garlic", "yarn", "honey", "bread", "chocolate", "cheese", "coral"):
         return name
     return ("an " if name[0] in "aeiou" and name != "unicorn" else "a ") + name
 
