@@ -1,4 +1,4 @@
-"""The transformer: FLUX.1's own, 192 wide, three double and six single blocks, trained by flow matching.
+"""The transformer: FLUX.1's own, 192 wide, two double and six single blocks, trained by flow matching.
 
     python tools/nano/flow.py WORK      # -> WORK/flow: transformer and text encoders, averaged over the steps
 
@@ -25,7 +25,7 @@ SHOWN = ["guitar", "red apple", "fox", "penguin", "hamburger", "rocket", "castle
 def new_transformer():
     transformer = FluxTransformer2DModel(
         in_channels=64,
-        num_layers=3,
+        num_layers=2,
         num_single_layers=6,
         attention_head_dim=64,
         num_attention_heads=3,
@@ -81,7 +81,7 @@ class Networks(nn.Module):
 
 
 def main():
-    args = arguments(__doc__, steps=10000, batch=32, lr=1.2e-3, ema=0.999, look=1000)
+    args = arguments(__doc__, steps=6000, batch=32, lr=1.2e-3, ema=0.999, look=1000)
     z = latents(args.work)
     networks = Networks(args.work)
     average = copy.deepcopy(networks).requires_grad_(False)
