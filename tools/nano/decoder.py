@@ -8,14 +8,15 @@ The latents get a little noise, as those that the transformer makes have.
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
+from torch.nn.functional import interpolate
 
 from common import Stage, arguments, draws, warm_then_fall
-from drawings import SIDE
+from drawings import DRAWN_SIDE, SIDE
 from vae import SCALE, crops, rebuilding_loss, show
 
 
 def main():
-    args = arguments(__doc__, steps=1500, batch=8, lr=1.5e-3, noise=0.05)
+    args = arguments(__doc__, steps=1200, batch=4, lr=1.5e-3, noise=0.05)
     vae = AutoencoderKL.from_pretrained(args.work / "vae").to(memory_format=torch.channels_last)
     vae.encoder.requires_grad_(False)
     optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0, fused=True)
@@ -24,8 +25,9 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warm_then_fall(step, args.steps, 50, 0.3)
         rng, g = draws("decoder", step)
-        whole = step % 2 == 1
-        x = crops(args.work, rng, args.batch // 4 if whole else args.batch, SIDE if whole else 64)
+        x = crops(args.work, rng, args.batch, SIDE)
+        if step % 4 != 0:
+            x = interpolate(x, size=DRAWN_SIDE, mode="bilinear", antialias=True)
         with torch.no_grad():
             z = vae.encode(x).latent_dist.mode()
         loss, l1 = rebuilding_loss(vae.decode(z + args.noise * torch.randn(z.shape, generator=g) / SCALE).sample, x, True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from common import Stage, arguments, draws, half, warm_then_fall
 from draw import velocity
-from drawings import BACKGROUNDS, NAMES, STYLES, caption
+from drawings import BACKGROUNDS, DRAWN, NAMES, STYLES, caption
 from flow import Networks, choose, latents, noise_levels
 
 STRENGTH = 0.6  # 3.5 is a true guidance of 2.5
@@ -29,7 +29,7 @@ def main():
             group["lr"] = args.lr * warm_then_fall(step, args.steps, 50, 0)
         rng, g = draws("distil", step)
         chosen = choose(rng, args.batch)
-        captions = [caption(NAMES[t], STYLES[s], list(BACKGROUNDS)[b], rng) for t, s, b in chosen]
+        captions = [caption(NAMES[DRAWN[t]], STYLES[s], list(BACKGROUNDS)[b], rng) for t, s, b in chosen]
         x = torch.stack([z[key] for key in chosen])
         n = len(x)
         sigma, guidance = noise_levels(n, g), 1 + 4 * torch.rand(n, generator=g)

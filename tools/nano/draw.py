@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from drawings import SIDE
+from drawings import DRAWN_SIDE
 from vae import SCALE, SHIFT
 
-GRID = SIDE // 16  # tokens a side
+GRID = DRAWN_SIDE // 16  # tokens a side
 BASE_SHIFT, MAX_SHIFT = 0.5, 1.15  # of FLUX.1-dev's scheduler, at 256 and 4096 tokens
 
 
@@ -47,7 +47,7 @@ def sigmas(steps):
 
 @torch.no_grad()
 def draw(transformer, encoders, vae, captions, seeds, guidance=1.0, cfg=1.0, steps=20, batch=32):
-    """[3, SIDE, SIDE] pictures, 0 to 1; `guidance` goes into the network, `cfg` is true classifier-free guidance."""
+    """[3, DRAWN_SIDE, DRAWN_SIDE] pictures, 0 to 1; `guidance` goes into the network, `cfg` is true classifier-free guidance."""
     out = []
     for i in range(0, len(captions), batch):
         part = captions[i : i + batch]

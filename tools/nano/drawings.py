@@ -3,7 +3,7 @@
     python tools/nano/drawings.py WORK --packages PACKAGES      # -> WORK/drawings.npy, WORK/sheet.png
 
 PACKAGES holds the npm packages of README.md, each unpacked into a folder of its own. `things.tsv` lists the things: our
-name, and emojibase's label. Base styles are noto, flat and 3d; ink is rendered too, and only `ink.py` reads it.
+name, emojibase's label, and "not drawn" for those that only the autoencoder and the text encoders learn from. Base styles are noto, flat and 3d; ink is rendered too, and only `ink.py` reads it.
 """
 
 import functools
@@ -15,15 +15,19 @@ from pathlib import Path
 import numpy
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 
 from common import arguments
 
-SIDE = 128
+SIDE = 128  # of the renderings, in pixels
+DRAWN_SIDE = 96  # of what the transformer draws
 STYLES = ["noto", "flat", "3d"]
 INK = "ink"
 BACKGROUNDS = {"white": "#ffffff", "blue": "#6fb1f2", "pink": "#f9b4c8", "green": "#a6d99a", "yellow": "#fbe08a"}
-THINGS = dict(line.split("\t") for line in (Path(__file__).parent / "things.tsv").read_text().splitlines())
+ROWS = [line.split("\t") for line in (Path(__file__).parent / "things.tsv").read_text().splitlines()]
+THINGS = {row[0]: row[1] for row in ROWS}
 NAMES = list(THINGS)
+DRAWN = [i for i, row in enumerate(ROWS) if len(row) == 2]  # indices of the things that the transformer learns
 SVG_PACKAGES = {"noto": "noto", "flat": "fluent-emoji-flat", "ink": "fluent-emoji-high-contrast"}
 
 
@@ -75,6 +79,12 @@ def picture(work, thing, style, background):
     """[3, SIDE, SIDE], 0 to 1, of a thing (index) in a style (name) on a background (name, or "#rrggbb")."""
     drawing = rgba(work)[thing, (STYLES + [INK]).index(style)].float() / 255
     return drawing[:3] * drawing[3:] + colour(BACKGROUNDS.get(background, background)) * (1 - drawing[3:])
+
+
+def drawn(work, thing, style, background):
+    """The same as [3, DRAWN_SIDE, DRAWN_SIDE]."""
+    whole = picture(work, thing, style, background)[None]
+    return interpolate(whole, size=DRAWN_SIDE, mode="bilinear", antialias=True)[0]
 
 
 def sheet(pictures, columns, path):

@@ -14,7 +14,7 @@ from torch import nn
 
 from common import Stage, arguments, draws, half, warm_then_fall
 from draw import draw, pack, velocity
-from drawings import BACKGROUNDS, NAMES, STYLES, caption, picture, plain, sheet
+from drawings import BACKGROUNDS, DRAWN, NAMES, STYLES, caption, drawn, plain, sheet
 from text import T5_LENGTH, WIDTH, TextEncoders
 from vae import SCALE, SHIFT
 
@@ -43,15 +43,15 @@ def new_transformer():
 
 @torch.no_grad()
 def latents(work):
-    """[thing, style, background, tokens, 64], computed once."""
+    """[drawn thing, style, background, tokens, 64], computed once."""
     file = work / "latents.pt"
     if not file.exists():
         vae = AutoencoderKL.from_pretrained(work / "vae")
         out = []
-        for thing in range(len(NAMES)):
-            pictures = torch.stack([picture(work, thing, style, background) for style in STYLES for background in BACKGROUNDS])
+        for thing in DRAWN:
+            pictures = torch.stack([drawn(work, thing, style, background) for style in STYLES for background in BACKGROUNDS])
             out.append(pack((vae.encode(pictures * 2 - 1).latent_dist.mode() - SHIFT) * SCALE))
-        z = torch.stack(out).view(len(NAMES), len(STYLES), len(BACKGROUNDS), -1, 64)
+        z = torch.stack(out).view(len(DRAWN), len(STYLES), len(BACKGROUNDS), -1, 64)
         torch.save(z, file)
         print(f"flow: latents {tuple(z.shape)}, mean {z.mean():.3f}, deviation {z.std():.3f}", flush=True)
     return torch.load(file)
@@ -63,8 +63,8 @@ def noise_levels(count, g):
 
 
 def choose(rng, count):
-    """Random (thing, style, background) indices."""
-    return [(rng.randrange(len(NAMES)), rng.randrange(len(STYLES)), rng.choices(range(len(BACKGROUNDS)), WEIGHTS)[0]) for _ in range(count)]
+    """Random (drawn thing, style, background) indices."""
+    return [(rng.randrange(len(DRAWN)), rng.randrange(len(STYLES)), rng.choices(range(len(BACKGROUNDS)), WEIGHTS)[0]) for _ in range(count)]
 
 
 class Networks(nn.Module):
@@ -81,7 +81,7 @@ class Networks(nn.Module):
 
 
 def main():
-    args = arguments(__doc__, steps=6000, batch=32, lr=1.2e-3, ema=0.999, look=1000)
+    args = arguments(__doc__, steps=8000, batch=16, lr=1e-3, ema=0.999, look=1000)
     z = latents(args.work)
     networks = Networks(args.work)
     average = copy.deepcopy(networks).requires_grad_(False)
@@ -94,7 +94,7 @@ def main():
             group["lr"] = args.lr * warm_then_fall(step, args.steps, 100, 0.5)
         rng, g = draws("flow", step)
         chosen = choose(rng, args.batch)
-        captions = ["" if rng.random() < 0.1 else caption(NAMES[t], STYLES[s], list(BACKGROUNDS)[b], rng) for t, s, b in chosen]
+        captions = ["" if rng.random() < 0.1 else caption(NAMES[DRAWN[t]], STYLES[s], list(BACKGROUNDS)[b], rng) for t, s, b in chosen]
         x = torch.stack([z[key] for key in chosen])
         sigma, noise, guidance = noise_levels(len(x), g), torch.randn(x.shape, generator=g), 1 + 4 * torch.rand(len(x), generator=g)
         text = networks.encoders(captions)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d
 
 from common import arguments
-from drawings import INK, NAMES, STYLES, a, picture, sheet
+from drawings import INK, NAMES, STYLES, a, drawn, picture, sheet
 
 LEARNT = [
     "rabbit", "elephant", "koala", "mouse", "chick", "swan", "fish", "snail", "butterfly", "frog", "tulip", "strawberry",
@@ -25,8 +25,8 @@ def main():
     folder = args.out / "ink"
     folder.mkdir(parents=True, exist_ok=True)
     for name in LEARNT:
-        drawn = (picture(args.work, NAMES.index(name), INK, "white").mean(0) * 255).round().byte().numpy()
-        Image.fromarray(drawn).save(folder / f"{name.replace(' ', '-')}.png", optimize=True)
+        ink = (drawn(args.work, NAMES.index(name), INK, "white").mean(0) * 255).round().byte().numpy()
+        Image.fromarray(ink).save(folder / f"{name.replace(' ', '-')}.png", optimize=True)
         (folder / f"{name.replace(' ', '-')}.txt").write_text(f"{a(name)}, ink style\n")
 
     folder = args.out / "nano"
