@@ -10,14 +10,13 @@ from torch import nn
 
 from common import Stage, arguments, draws, half, warm_then_fall
 from draw import velocity
-from drawings import BACKGROUNDS, DRAWN, NAMES, STYLES, caption
-from flow import Networks, choose, latents, noise_levels
+from flow import Networks, choose, describe, latents, noise_levels
 
 STRENGTH = 0.6  # 3.5 is a true guidance of 2.5
 
 
 def main():
-    args = arguments(__doc__, steps=1200, batch=16, lr=3e-4)
+    args = arguments(__doc__, steps=700, batch=16, lr=3e-4)
     z = latents(args.work)
     teacher = Networks(args.work, args.work / "flow").requires_grad_(False)
     student = Networks(args.work, args.work / "flow")
@@ -29,7 +28,7 @@ def main():
             group["lr"] = args.lr * warm_then_fall(step, args.steps, 50, 0)
         rng, g = draws("distil", step)
         chosen = choose(rng, args.batch)
-        captions = [caption(NAMES[DRAWN[t]], STYLES[s], list(BACKGROUNDS)[b], rng) for t, s, b in chosen]
+        captions = [describe(key, rng) for key in chosen]
         x = torch.stack([z[key] for key in chosen])
         n = len(x)
         sigma, guidance = noise_levels(n, g), 1 + 4 * torch.rand(n, generator=g)
