@@ -101,7 +101,7 @@ impl PipelineFolder {
 /// Loads an autoencoder from a component folder or a single file in either layout.
 ///
 /// # Errors
-/// As [`load_transformer`].
+/// A malformed file, or a tensor that is missing, left over or of another shape.
 pub fn load_autoencoder(
     path: &Path,
     config: Option<&AutoencoderConfig>,
@@ -122,7 +122,7 @@ pub fn load_autoencoder(
 /// Loads a CLIP text encoder from a component folder.
 ///
 /// # Errors
-/// As [`load_transformer`].
+/// A malformed file, or a tensor that is missing, left over or of another shape.
 pub fn load_clip(folder: &Path, device: &Device) -> Result<ClipText, WeightsError> {
     let config = read_config(&folder.join("config.json"), ClipConfig::problem)?;
     Checkpoint::open(folder)?.load(ClipText::new(&config, device), Layout::Clip, device)
@@ -131,7 +131,7 @@ pub fn load_clip(folder: &Path, device: &Device) -> Result<ClipText, WeightsErro
 /// Loads a T5 encoder from a component folder.
 ///
 /// # Errors
-/// As [`load_transformer`].
+/// A malformed file, or a tensor that is missing, left over or of another shape.
 pub fn load_t5(folder: &Path, device: &Device) -> Result<T5Encoder, WeightsError> {
     let config = read_config(&folder.join("config.json"), T5Config::problem)?;
     Checkpoint::open(folder)?.load(T5Encoder::new(&config, device), Layout::T5, device)

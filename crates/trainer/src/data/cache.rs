@@ -1,7 +1,7 @@
 //! Encode once: every image and caption goes through the encoders before training, and never again.
 //!
 //! An entry's name is a digest of all that decides its content: the image's or caption's bytes, the settings, the encoders'
-//! files, the backend, [`ENCODING`]. So an entry is never stale, and never paired with another sample's caption. An entry also
+//! files, the backend, `ENCODING`. So an entry is never stale, and never paired with another sample's caption. An entry also
 //! holds a digest of its own tensors: one that was damaged is encoded again.
 //!
 //! An image is decoded only where an entry is missing, once for both its latents and the mirrored ones, and one at a time.

@@ -6,7 +6,7 @@
 //! size and whatever can be refused without decoding it come from the same bytes.
 //!
 //! Links are followed wherever they lead: a person or a downloader made them. A `file_name` in a list is only text from a file
-//! and may not lead out of its folder. What runs have written below the folder is passed over (see [`crate::data::outputs`]).
+//! and may not lead out of its folder. What runs have written below the folder is passed over (see `outputs`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
