@@ -7,7 +7,7 @@ use flux_lora_tests::{Workbench, program, root};
 
 /// A tiny klein pipeline.
 fn model() -> PathBuf {
-    root().join("tests/fixtures/flux2/flux2_pipeline_distilled/model")
+    root().join("tests/fixtures/parity/flux2_pipeline_distilled/model")
 }
 
 /// Trains 12 steps of it.

@@ -200,6 +200,7 @@ fn the_kinds_bundled_are_all_kinds() {
         "vae",
         "clip_text",
         "t5_encoder",
+        "qwen3_text",
         "tokenizer",
         "scheduler",
         "pipeline",

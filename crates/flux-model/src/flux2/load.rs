@@ -445,9 +445,9 @@ mod tests {
     #[test]
     fn an_autoencoder_is_told_from_its_tensors_in_both_layouts() {
         for (path, is_bfl) in [
-            ("flux2/flux2_bfl_autoencoder/ae.safetensors", true),
+            ("parity/flux2_bfl_autoencoder/ae.safetensors", true),
             (
-                "flux2/flux2_vae/model/diffusion_pytorch_model.safetensors",
+                "parity/flux2_vae/model/diffusion_pytorch_model.safetensors",
                 false,
             ),
         ] {
@@ -480,13 +480,13 @@ mod tests {
             .find(|name| name.starts_with("flux1") && name.ends_with(".safetensors"));
         let flux1 = format!("parity/bfl_transformer/{}", flux1.expect("a checkpoint"));
         assert!(error(&flux1).contains("it is FLUX.1"), "{}", error(&flux1));
-        let vae = error("flux2/flux2_bfl_autoencoder/ae.safetensors");
+        let vae = error("parity/flux2_bfl_autoencoder/ae.safetensors");
         assert!(vae.contains("no matrix `x_embedder.weight`"), "{vae}");
         let vae = case("parity/vae_small/model/diffusion_pytorch_model.safetensors");
         let error = load_autoencoder(&vae, None, &Device::flex()).expect_err("FLUX.1's");
         assert!(error.to_string().contains("bn.running_mean"), "{error}");
         // The rotary axes of the tiny network's heads are in no tensor.
-        let file = "flux2/flux2_bfl_transformer/flux2-tiny-klein.safetensors";
+        let file = "parity/flux2_bfl_transformer/flux2-tiny-klein.safetensors";
         let error = load_transformer(&case(file), None, &Device::flex()).expect_err("no axes");
         assert!(error.to_string().contains("rotary axes"), "{error}");
     }

@@ -577,7 +577,7 @@ mod tests {
     }
     const MODEL: &str = concat!(
         env!("CARGO_MANIFEST_DIR"),
-        "/../../tests/fixtures/flux2/flux2_qwen3/model"
+        "/../../tests/fixtures/parity/flux2_qwen3/model"
     );
 
     #[test]

@@ -133,7 +133,7 @@ mod tests {
 
     const CASE: &str = concat!(
         env!("CARGO_MANIFEST_DIR"),
-        "/../../tests/fixtures/flux2/flux2_tokenizer"
+        "/../../tests/fixtures/parity/flux2_tokenizer"
     );
 
     /// A folder with some of the reference's files.

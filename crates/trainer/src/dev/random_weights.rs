@@ -1,7 +1,7 @@
 //! A pipeline with random weights, from configurations alone: for trying the program out, and for tests.
 //!
 //! Matrices and convolutions are normal with standard deviation `0.7 / sqrt(inputs)`, so that activations keep their size;
-//! norms are one, biases zero. The weights are a function of (seed, tensor name), the same on every platform.
+//! norms and variances are one, biases zero. The weights are a function of (seed, tensor name), the same on every platform.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -74,7 +74,12 @@ pub fn random_tensor(name: &str, shape: Vec<usize>, seed: u64) -> HostTensor {
                 .map(|v| v * std)
                 .collect()
         }
-        _ if name.ends_with("weight") || name.ends_with("scale") => vec![1.0; count],
+        _ if ["weight", "scale", "running_var"]
+            .iter()
+            .any(|end| name.ends_with(end)) =>
+        {
+            vec![1.0; count]
+        }
         _ => vec![0.0; count],
     };
     HostTensor::from_f32(shape, &values)

@@ -5,6 +5,7 @@
 
 mod autoencoder;
 mod case;
+mod flux2;
 mod lora;
 mod network;
 mod pipeline;
@@ -21,6 +22,7 @@ use anyhow::{Context, bail};
 use burn::tensor::Device;
 use flux_model::families::{self, Visitor};
 use flux_model::family::Family;
+use flux_model::flux2::schedule::empirical_mu;
 use lora_core::files::safetensors::serialize;
 
 use self::case::{Case, Tensors};
@@ -89,9 +91,18 @@ fn compute(case: &Case, device: &Device) -> anyhow::Result<Report> {
         ("flux1", "clip_text") => text::clip(case, device),
         ("flux1", "t5_encoder") => text::t5(case, device),
         ("flux1", "tokenizer") => text::tokenizers(case),
-        ("flux1", "scheduler") => schedule::scheduler(case, device),
+        ("flux1", "scheduler") => {
+            schedule::scheduler(case, device, |config, tokens, _| config.mu(tokens))
+        }
         ("flux1", "timestep_sampling") => schedule::timestep_sampling(case),
         ("flux1", "pipeline") => pipeline::compute(case, device),
+        ("flux2", "vae" | "single_file_vae") => flux2::autoencoder(case, device),
+        ("flux2", "qwen3_text") => flux2::qwen3(case, device),
+        ("flux2", "tokenizer") => flux2::tokenizer(case),
+        ("flux2", "scheduler") => {
+            schedule::scheduler(case, device, |_, tokens, steps| empirical_mu(tokens, steps))
+        }
+        ("flux2", "pipeline") => flux2::pipeline(case, device),
         _ => families::named(&case.family, NetworkCase(case, device))
             .with_context(|| format!("unknown family `{}`", case.family))?,
     }

@@ -80,7 +80,11 @@ pub(super) fn compute(case: &Case, device: &Device) -> anyhow::Result<Report> {
     let decoded = Flux1::decode(&family.autoencoder(device)?, unpacked);
     put("decoded", host_tensor(decoded.clone()));
     put("image", host_tensor((decoded / 2.0 + 0.5).clamp(0.0, 1.0)));
-    let mut report = Report::by_tensor(case, out)?;
+    with_image_bytes(case, Report::by_tensor(case, out)?)
+}
+
+/// The report with the image as bytes, where the case has them.
+pub(super) fn with_image_bytes(case: &Case, mut report: Report) -> anyhow::Result<Report> {
     let bytes = case.dir.join("image_u8.safetensors");
     if bytes.is_file() {
         let lines = image_bytes(&TensorFile::open(&bytes)?, report.actual("image")?)?;

@@ -24,8 +24,12 @@ fn scheduler_config(case: &Case) -> anyhow::Result<SchedulerConfig> {
     Ok(read_json(&folder.join("scheduler_config.json"))?)
 }
 
-/// `scheduler`.
-pub(super) fn scheduler(case: &Case, device: &Device) -> anyhow::Result<Report> {
+/// `scheduler`, shifted by what `mu` gives for (image tokens, steps).
+pub(super) fn scheduler(
+    case: &Case,
+    device: &Device,
+    mu: impl Fn(&SchedulerConfig, usize, usize) -> f64,
+) -> anyhow::Result<Report> {
     let config = scheduler_config(case)?;
     let timesteps = |sigmas: &[f32]| {
         let scale = config.num_train_timesteps as f32;
@@ -36,7 +40,10 @@ pub(super) fn scheduler(case: &Case, device: &Device) -> anyhow::Result<Report> 
     let runs = runs.context("`/runs` of case.json is not a list")?.len();
     for i in 0..runs {
         let count = |key: &str| case.usize(&format!("/runs/{i}/{key}"));
-        let sigmas = config.sigmas(count("num_inference_steps")?, count("image_seq_len")?);
+        let (tokens, steps) = (count("image_seq_len")?, count("num_inference_steps")?);
+        let mu = mu(&config, tokens, steps);
+        out.insert(format!("run{i}.mu"), vector([mu as f32]));
+        let sigmas = config.sigmas_shifted(steps, mu);
         let Some(steps @ 1..) = sigmas.len().checked_sub(1) else {
             bail!("`/runs/{i}/num_inference_steps` of case.json is 0")
         };

@@ -38,13 +38,18 @@ pub(super) fn t5(case: &Case, device: &Device) -> anyhow::Result<Report> {
 
 /// The rows of `input_ids`.
 pub(super) fn id_rows(case: &Case) -> anyhow::Result<Vec<Vec<i64>>> {
-    let ids = case.input("input_ids")?;
+    rows_of(case, "input_ids")
+}
+
+/// The rows of an input of integers, `[batch, tokens]`.
+pub(super) fn rows_of(case: &Case, name: &str) -> anyhow::Result<Vec<Vec<i64>>> {
+    let ids = case.input(name)?;
     let &[_, tokens @ 1..=usize::MAX] = ids.shape.as_slice() else {
-        bail!("input_ids are not [batch, tokens]")
+        bail!("`{name}` is not [batch, tokens]")
     };
     Ok(ids
         .to_i64()
-        .context("input_ids are not integers")?
+        .with_context(|| format!("`{name}` does not hold integers"))?
         .chunks(tokens)
         .map(<[i64]>::to_vec)
         .collect())
