@@ -188,6 +188,12 @@ fn compare(case: &Case, actual: &Tensors, init: &Tensors) -> anyhow::Result<Vec<
     Ok(lines)
 }
 
+/// What a case calls the tensors of an encoded prompt, in the order of [`Family::TEXT`].
+fn embeds<F: Family>() -> impl Iterator<Item = &'static str> {
+    let names = ["prompt_embeds", "pooled_prompt_embeds"];
+    names.into_iter().take(F::TEXT.len())
+}
+
 /// The case's micro-batches; the first axis of every tensor counts them.
 struct Data<F> {
     family: std::marker::PhantomData<F>,
@@ -198,7 +204,7 @@ struct Data<F> {
 impl<F: Family> Data<F> {
     fn read(case: &Case, network: &F::Network) -> anyhow::Result<Self> {
         let mut names = vec!["model_input", "noise", "timesteps", "sigmas"];
-        names.extend(F::TEXT);
+        names.extend(embeds::<F>());
         names.extend(network.reads_guidance().then_some("guidance"));
         let read = |name: &str| Ok((name.to_string(), case.input(name)?));
         Ok(Self {
@@ -246,7 +252,7 @@ impl<F: Family> Data<F> {
         let target: Vec<f32> = pairs().map(|(latent, noise)| noise - latent).collect();
         let tokens =
             |values: Vec<f32>| F::pack(Tensor::from_data(TensorData::new(values, shape), device));
-        let text = F::TEXT.iter().map(|name| self.row(name, micro));
+        let text = embeds::<F>().map(|name| self.row(name, micro));
         let weights = sigmas.iter().map(|&s| loss_weight(self.weighting, s));
         let weights: Vec<f32> = weights.collect();
         let input = F::input(

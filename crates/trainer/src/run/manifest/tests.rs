@@ -180,7 +180,7 @@ fn hostile_manifests_are_errors() {
     };
     assert!(matches!(
         reseal(&|m| m.format_version = 3),
-        CheckpointError::Version { found: 2, .. }
+        CheckpointError::Version { found: 3, .. }
     ));
     assert!(matches!(
         reseal(&|m| m.step = 121),
