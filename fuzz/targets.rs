@@ -221,7 +221,7 @@ fn adapter_config(folder: &Path, data: &[u8]) {
         }
     } else if let Ok(text) = std::str::from_utf8(text) {
         let key = match kind % 4 {
-            1 => lora_core::METADATA_KEY,
+            1 => lora_core::peft::METADATA_KEY,
             _ => "lora_core_split_adapter",
         };
         let metadata = BTreeMap::from([(key.to_string(), text.to_string())]);

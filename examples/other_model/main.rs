@@ -21,9 +21,11 @@ use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig};
 use burn::optim::{AdamW, AdamWConfig, GradientsParams};
 use burn::tensor::{Device, Int, Tensor};
 use flux_lora_examples::{fresh_run, root};
+use lora_core::state::count_parameters;
+use lora_core::training::OptimizerState;
 use lora_core::{
-    AdapterFile, Gradients, LoraConfig, OptimizerState, PathOptimizer, Training, TrainingRecord,
-    attach, count_parameters, detach, merge, set_adapters,
+    AdapterFile, Gradients, LoraConfig, PathOptimizer, Training, TrainingRecord, attach, detach,
+    merge, set_adapters,
 };
 
 use crops::{Batch, Film, PATCH_VALUES, PATCHES, PHOTOS, Photographs, Split};

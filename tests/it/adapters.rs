@@ -9,8 +9,9 @@ use flux_model::flux1::latent::{image_positions, text_positions};
 use flux_model::flux1::load_transformer;
 use flux_model::flux1::transformer::{FluxInput, FluxTransformer};
 use flux_model::lora::{Component, ModelShape, delta, read};
+use lora_core::AdapterFile;
+use lora_core::peft::PeftType;
 use lora_core::random::Stream;
-use lora_core::{AdapterFile, PeftType};
 
 /// The workbench's run, 8 steps of another kind; `lora_dropout` is LoRA's alone.
 fn bench(kind: &str) -> Workbench {

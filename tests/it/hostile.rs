@@ -448,7 +448,7 @@ fn factors(prefix: &str, a: &[usize], b: &[usize], metadata: &[(&str, &str)]) ->
 
 fn loras() -> Vec<Case> {
     let header = |json: &str| {
-        let metadata = [(lora_core::METADATA_KEY, json)];
+        let metadata = [(lora_core::peft::METADATA_KEY, json)];
         vec![(
             "x.safetensors",
             factors("transformer.", &[2, 4], &[4, 2], &metadata),
@@ -1365,7 +1365,7 @@ fn the_program_says_one_printable_line_and_exits_with_1() {
         format!("{{\"{0}\": 1, \"{0}\": 1}}", "k".repeat(1 << 20)),
         format!("{{\"transformer.r\": \"{}\"}}", "\u{1b}[2J".repeat(1 << 18)),
     ] {
-        let metadata = [(lora_core::METADATA_KEY, &json[..])];
+        let metadata = [(lora_core::peft::METADATA_KEY, &json[..])];
         fs::write(&path, factors("transformer.", &[2, 4], &[4, 2], &metadata)).unwrap();
         let out = Command::new(program())
             .arg("inspect")

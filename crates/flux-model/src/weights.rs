@@ -706,7 +706,7 @@ pub fn tensors_of<M: Module>(
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             let key = self.walk.key();
             if (self.wanted)(&key) {
-                let tensor = lora_core::host_tensor(param.val());
+                let tensor = lora_core::state::host_tensor(param.val());
                 let tensor = if self.walk.is_transposed(D) {
                     tensor.transposed()
                 } else {

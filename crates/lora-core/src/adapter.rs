@@ -5,7 +5,6 @@
 use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor};
 use burn::tensor::{Device, Tensor};
 
-use crate::dropout;
 use crate::kinds::factors::{Factor, Factors, Layer};
 use crate::kinds::lora;
 use crate::kinds::module::AdapterSpec;
@@ -13,10 +12,11 @@ use crate::kinds::parts::{Kind, LORA_A, LORA_B, LORA_BIAS};
 use crate::ops::linear::LowRank;
 use crate::peft::config::InitLoraWeights;
 use crate::site::Site;
+use crate::training::dropout;
 
 /// One named adapter on one parameter.
 #[derive(Debug, Clone)]
-pub struct Adapter {
+pub(crate) struct Adapter {
     pub(crate) name: String,
     pub(crate) spec: AdapterSpec,
     pub(crate) site: Site,
@@ -35,11 +35,6 @@ impl Adapter {
     /// Name given when it was attached.
     pub fn name(&self) -> &str {
         &self.name
-    }
-
-    /// Rank, alpha and the rest that is not trained.
-    pub fn spec(&self) -> &AdapterSpec {
-        &self.spec
     }
 
     /// Strength times the scale of the [`AdapterSpec`].

@@ -11,13 +11,13 @@ use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, Param, Reparame
 use burn::tensor::{Device, Tensor};
 
 use crate::adapter::Adapter;
-use crate::dropout;
 use crate::kinds::parts::WHOLE;
 use crate::site::WeightLayout;
+use crate::training::dropout;
 
 /// All adapters of one parameter, in the order they were added.
 #[derive(Debug, Clone)]
-pub struct Adapters {
+pub(crate) struct Adapters {
     pub(crate) adapters: Vec<Adapter>,
 }
 

@@ -23,7 +23,7 @@ use crate::peft::file::AdapterFile;
 use crate::random::name_hash;
 use crate::scan::{Layer, Parameter, Scan, matrix_size};
 use crate::site::{Site, WeightLayout};
-use crate::state::{each_parameter, host};
+use crate::state::{each_parameter, host_tensor};
 use crate::walk::walk;
 
 /// The name PEFT gives an adapter when none is asked for.
@@ -433,7 +433,7 @@ fn initial_magnitudes<M: Module>(
         }
         let delta = delta.mul_scalar(module.spec.scale());
         let norm = (weight + delta.transpose()).square().sum_dim(0).sqrt();
-        norms.insert(path, host(norm.flatten::<1>(0, 1)));
+        norms.insert(path, host_tensor(norm.flatten::<1>(0, 1)));
     });
     norms
 }

@@ -1,7 +1,7 @@
 //! Changing what is attached: activate, weight, remove, detach.
 //!
 //! Burn gives no mutable access to a reparameterization inside somebody else's model, and silently discards a second one.
-//! [`edit`] exchanges what is attached in one walk, for all that is done here.
+//! `edit` exchanges what is attached in one walk, for all that is done here.
 
 use std::collections::{BTreeMap, BTreeSet};
 

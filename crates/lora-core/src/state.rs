@@ -61,7 +61,7 @@ pub fn adapter_state<M: Module>(model: &M) -> BTreeMap<String, HostTensor> {
                 found.path(),
                 HostTensor {
                     shape,
-                    ..host(values)
+                    ..host_tensor(values)
                 },
             );
         }
@@ -104,7 +104,7 @@ pub(crate) fn gathered<K: Ord>(
     let mut values = BTreeMap::new();
     for tensors in by_device {
         let f32s = tensors.iter().map(|(_, t)| t.clone().cast(DType::F32));
-        let all = host(Tensor::cat(f32s.collect(), 0)).to_f32();
+        let all = host_tensor(Tensor::cat(f32s.collect(), 0)).to_f32();
         let mut rest = all.as_slice();
         for (key, tensor) in tensors {
             let (own, others) = rest.split_at(tensor.dims()[0]);
@@ -130,7 +130,7 @@ pub(crate) fn each_parameter<M: Module>(
                 path,
                 HostTensor {
                     shape,
-                    ..host(values)
+                    ..host_tensor(values)
                 },
             );
         }
@@ -138,7 +138,7 @@ pub(crate) fn each_parameter<M: Module>(
 }
 
 /// A tensor's values as f32 on the host.
-pub fn host<const D: usize>(tensor: Tensor<D>) -> HostTensor {
+pub fn host_tensor<const D: usize>(tensor: Tensor<D>) -> HostTensor {
     let shape = tensor.dims();
     let values = tensor
         .into_data()

@@ -7,7 +7,12 @@ use burn::optim::AdamWConfig;
 use burn::tensor::{DType, Device, Tensor};
 use proptest::prelude::*;
 
+use crate::attach::Plan;
+use crate::edit::{adapter_names, delete_adapter};
+use crate::peft::{InitLoraWeights, Targets};
+use crate::state::{adapter_state, count_parameters, trainable_parameters};
 use crate::test_model::{Mlp, distance, input, values};
+use crate::training::{DropoutScope, OptimizerScalars, OptimizerState};
 use crate::*;
 
 fn config() -> LoraConfig {

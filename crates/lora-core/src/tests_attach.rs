@@ -8,7 +8,12 @@ use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, LinearLayout};
 use burn::optim::{AdafactorConfig, AdamWConfig, Optimizer, SgdConfig, momentum::MomentumConfig};
 use burn::tensor::{Device, Tensor};
 
+use crate::attach::Plan;
+use crate::edit::adapter_names;
+use crate::peft::{InitLoraWeights, Targets};
+use crate::state::{adapter_state, check_finite, count_parameters, trainable_parameters};
 use crate::test_model::{Mlp, input, values};
+use crate::training::OptimizerState;
 use crate::*;
 
 fn config(target: &str) -> LoraConfig {

@@ -7,10 +7,17 @@ use burn::module::{Module, Param};
 use burn::optim::AdamWConfig;
 use burn::tensor::{Device, Tensor, TensorData};
 
+use crate::attach::{NewAdapter, Plan};
+use crate::combine::{Combination, add_weighted_adapter};
 use crate::files::host::HostTensor;
-use crate::parts::{INITIAL_A, INITIAL_B, LORA_A, LORA_B, MAGNITUDE};
+use crate::kinds::parts::{INITIAL_A, INITIAL_B, LORA_A, LORA_B, MAGNITUDE};
+use crate::kinds::{Factors, ModuleAdapter};
+use crate::merge::safe_merge;
+use crate::peft::{InitLoraWeights, PeftType, Targets};
+use crate::state::{adapter_state, trainable_parameters};
 use crate::test_model::{Mlp, distance, values};
 use crate::tests_peft::{Expected, deltas};
+use crate::training::DropoutScope;
 use crate::*;
 
 const SPLITS: [(&str, InitLoraWeights); 3] = [

@@ -7,9 +7,16 @@ use std::path::PathBuf;
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 
+use crate::adapters::Adapters;
+use crate::attach::Plan;
+use crate::combine::{Combination, add_weighted_adapter};
+use crate::edit::adapter_names;
 use crate::files::host::HostTensor;
 use crate::files::safetensors::TensorFile;
-use crate::parts::{LORA_A, LORA_B};
+use crate::kinds::parts::{LORA_A, LORA_B};
+use crate::kinds::{AdapterSpec, Factors, ModuleAdapter};
+use crate::merge::safe_merge;
+use crate::peft::{InitLoraWeights, Targets};
 use crate::test_model::{Mlp, distance, values};
 use crate::*;
 

@@ -16,8 +16,13 @@ use burn::nn::{
 };
 use burn::optim::AdamWConfig;
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use lora_core::attach::Plan;
+use lora_core::edit::{adapter_names, delete_adapter};
 use lora_core::files::host::HostTensor;
 use lora_core::files::safetensors::TensorFile;
+use lora_core::peft::{InitLoraWeights, OneOrMany, PeftType, Targets};
+use lora_core::state::{adapter_state, host_tensor, trainable_parameters};
+use lora_core::training::OptimizerState;
 use lora_core::*;
 
 #[derive(Module, Debug)]

@@ -9,8 +9,9 @@ use flux_model::family::Adapt;
 use flux_model::lora::{Change, Component, LoraSet, ModelShape, read};
 use flux_model::weights::{change_parameters, tensors_of};
 use lora_core::files::host::HostTensor;
-use lora_core::parts::{Kind, LORA_B, LORA_BIAS};
-use lora_core::{AdapterFile, AdapterSpec, LoraConfig, set_adapters};
+use lora_core::kinds::AdapterSpec;
+use lora_core::kinds::parts::{Kind, LORA_B, LORA_BIAS};
+use lora_core::{AdapterFile, LoraConfig, set_adapters};
 use tracing::{info, warn};
 
 /// A LoRA file to be used at some strength.

@@ -4,8 +4,9 @@ use burn::tensor::{Tensor, TensorData};
 use flux_model::WeightsError;
 use flux_model::family::Network;
 use flux_model::layers::packed;
+use lora_core::Gradients;
+use lora_core::state::trainable_parameters;
 use lora_core::training::recompute::{Chain, TensorTree};
-use lora_core::{Gradients, trainable_parameters};
 
 /// One micro-batch.
 #[derive(Debug, Clone)]

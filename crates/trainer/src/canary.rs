@@ -17,7 +17,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use lora_core::OptimizerState;
+use lora_core::training::OptimizerState;
 
 /// The faults of resuming show in resumed runs only: in every run, they would be no more than another run.
 static RESUMED: AtomicBool = AtomicBool::new(false);

@@ -5,8 +5,8 @@ use flux_model::WeightsError;
 use flux_model::family::Family;
 use flux_model::sampler::{Denoise, Step};
 use image::RgbImage;
-use lora_core::host_tensor;
 use lora_core::random::Stream;
+use lora_core::state::host_tensor;
 
 /// What an image is made with, besides the prompt.
 #[derive(Debug, Clone, Copy)]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use image::codecs::jpeg::JpegEncoder;
 use image::{ImageFormat, RgbImage};
-use lora_core::replace_file;
+use lora_core::files::replace::replace_file;
 
 use crate::cli::UsageError;
 use crate::run::vfs::writable;

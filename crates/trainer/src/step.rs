@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use burn::optim::Optimizer;
 use flux_model::family::Network;
-use lora_core::{DropoutScope, Gradients, Training, check_finite};
+use lora_core::state::check_finite;
+use lora_core::training::DropoutScope;
+use lora_core::{Gradients, Training};
 
 use crate::backward::{MicroBatch, loss_and_gradients, loss_of};
 use crate::run::checkpoint::Progress;

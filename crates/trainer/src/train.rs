@@ -11,10 +11,10 @@ use flux_model::families::{self, Visitor};
 use flux_model::family::{Family, Network};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::weights::Checkpoint;
-use lora_core::{
-    LoraConfig, LoraError, NewAdapter, PathOptimizer, Plan, Targets, Training, attach,
-    count_parameters, targeted,
-};
+use lora_core::attach::{NewAdapter, Plan, targeted};
+use lora_core::peft::Targets;
+use lora_core::state::count_parameters;
+use lora_core::{LoraConfig, LoraError, PathOptimizer, Training, attach};
 use serde::Serialize;
 use tracing::{info, warn};
 

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use lora_core::files::host::HostTensor;
-use lora_core::host_tensor;
+use lora_core::state::host_tensor;
 use serde_json::Value;
 
 use crate::error::WeightsError;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor};
 use lora_core::files::host::HostTensor;
-use lora_core::host_tensor;
+use lora_core::state::host_tensor;
 
 use crate::error::WeightsError;
 use crate::family::{Adapt, TextEncoders};

@@ -5,9 +5,10 @@
 
 use std::collections::BTreeMap;
 
+use lora_core::AdapterFile;
 use lora_core::files::host::HostTensor;
-use lora_core::parts::{DIFF, Kind, LORA_A, LORA_B, LORA_BIAS, MAGNITUDE, WHOLE};
-use lora_core::{AdapterFile, AdapterSpec, ModuleAdapter, Side};
+use lora_core::kinds::parts::{DIFF, Kind, LORA_A, LORA_B, LORA_BIAS, MAGNITUDE, WHOLE};
+use lora_core::kinds::{AdapterSpec, ModuleAdapter, Side};
 
 use super::delta::{BaseWeight, group, group_delta};
 use super::error::LoraFormatError;
@@ -208,7 +209,7 @@ fn adapter(update: &ModuleUpdate) -> Result<Option<ModuleAdapter>, LoraFormatErr
         use_rslora: false,
         dropout: 0.0,
     };
-    let mut factors = lora_core::Factors::lora(down.load()?, up.load()?);
+    let mut factors = lora_core::kinds::Factors::lora(down.load()?, up.load()?);
     for (part, value) in [(MAGNITUDE, magnitude), (LORA_BIAS, bias)] {
         if let Some(value) = value {
             factors = factors.with(part, value);

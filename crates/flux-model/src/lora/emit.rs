@@ -7,8 +7,8 @@
 
 use std::collections::BTreeSet;
 
-use lora_core::Side;
 use lora_core::files::host::{Dtype, HostTensor};
+use lora_core::kinds::Side;
 
 use super::error::LoraFormatError;
 use super::format::Loss;

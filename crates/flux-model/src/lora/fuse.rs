@@ -4,8 +4,8 @@
 //! equal down projections are stacked. Anything else of low rank becomes block-diagonal: the down projections below each
 //! other, each up projection in its own rows and columns, the rank the sum of the ranks.
 
-use lora_core::Side;
 use lora_core::files::host::{Dtype, HostTensor};
+use lora_core::kinds::Side;
 
 use super::error::LoraFormatError;
 use super::lycoris::{LoKr, to_low_rank};

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use lora_core::Side;
 use lora_core::files::safetensors::TensorFile;
+use lora_core::kinds::Side;
 
 use super::error::{KeyProblem, LoraFormatError};
 use super::key::Param;

@@ -13,8 +13,8 @@
 
 use std::ops::Range;
 
-use lora_core::Side;
 use lora_core::files::host::{Dtype, HostTensor};
+use lora_core::kinds::Side;
 
 use super::error::LoraFormatError;
 use super::rows::Rows;

@@ -3,7 +3,7 @@
 //! Source: PEFT 0.19 `LoraConfig`, `get_pattern_key`; diffusers 0.38 `_pack_dict_with_prefix`.
 
 use fancy_regex::Regex;
-use lora_core::SPLITTING;
+use lora_core::peft::SPLITTING;
 use serde_json::{Map, Value};
 
 use super::Component;

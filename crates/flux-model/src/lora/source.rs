@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use lora_core::METADATA_KEY;
 use lora_core::files::safetensors::TensorFile;
 use lora_core::files::strict_json::{parse_json, read_file};
+use lora_core::peft::METADATA_KEY;
 use serde_json::{Map, Value};
 
 use super::Component;

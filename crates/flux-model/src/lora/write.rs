@@ -20,8 +20,9 @@ use std::io;
 use std::path::Path;
 
 use lora_core::files::host::{Dtype, HostTensor};
+use lora_core::files::replace::replace_file;
 use lora_core::files::safetensors::write_streaming;
-use lora_core::{METADATA_KEY, replace_file};
+use lora_core::peft::METADATA_KEY;
 use serde_json::{Map, Value, json};
 
 use super::emit::{Emitted, Output, Style, fused};

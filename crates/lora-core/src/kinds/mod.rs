@@ -20,9 +20,12 @@ pub mod parts;
 pub(crate) mod split;
 pub(crate) mod start;
 
+pub use factors::{Factors, Side};
+pub use module::{AdapterSpec, ModuleAdapter};
+
 use burn::tensor::Tensor;
 
-use crate::kinds::factors::{Factor, Factors, Layer};
+use crate::kinds::factors::{Factor, Layer};
 use crate::kinds::parts::{DIFF, Kind};
 
 impl Factors<Factor> {

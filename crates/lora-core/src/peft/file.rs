@@ -39,7 +39,7 @@ use crate::kinds::{dense, split};
 use crate::peft::config::{InitLoraWeights, LoraConfig, PeftType, Targets, TrainBias};
 use crate::peft::form;
 use crate::site::WeightLayout;
-use crate::state::host;
+use crate::state::host_tensor;
 
 /// Header key under which diffusers keeps the PEFT configuration.
 pub const METADATA_KEY: &str = "lora_adapter_metadata";
@@ -110,14 +110,14 @@ impl AdapterFile {
     fn insert(&mut self, adapter: &Adapter) {
         let site = &adapter.site;
         if let Some(value) = adapter.factors.get(WHOLE) {
-            let tensor = dense::to_file(site, &host(value.vector()));
+            let tensor = dense::to_file(site, &host_tensor(value.vector()));
             self.whole.insert(site.key.clone(), tensor);
             return;
         }
         let factors = adapter.factors.as_ref().map(|part, factor| {
             let tensor = match part.is_vector() {
-                true => host(factor.vector()),
-                false => host(factor.matrix()),
+                true => host_tensor(factor.vector()),
+                false => host_tensor(factor.matrix()),
             };
             let shape = site.file_shape(part, &tensor.shape);
             HostTensor { shape, ..tensor }

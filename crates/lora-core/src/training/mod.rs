@@ -1,6 +1,12 @@
 //! What a training loop needs: gradients and optimizer state by parameter path, restoring in order, per-block recompute.
 
+pub(crate) mod dropout;
 pub(crate) mod gradients;
 pub(crate) mod optimizer;
 pub mod recompute;
 pub(crate) mod record;
+
+pub use dropout::DropoutScope;
+pub use gradients::Gradients;
+pub use optimizer::{OptimizerScalars, OptimizerState, PathOptimizer};
+pub use record::{AdaptersRestored, OptimizerRestored, Training, TrainingRecord};

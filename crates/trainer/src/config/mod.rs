@@ -10,9 +10,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use lora_core::LoraConfig;
 use lora_core::files::digest::sha256_hex;
 use lora_core::files::strict_json::read_file;
-use lora_core::{InitLoraWeights, LoraConfig, OneOrMany, Patterns, PeftType, Targets};
+use lora_core::peft::{InitLoraWeights, OneOrMany, Patterns, PeftType, Targets};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 

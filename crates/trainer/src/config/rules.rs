@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use lora_core::{PeftType, Targets};
+use lora_core::peft::{PeftType, Targets};
 
 use super::{
     CheckpointSection, DatasetSection, ExportFormat, ExportSection, LoraSection, LrSchedulerName,

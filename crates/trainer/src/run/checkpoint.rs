@@ -8,12 +8,11 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use burn::module::Module;
 use burn::optim::AdamW;
+use lora_core::attach::DEFAULT_ADAPTER;
 use lora_core::files::safetensors::{FileError, TensorFile};
 use lora_core::files::strict_json::{parse_json, read_file};
-use lora_core::{
-    AdapterFile, DEFAULT_ADAPTER, LoraConfig, OptimizerScalars, OptimizerState, Training,
-    TrainingRecord,
-};
+use lora_core::training::{OptimizerScalars, OptimizerState};
+use lora_core::{AdapterFile, LoraConfig, Training, TrainingRecord};
 use serde::{Deserialize, Serialize};
 
 use crate::config::RunConfig;

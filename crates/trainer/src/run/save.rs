@@ -6,7 +6,8 @@ use anyhow::Context;
 use burn::module::Module;
 use flux_model::family::Network;
 use flux_model::lora::{Component, LoraFormat, LoraSet, WriteOptions, write};
-use lora_core::{LoraConfig, PeftType};
+use lora_core::LoraConfig;
+use lora_core::peft::PeftType;
 use tracing::info;
 
 use crate::config::{ExportFormat, RunConfig};

@@ -1,6 +1,6 @@
 //! Alpha in every form, configurations, and files that are odd but valid.
 
-use lora_core::parts::LORA_BIAS;
+use lora_core::kinds::parts::LORA_BIAS;
 
 use super::*;
 

@@ -1,7 +1,7 @@
 //! LoKr and LoHa: direct reconstruction, exact expansion, row slices, scales.
 
-use lora_core::Side;
-use lora_core::parts::{LORA_A, LORA_B};
+use lora_core::kinds::Side;
+use lora_core::kinds::parts::{LORA_A, LORA_B};
 use proptest::prelude::*;
 
 use super::*;

@@ -295,7 +295,7 @@ fn a_list_of_targets_never_means_more_modules() {
     let text =
         std::fs::read_to_string(folder.path().join("adapter_config.json")).expect("readable");
     let config: serde_json::Value = serde_json::from_str(&text).expect("JSON");
-    let targets: lora_core::Targets =
+    let targets: lora_core::peft::Targets =
         serde_json::from_value(config["target_modules"].clone()).expect("targets");
     let matcher = targets.matcher().expect("an expression");
     for (path, module) in shape().modules(Component::Transformer) {

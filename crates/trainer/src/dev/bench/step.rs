@@ -14,10 +14,10 @@ use flux_model::families::{self, Visitor};
 use flux_model::family::{Family, Network};
 use lora_core::files::host::HostTensor;
 use lora_core::ops::composed;
+use lora_core::peft::{InitLoraWeights, Targets};
 use lora_core::random::Stream;
-use lora_core::{
-    InitLoraWeights, LoraConfig, PathOptimizer, Targets, Training, attach, count_parameters,
-};
+use lora_core::state::count_parameters;
+use lora_core::{LoraConfig, PathOptimizer, Training, attach};
 use serde_json::{Value, json};
 
 use super::{in_own_process, median, peak_rss_mib};

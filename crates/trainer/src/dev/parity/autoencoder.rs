@@ -4,7 +4,7 @@ use anyhow::Context;
 use burn::tensor::{Device, Tensor};
 use flux_model::autoencoder::AutoencoderConfig;
 use flux_model::pipeline::load_autoencoder;
-use lora_core::host_tensor;
+use lora_core::state::host_tensor;
 
 use super::case::{Case, Tensors};
 use super::report::Report;

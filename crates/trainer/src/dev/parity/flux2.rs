@@ -12,7 +12,7 @@ use flux_model::sampler::Denoise;
 use flux_model::text::qwen3::{Qwen3Config, Qwen3Encoder};
 use flux_model::text::qwen3_tokenizer::{QwenTokenizer, QwenTokens};
 use lora_core::files::host::HostTensor;
-use lora_core::host_tensor;
+use lora_core::state::host_tensor;
 
 use super::case::{Case, Tensors};
 use super::pipeline::with_image_bytes;

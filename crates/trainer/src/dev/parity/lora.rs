@@ -9,7 +9,8 @@ use flux_model::lora::Component;
 use flux_model::pipeline::{PipelineFolder, load_clip};
 use flux_model::weights::tensors_of;
 use lora_core::files::safetensors::TensorFile;
-use lora_core::{AdapterFile, LoraConfig, METADATA_KEY, attach, merge, set_adapters};
+use lora_core::peft::METADATA_KEY;
+use lora_core::{AdapterFile, LoraConfig, attach, merge, set_adapters};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 

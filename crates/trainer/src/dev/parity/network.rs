@@ -3,7 +3,7 @@
 use burn::tensor::Device;
 use flux_model::family::{Family, Network};
 use lora_core::files::host::HostTensor;
-use lora_core::host_tensor;
+use lora_core::state::host_tensor;
 
 use super::case::{Case, Tensors};
 use super::report::Report;

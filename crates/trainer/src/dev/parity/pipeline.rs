@@ -9,7 +9,7 @@ use flux_model::pipeline::PipelineFolder;
 use flux_model::sampler::Denoise;
 use lora_core::files::host::HostTensor;
 use lora_core::files::safetensors::TensorFile;
-use lora_core::host_tensor;
+use lora_core::state::host_tensor;
 
 use super::case::{Case, Tensors};
 use super::report::{Line, Report};

@@ -5,7 +5,7 @@ use burn::tensor::Device;
 use flux_model::pipeline::read_json;
 use flux_model::scheduler::{SchedulerConfig, euler_step};
 use lora_core::files::host::HostTensor;
-use lora_core::host_tensor;
+use lora_core::state::host_tensor;
 use serde_json::Value;
 
 use super::case::{Case, Tensors};

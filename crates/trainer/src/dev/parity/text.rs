@@ -6,7 +6,7 @@ use flux_model::pipeline::{load_clip, load_t5};
 use flux_model::text::clip::ClipOutput;
 use flux_model::text::tokenizer::{ClipTokenizer, T5Tokenizer};
 use lora_core::files::host::HostTensor;
-use lora_core::host_tensor;
+use lora_core::state::host_tensor;
 use serde_json::Value;
 
 use super::case::{Case, Tensors};

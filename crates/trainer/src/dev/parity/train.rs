@@ -7,7 +7,8 @@ use burn::optim::AdamWConfig;
 use burn::tensor::{Device, Tensor, TensorData};
 use flux_model::family::{Family, Network};
 use lora_core::files::host::HostTensor;
-use lora_core::{PathOptimizer, Training, adapter_state, attach};
+use lora_core::state::adapter_state;
+use lora_core::{PathOptimizer, Training, attach};
 
 use super::case::{Case, Tensors};
 use super::lora::adapter;
@@ -75,7 +76,7 @@ pub(super) fn compute<F: Family>(case: &Case, device: &Device) -> anyhow::Result
             if let Some(like) = before.as_ref().and_then(|state| state.get(path))
                 && let Some(name) = rename(path)
             {
-                let values = lora_core::host_tensor(gradient.clone()).to_f32();
+                let values = lora_core::state::host_tensor(gradient.clone()).to_f32();
                 let gradient = HostTensor::from_f32(like.shape.clone(), &values);
                 out.insert(format!("grad_step1.{name}"), gradient);
             }
