@@ -106,6 +106,15 @@ pub trait Adapt {
     fn adapt<M: Module>(&self, component: Component, module: M) -> Result<M, Self::Error>;
 }
 
+/// Steps and guidance that an image is made with where nothing else is said.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    /// Steps from noise to image.
+    pub num_inference_steps: usize,
+    /// Guidance strength.
+    pub guidance_scale: f32,
+}
+
 /// A file of weights below a pipeline folder, and name and shape of every tensor in it.
 pub type ComponentFile = (&'static str, BTreeMap<String, Vec<usize>>);
 
@@ -129,6 +138,8 @@ pub trait Family: Sized + Debug {
     const TEXT_FOLDERS: &'static [&'static str];
     /// Names of the tensors that a prompt becomes, as diffusers' pipelines call them.
     const TEXT: &'static [&'static str];
+    /// Path endings of the layers that a LoRA adapts when none are named: those of diffusers' training script.
+    const TARGETS: &'static [&'static str];
     /// Names of the tensors that an image becomes.
     const LATENTS: &'static [&'static str];
 
@@ -192,6 +203,14 @@ pub trait Family: Sized + Debug {
         config: Option<&Value>,
         device: &Device,
     ) -> Result<Self::Network, WeightsError>;
+
+    /// What to train instead, where this network was distilled to few steps: those are lost, or what is learned does not show.
+    fn distilled_from(&self) -> Option<String> {
+        None
+    }
+
+    /// How the pipeline is meant to be sampled.
+    fn sampling(&self) -> Sampling;
 
     /// Why `network` cannot be run on latents alone, if so.
     fn problem(&self, network: &Self::Network) -> Option<String>;

@@ -99,6 +99,9 @@ pub struct TrainArgs {
     /// Resume although settings changed that earlier steps depended on
     #[arg(long)]
     pub adopt_config: bool,
+    /// Train on a model that was distilled to few steps
+    #[arg(long)]
+    pub yes_distilled: bool,
 }
 
 /// `flux-lora sample`
@@ -113,12 +116,12 @@ pub struct SampleArgs {
     /// What to show
     #[arg(long)]
     pub prompt: String,
-    /// Denoising steps
-    #[arg(long, default_value_t = 28)]
-    pub steps: usize,
-    /// Guidance strength
-    #[arg(long, default_value_t = 3.5)]
-    pub guidance: f32,
+    /// Denoising steps (default: 28, for FLUX.2 klein base 50, for schnell and distilled klein 4)
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// Guidance strength (default: 3.5, for Kontext 2.5, for Fill 30, for FLUX.2 klein base 4)
+    #[arg(long)]
+    pub guidance: Option<f32>,
     /// Height in pixels
     #[arg(long, default_value_t = 1024)]
     pub height: usize,
@@ -128,7 +131,7 @@ pub struct SampleArgs {
     /// Seed of the starting noise
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Longest prompt in T5 tokens
+    /// Longest prompt in tokens of the text encoder
     #[arg(long, default_value_t = 512)]
     pub max_sequence_length: usize,
     /// Image file to write: .png, .jpg or .webp

@@ -103,6 +103,7 @@ fn train(args: TrainArgs) -> anyhow::Result<()> {
             data: args.adopt_data,
             config: args.adopt_config,
         },
+        distilled: args.yes_distilled,
         stop: stop_on_signals()?,
     };
     match crate::train::train(&config, &options)? {
@@ -155,7 +156,10 @@ fn sample_family<F: Family>(
 ) -> anyhow::Result<()> {
     let device = device::open(args.device.as_deref().unwrap_or(device::default_name()))?.device;
     let smallest = family.pixel_step();
-    if args.steps == 0
+    let usual = family.sampling();
+    let steps = args.steps.unwrap_or(usual.num_inference_steps);
+    let guidance = args.guidance.unwrap_or(usual.guidance_scale);
+    if steps == 0
         || args.height < smallest
         || args.width < smallest
         || args.max_sequence_length == 0
@@ -170,7 +174,7 @@ fn sample_family<F: Family>(
         .text_encoders(&device)
         .context("load the text encoders")?
         .adapt(&AttachLoras(&loras))?;
-    let negative = family.negative_prompt(args.guidance);
+    let negative = family.negative_prompt(guidance);
     let prompts: Vec<&str> = [args.prompt.as_str()].into_iter().chain(negative).collect();
     let texts = encoders.encode(&prompts, args.max_sequence_length, &device)?;
     drop(encoders);
@@ -186,11 +190,11 @@ fn sample_family<F: Family>(
     let settings = ImageSettings {
         height_px: args.height,
         width_px: args.width,
-        num_inference_steps: args.steps,
-        guidance_scale: args.guidance,
+        num_inference_steps: steps,
+        guidance_scale: guidance,
         seed: args.seed,
     };
-    let bar = progress::bar("denoise", args.steps as u64);
+    let bar = progress::bar("denoise", steps as u64);
     let latents = generate_latents(
         family,
         &network,

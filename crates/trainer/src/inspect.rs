@@ -42,16 +42,23 @@ pub fn describe(path: &Path) -> anyhow::Result<String> {
 fn model(text: &mut String, path: &Path) -> anyhow::Result<()> {
     struct Describe(PipelineFolder);
     impl Visitor for Describe {
-        type Output = Result<String, WeightsError>;
+        type Output = Result<(String, Vec<&'static str>), WeightsError>;
         fn visit<F: Family>(self) -> Self::Output {
             let path = self.0.root().to_path_buf();
             let lines = F::open(self.0)?.describe()?;
-            Ok(format!("{} pipeline {}\n{lines}", F::NAME, path.display()))
+            let mut components = vec!["transformer", "vae"];
+            let encoders = F::TEXT_FOLDERS.iter();
+            components.extend(encoders.filter(|name| name.starts_with("text_encoder")));
+            Ok((
+                format!("{} pipeline {}\n{lines}", F::NAME, path.display()),
+                components,
+            ))
         }
     }
     let folder = PipelineFolder::open(path)?;
-    text.push_str(&families::of_folder(&folder.clone(), Describe(folder))??);
-    for component in ["transformer", "vae", "text_encoder", "text_encoder_2"] {
+    let (lines, components) = families::of_folder(&folder.clone(), Describe(folder))??;
+    text.push_str(&lines);
+    for component in components {
         match Checkpoint::open(&path.join(component)) {
             Ok(checkpoint) => writeln!(
                 text,

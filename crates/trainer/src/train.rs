@@ -19,6 +19,7 @@ use serde::Serialize;
 use tracing::{info, warn};
 
 use crate::adapters;
+use crate::cli::UsageError;
 use crate::config::RunConfig;
 use crate::data::batch::{Data, Order};
 use crate::data::cache::Cache;
@@ -49,6 +50,8 @@ pub struct TrainOptions {
     pub resume: Resume,
     /// What may differ from the part of the run before.
     pub accepted: Accepted,
+    /// Train a network that was distilled to few steps.
+    pub distilled: bool,
     /// Set from outside to stop after the present step.
     pub stop: Arc<AtomicBool>,
 }
@@ -61,6 +64,7 @@ impl TrainOptions {
             device: device.into(),
             resume: Resume::No,
             accepted: Accepted::default(),
+            distilled: false,
             stop: Arc::default(),
         }
     }
@@ -108,6 +112,11 @@ fn train_family<F: Family>(
     config: &RunConfig,
     options: &TrainOptions,
 ) -> anyhow::Result<Outcome> {
+    let config = &{
+        let mut config = config.clone();
+        config.lora.name_targets::<F>();
+        config
+    };
     let device = device::open(&options.device)?;
     let run = RunDir::open_or_create(&options.output)?;
     let lock = run.lock()?;
@@ -135,7 +144,12 @@ fn train_family<F: Family>(
     let outline = check_start(config, &family, &run, &device)?;
     let begin = match opened {
         Some(opened) => Begin::Resumed(Box::new(opened)),
-        None => Begin::New(check_new(config, &family, &run, &samples, &outline)?),
+        None => {
+            if !options.distilled {
+                refuse_distilled(&family)?;
+            }
+            Begin::New(check_new(config, &family, &run, &samples, &outline)?)
+        }
     };
     drop(outline);
     if matches!(begin, Begin::New(_)) || options.accepted.data {
@@ -289,6 +303,17 @@ fn first_micro_step(config: &RunConfig, step: u64) -> u64 {
     step * config.train.gradient_accumulation_steps as u64
 }
 
+/// Refuses a network that was distilled to few steps.
+fn refuse_distilled<F: Family>(family: &F) -> Result<(), UsageError> {
+    let Some(base) = family.distilled_from() else {
+        return Ok(());
+    };
+    Err(UsageError(format!(
+        "{} was distilled to few steps, and training undoes that: train on {base} (`hf download black-forest-labs/{base} --local-dir {base}`); the LoRA works on both. --yes-distilled trains on this one all the same",
+        family.folder().root().display()
+    )))
+}
+
 /// What a run goes on from.
 enum Begin {
     New(NewAdapter),
@@ -337,8 +362,8 @@ fn check_new<F: Family>(
     outline: &F::Network,
 ) -> anyhow::Result<NewAdapter> {
     let lora = config.lora.config();
-    let layers = targeted(outline, &lora)
-        .map_err(|error| explain_targets(error, &config.lora.target_modules))?;
+    let layers =
+        targeted(outline, &lora).map_err(|error| explain_targets(error, &lora.target_modules))?;
     space::check(config, family, run, samples, &layers)?;
     let adapter = adapter(config, &lora, outline)?;
     // The magnitudes of DoRA are those of the weights, which an outline has not.

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::autoencoder::{Autoencoder, AutoencoderConfig};
 use crate::error::WeightsError;
-use crate::family::{ComponentFile, Family, TokenCount, TokenCounter};
+use crate::family::{ComponentFile, Family, Sampling, TokenCount, TokenCounter};
 use crate::flux1::config::FluxConfig;
 use crate::flux1::latent::{image_positions, pack, text_positions, unpack};
 use crate::flux1::text::{CLIP_TOKENS, ClipAndT5, TextEmbedding};
@@ -57,6 +57,21 @@ impl Family for Flux1 {
     const TEXT_FOLDERS: &'static [&'static str] =
         &["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"];
     const TEXT: &'static [&'static str] = &["sequence", "pooled"];
+    /// Of `train_dreambooth_lora_flux.py`.
+    const TARGETS: &'static [&'static str] = &[
+        "attn.to_k",
+        "attn.to_q",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    ];
     const LATENTS: &'static [&'static str] = &["mean", "std"];
 
     fn open(folder: PipelineFolder) -> Result<Self, WeightsError> {
@@ -165,6 +180,23 @@ impl Family for Flux1 {
                 Err(mismatch(path, differences(&normalized(&stated), &found)))
             }
             _ => Ok(network),
+        }
+    }
+
+    /// Few steps are for what is sampled without a shift by image size (schnell); guidance is what Black Forest Labs sample each
+    /// model with.
+    fn sampling(&self) -> Sampling {
+        Sampling {
+            num_inference_steps: if self.scheduler.use_dynamic_shifting {
+                28
+            } else {
+                4
+            },
+            guidance_scale: match self.folder.class() {
+                "FluxKontextPipeline" => 2.5,
+                "FluxFillPipeline" => 30.0,
+                _ => 3.5,
+            },
         }
     }
 

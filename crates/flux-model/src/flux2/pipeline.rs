@@ -10,7 +10,7 @@ use lora_core::state::host_tensor;
 use serde_json::Value;
 
 use crate::error::WeightsError;
-use crate::family::{ComponentFile, Family, TokenCount, TokenCounter};
+use crate::family::{ComponentFile, Family, Sampling, TokenCount, TokenCounter};
 use crate::flux2::autoencoder::Flux2Autoencoder;
 use crate::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
 use crate::flux2::latent::{image_positions, pack, text_positions, unpack};
@@ -57,6 +57,15 @@ impl Family for Flux2 {
     const NAME: &'static str = "FLUX.2 klein";
     const TEXT_FOLDERS: &'static [&'static str] = &["text_encoder", "tokenizer"];
     const TEXT: &'static [&'static str] = &["prompt_embeds"];
+    /// Of `train_dreambooth_lora_flux2_klein.py`; the last two are those of single-stream blocks.
+    const TARGETS: &'static [&'static str] = &[
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.to_qkv_mlp_proj",
+        "attn.to_out",
+    ];
     const LATENTS: &'static [&'static str] = &["latents"];
 
     fn open(folder: PipelineFolder) -> Result<Self, WeightsError> {
@@ -162,6 +171,30 @@ impl Family for Flux2 {
                 Err(mismatch(differences(&normalized(&stated), &found)))
             }
             _ => Ok(network),
+        }
+    }
+
+    fn distilled_from(&self) -> Option<String> {
+        if !self.is_distilled() {
+            return None;
+        }
+        let size = match transformer_config(&self.folder).ok()?.hidden_size() {
+            4096 => "9B",
+            _ => "4B",
+        };
+        Some(format!("FLUX.2-klein-base-{size}"))
+    }
+
+    fn sampling(&self) -> Sampling {
+        match self.is_distilled() {
+            true => Sampling {
+                num_inference_steps: 4,
+                guidance_scale: 1.0,
+            },
+            false => Sampling {
+                num_inference_steps: 50,
+                guidance_scale: 4.0,
+            },
         }
     }
 

@@ -10,6 +10,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use flux_model::family::Family;
 use lora_core::LoraConfig;
 use lora_core::files::digest::sha256_hex;
 use lora_core::files::strict_json::read_file;
@@ -38,7 +39,7 @@ const SIDE_MULTIPLE_PX: u32 = 16;
 const MAX_SIDE_PX: u32 = 8192;
 /// Counts beyond this are typing errors, and their products would overflow.
 const MAX_COUNT: usize = 1 << 16;
-/// Longest text the T5 encoder is run on for FLUX.1, in tokens.
+/// Longest text that the text encoders are run on, in tokens.
 const MAX_SEQUENCE_LENGTH: usize = 512;
 
 /// What may change between stopping and resuming: keys, or whole sections where the entry ends in a dot.
@@ -113,8 +114,8 @@ pub struct RunConfig {
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelSection {
-    /// Folder of a diffusers pipeline (`transformer`, `vae`, `text_encoder`, `text_encoder_2`, `tokenizer`, `tokenizer_2`).
-    /// Required.
+    /// Folder of a diffusers pipeline (`transformer`, `vae`, `text_encoder`, `tokenizer`; FLUX.1 has `text_encoder_2` and
+    /// `tokenizer_2` too). Required.
     pub path: PathBuf,
     /// A single `.safetensors` file, in Black Forest Labs' layout, to use for the transformer instead of the folder's.
     /// Default: none.
@@ -145,7 +146,7 @@ pub struct DatasetSection {
     pub caption_extension: String,
     /// Probability in [0, 1] of training on the empty caption instead of the image's own. Default 0.
     pub caption_dropout: f64,
-    /// Length in tokens that captions are padded or cut to for the T5 encoder, 1 to 512. Default 512.
+    /// Length in tokens that captions are padded or cut to for the text encoder (T5, Qwen3), 1 to 512. Default 512.
     pub max_sequence_length: usize,
 }
 
@@ -176,8 +177,10 @@ pub struct LoraSection {
     /// Numerator of the scale `lora_alpha / r` (`lora_alpha / sqrt(r)` with `use_rslora`). Default 16.
     pub lora_alpha: f64,
     /// Layers to adapt: a list of path endings, or one regular expression for the whole path, or "all-linear".
-    /// Default: the attention and feed-forward layers that diffusers' FLUX script adapts.
-    pub target_modules: Targets,
+    /// Default: those that diffusers' training script for the model adapts (FLUX.1: attention and feed-forward layers,
+    /// FLUX.2 klein: attention of the image and whole single-stream blocks).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_modules: Option<Targets>,
     /// Layers to leave alone though `target_modules` names them, in the same forms. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exclude_modules: Option<Targets>,
@@ -219,25 +222,11 @@ pub struct LoraSection {
 
 impl Default for LoraSection {
     fn default() -> Self {
-        let targets = [
-            "attn.to_k",
-            "attn.to_q",
-            "attn.to_v",
-            "attn.to_out.0",
-            "attn.add_k_proj",
-            "attn.add_q_proj",
-            "attn.add_v_proj",
-            "attn.to_add_out",
-            "ff.net.0.proj",
-            "ff.net.2",
-            "ff_context.net.0.proj",
-            "ff_context.net.2",
-        ];
         Self {
             peft_type: PeftType::Lora,
             r: 16,
             lora_alpha: 16.0,
-            target_modules: Targets::List(targets.map(String::from).to_vec()),
+            target_modules: None,
             exclude_modules: None,
             layers_to_transform: None,
             layers_pattern: None,
@@ -263,7 +252,14 @@ fn is_minus_one(value: &i64) -> bool {
 }
 
 impl LoraSection {
-    /// The same as PEFT's configuration.
+    /// Puts what the family `F` adapts where no targets are named, so that a run keeps them by name.
+    pub fn name_targets<F: Family>(&mut self) {
+        let endings = || F::TARGETS.iter().map(|ending| String::from(*ending));
+        self.target_modules
+            .get_or_insert_with(|| Targets::List(endings().collect()));
+    }
+
+    /// The same as PEFT's configuration; no target if none is named.
     pub fn config(&self) -> LoraConfig {
         LoraConfig {
             peft_type: self.peft_type,
@@ -273,7 +269,10 @@ impl LoraSection {
             decompose_factor: self.decompose_factor,
             r: self.r,
             lora_alpha: self.lora_alpha,
-            target_modules: self.target_modules.clone(),
+            target_modules: self
+                .target_modules
+                .clone()
+                .unwrap_or(Targets::List(Vec::new())),
             exclude_modules: self.exclude_modules.clone(),
             rank_pattern: self.rank_pattern.clone(),
             alpha_pattern: self.alpha_pattern.clone(),

@@ -85,8 +85,9 @@ impl LoraSection {
             ABOVE_0.check("lora.alpha_pattern", alpha)?;
         }
         let nothing = match &self.target_modules {
-            Targets::Pattern(pattern) => pattern.is_empty(),
-            Targets::List(endings) => endings.is_empty(),
+            None => false,
+            Some(Targets::Pattern(pattern)) => pattern.is_empty(),
+            Some(Targets::List(endings)) => endings.is_empty(),
         };
         if nothing {
             return Err(("lora.target_modules", "must name at least one layer".into()));

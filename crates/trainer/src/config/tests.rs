@@ -120,7 +120,7 @@ fn every_key_is_read() {
     );
     assert_eq!(
         config.lora.target_modules,
-        Targets::Pattern("all-linear".into())
+        Some(Targets::Pattern("all-linear".into()))
     );
     assert_eq!(
         config.lora.exclude_modules,
@@ -606,7 +606,7 @@ fn overrides_are_toml_values_or_bare_strings() {
     assert_eq!(config.dataset.path, Path::new("../my cats"));
     assert_eq!(
         config.lora.target_modules,
-        Targets::Pattern(".*to_[kq]".into())
+        Some(Targets::Pattern(".*to_[kq]".into()))
     );
     assert_eq!(config.lora.rank_pattern.get("a.b"), Some(3));
     assert_eq!(config.sample.expect("a section").prompts, ["a = b"]);

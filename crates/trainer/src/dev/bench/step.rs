@@ -23,7 +23,6 @@ use serde_json::{Value, json};
 use super::{in_own_process, median, peak_rss_mib};
 use crate::backward::MicroBatch;
 use crate::cli::StepBenchArgs;
-use crate::config::LoraSection;
 use crate::device::{self, NamedDevice};
 use crate::run::checkpoint::Progress;
 use crate::step::{Drawn, Rule, step};
@@ -104,14 +103,11 @@ impl Visitor for TimeSteps<'_> {
         let (raw, autodiff) = (&self.device.device, self.device.device.clone().autodiff());
         let model = F::new_network(config(), &autodiff).map_err(anyhow::Error::msg)?;
         let model = crate::dev::random_weights::fill_module(model, 1234, &autodiff);
-        let Targets::List(mut targets) = LoraSection::default().target_modules else {
-            bail!("the default targets are a list")
-        };
-        targets.push("proj_mlp".into());
+        let targets = F::TARGETS.iter().chain(&["proj_mlp"]);
         let lora = LoraConfig {
             r: 16,
             lora_alpha: 16.0,
-            target_modules: Targets::List(targets),
+            target_modules: Targets::List(targets.map(|ending| String::from(*ending)).collect()),
             init_lora_weights: InitLoraWeights::Gaussian,
             ..LoraConfig::default()
         };
