@@ -62,8 +62,52 @@ impl<D: Module, S: Module> Module for Block<D, S> {
     }
 }
 
+/// Tokens flow through double-stream blocks as text and image, from the first single-stream block on as one sequence, text
+/// first.
+impl<D: Clone, S: Clone> Block<D, S> {
+    /// Block `index` of a network whose double-stream blocks come first.
+    pub(crate) fn at(double: &[D], single: &[S], index: usize) -> Self {
+        match index.checked_sub(double.len()) {
+            None => Self::Double(double[index].clone()),
+            Some(index) => Self::Single(single[index].clone()),
+        }
+    }
+
+    /// What the block makes of the tokens, by the forward pass of its kind.
+    pub(crate) fn forward(
+        &self,
+        tokens: Vec<Tensor<3>>,
+        double: impl FnOnce(&D, [Tensor<3>; 2]) -> [Tensor<3>; 2],
+        single: impl FnOnce(&S, Tensor<3>) -> Tensor<3>,
+    ) -> Vec<Tensor<3>> {
+        match self {
+            Self::Double(block) => {
+                let apart = <[Tensor<3>; 2]>::try_from(tokens);
+                let apart = apart.expect("double-stream blocks come before single-stream ones");
+                double(block, apart).into()
+            }
+            Self::Single(block) => vec![single(block, join(tokens))],
+        }
+    }
+}
+
+/// Path of block `index` of a network of which `double` blocks are double-stream.
+pub(crate) fn block_path(double: usize, index: usize) -> String {
+    match index.checked_sub(double) {
+        None => format!("transformer_blocks.{index}"),
+        Some(index) => format!("single_transformer_blocks.{index}"),
+    }
+}
+
+/// What the last block gave, without the text tokens.
+pub(crate) fn image_tokens(tokens: Vec<Tensor<3>>, txt_tokens: usize) -> Tensor<3> {
+    let hidden = join(tokens);
+    let img_tokens = hidden.dims()[1] - txt_tokens;
+    hidden.narrow(1, txt_tokens, img_tokens)
+}
+
 /// Text tokens, then image tokens, as one sequence; what is one already stays as it is.
-pub(crate) fn join(mut tokens: Vec<Tensor<3>>) -> Tensor<3> {
+fn join(mut tokens: Vec<Tensor<3>>) -> Tensor<3> {
     match tokens.len() {
         1 => tokens.remove(0),
         _ => Tensor::cat(tokens, 1),

@@ -11,6 +11,7 @@
 //! | `scheduler` | noise levels and the Euler step |
 //! | `pipeline`, `found` | a diffusers folder and its components; what is there in its place |
 //! | `sampler` | noise to latents |
+//! | `joint_attention`, `modulation` | what the blocks of both families consist of |
 //! | `layers` | norms, rotary positions, sinusoidal embedding |
 //! | `ops/` | attention, norms, activations: operations with handwritten gradients and CPU kernels |
 //! | `sizes` | what a configuration may say |
@@ -27,8 +28,10 @@ pub mod family;
 pub mod flux1;
 pub mod flux2;
 mod found;
+mod joint_attention;
 pub mod layers;
 pub mod lora;
+mod modulation;
 pub mod ops;
 pub mod pipeline;
 pub mod sampler;

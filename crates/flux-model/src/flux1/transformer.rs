@@ -18,13 +18,15 @@ use lora_core::files::host::HostTensor;
 use lora_core::linear;
 use lora_core::training::recompute::{Blocks, TensorTree};
 
-use crate::blocks::{Block, join};
+use crate::blocks::{Block, block_path, image_tokens};
 use crate::error::WeightsError;
 use crate::family::{Network, argument, numbers, positions};
 use crate::flux1::config::FluxConfig;
 use crate::flux1::latent::Position;
+use crate::joint_attention::JointAttention;
 use crate::layers::{RmsNorm, RotaryTable, linear_layer, sinusoidal_embedding};
 use crate::lora::ModelShape;
+use crate::modulation::{Embedder, Modulation, vectors};
 use crate::ops::attention::attention;
 use crate::ops::gate::gated_residual;
 use crate::ops::gelu::{cat_gelu_tanh, gelu_tanh};
@@ -128,11 +130,11 @@ impl FluxTransformer {
             x_embedder: linear_layer(config.in_channels, hidden, true, device),
             context_embedder: linear_layer(config.joint_attention_dim, hidden, true, device),
             time_text_embed: TimeTextEmbed {
-                timestep_embedder: Embedder::new(TIME_CHANNELS, hidden, device),
+                timestep_embedder: Embedder::new(TIME_CHANNELS, hidden, true, device),
                 guidance_embedder: config
                     .guidance_embeds
-                    .then(|| Embedder::new(TIME_CHANNELS, hidden, device)),
-                text_embedder: Embedder::new(config.pooled_projection_dim, hidden, device),
+                    .then(|| Embedder::new(TIME_CHANNELS, hidden, true, device)),
+                text_embedder: Embedder::new(config.pooled_projection_dim, hidden, true, device),
             },
             transformer_blocks: (0..config.num_layers)
                 .map(|_| DoubleStreamBlock::new(config, device))
@@ -140,7 +142,7 @@ impl FluxTransformer {
             single_transformer_blocks: (0..config.num_single_layers)
                 .map(|_| SingleStreamBlock::new(config, device))
                 .collect(),
-            norm_out: Modulation::new(hidden, 2, device),
+            norm_out: Modulation::new(hidden, 2, true, device),
             proj_out: linear_layer(hidden, config.out_channels(), true, device),
             config: config.clone(),
         }
@@ -196,10 +198,8 @@ impl Network for FluxTransformer {
 
     /// Drops the text tokens and projects to the velocity.
     fn leave(&self, tokens: Vec<Tensor<3>>, c: &Conditioning) -> Tensor<3> {
-        let hidden = join(tokens);
-        let img_tokens = hidden.dims()[1] - c.txt_tokens;
-        let img = hidden.narrow(1, c.txt_tokens, img_tokens);
-        let [scale, shift] = self.norm_out.forward(silu(c.temb.clone())); // the other way round in BFL's layout
+        let img = image_tokens(tokens, c.txt_tokens);
+        let [scale, shift] = vectors(self.norm_out.forward(silu(c.temb.clone()))); // the other way round in BFL's layout
         linear(&self.proj_out, layer_norm_modulate(img, scale, shift, EPS))
     }
 
@@ -238,8 +238,6 @@ impl Network for FluxTransformer {
     }
 }
 
-/// The double-stream blocks, then the single-stream blocks. Between double-stream blocks flow text and image tokens, from
-/// the first single-stream block on both as one sequence, text first.
 impl Blocks for FluxTransformer {
     type Block = Block<DoubleStreamBlock, SingleStreamBlock>;
     type Carry = Vec<Tensor<3>>;
@@ -251,30 +249,20 @@ impl Blocks for FluxTransformer {
     }
 
     fn block(&self, index: usize) -> Result<Self::Block, WeightsError> {
-        Ok(match index.checked_sub(self.transformer_blocks.len()) {
-            None => Block::Double(self.transformer_blocks[index].clone()),
-            Some(index) => Block::Single(self.single_transformer_blocks[index].clone()),
-        })
+        let (double, single) = (&self.transformer_blocks, &self.single_transformer_blocks);
+        Ok(Block::at(double, single, index))
     }
 
     fn path(&self, index: usize) -> String {
-        match index.checked_sub(self.transformer_blocks.len()) {
-            None => format!("transformer_blocks.{index}"),
-            Some(index) => format!("single_transformer_blocks.{index}"),
-        }
+        block_path(self.transformer_blocks.len(), index)
     }
 
     fn apply(block: &Self::Block, tokens: Vec<Tensor<3>>, c: &Conditioning) -> Vec<Tensor<3>> {
-        match block {
-            Block::Double(block) => {
-                let apart = <[Tensor<3>; 2]>::try_from(tokens);
-                let [txt, img] =
-                    apart.expect("double-stream blocks come before single-stream ones");
-                let (img, txt) = block.forward(img, txt, c);
-                vec![txt, img]
-            }
-            Block::Single(block) => vec![block.forward(join(tokens), c)],
-        }
+        block.forward(
+            tokens,
+            |block, tokens| block.forward(tokens, c),
+            |block, hidden| block.forward(hidden, c),
+        )
     }
 }
 
@@ -283,48 +271,6 @@ struct TimeTextEmbed {
     timestep_embedder: Embedder,
     guidance_embedder: Option<Embedder>,
     text_embedder: Embedder,
-}
-
-/// Two linear layers with SiLU between.
-#[derive(Module, Debug)]
-struct Embedder {
-    linear_1: Linear,
-    linear_2: Linear,
-}
-
-impl Embedder {
-    fn new(inputs: usize, hidden: usize, device: &Device) -> Self {
-        Self {
-            linear_1: linear_layer(inputs, hidden, true, device),
-            linear_2: linear_layer(hidden, hidden, true, device),
-        }
-    }
-
-    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        linear(&self.linear_2, silu(linear(&self.linear_1, x)))
-    }
-}
-
-/// Adaptive layer norm: N vectors (shift, scale, gate ...) made from the conditioning.
-#[derive(Module, Debug)]
-pub struct Modulation {
-    linear: Linear,
-}
-
-impl Modulation {
-    fn new(hidden: usize, chunks: usize, device: &Device) -> Self {
-        Self {
-            linear: linear_layer(hidden, chunks * hidden, true, device),
-        }
-    }
-
-    /// # Shapes
-    /// - `activated`: `[batch, hidden]`; returns N times `[batch, 1, hidden]`
-    fn forward<const N: usize>(&self, activated: Tensor<2>) -> [Tensor<3>; N] {
-        let chunks = linear(&self.linear, activated).unsqueeze_dim::<3>(1);
-        let hidden = chunks.dims()[2] / N;
-        std::array::from_fn(|i| chunks.clone().narrow(2, i * hidden, hidden))
-    }
 }
 
 #[derive(Module, Debug)]
@@ -364,62 +310,29 @@ pub struct DoubleStreamBlock {
     ff_context: FeedForward,
 }
 
-#[derive(Module, Debug)]
-struct JointAttention {
-    norm_q: RmsNorm,
-    norm_k: RmsNorm,
-    to_q: Linear,
-    to_k: Linear,
-    to_v: Linear,
-    to_out: [Linear; 1],
-    norm_added_q: RmsNorm,
-    norm_added_k: RmsNorm,
-    add_q_proj: Linear,
-    add_k_proj: Linear,
-    add_v_proj: Linear,
-    to_add_out: Linear,
-    #[module(skip)]
-    heads: usize,
-}
-
 impl DoubleStreamBlock {
     fn new(config: &FluxConfig, device: &Device) -> Self {
         let hidden = config.hidden_size();
-        let square = || linear_layer(hidden, hidden, true, device);
-        let norm = || RmsNorm::new(config.attention_head_dim, EPS, device);
         Self {
-            norm1: Modulation::new(hidden, 6, device),
-            norm1_context: Modulation::new(hidden, 6, device),
-            attn: JointAttention {
-                norm_q: norm(),
-                norm_k: norm(),
-                to_q: square(),
-                to_k: square(),
-                to_v: square(),
-                to_out: [square()],
-                norm_added_q: norm(),
-                norm_added_k: norm(),
-                add_q_proj: square(),
-                add_k_proj: square(),
-                add_v_proj: square(),
-                to_add_out: square(),
-                heads: config.num_attention_heads,
-            },
+            norm1: Modulation::new(hidden, 6, true, device),
+            norm1_context: Modulation::new(hidden, 6, true, device),
+            attn: JointAttention::new(
+                [config.num_attention_heads, config.attention_head_dim],
+                true,
+                EPS,
+                device,
+            ),
             ff: FeedForward::new(hidden, device),
             ff_context: FeedForward::new(hidden, device),
         }
     }
 
     /// # Shapes
-    /// - `img`: `[batch, img_tokens, hidden]`, `txt`: `[batch, txt_tokens, hidden]`; returns both, unchanged in shape
-    pub fn forward(
-        &self,
-        img: Tensor<3>,
-        txt: Tensor<3>,
-        c: &Conditioning,
-    ) -> (Tensor<3>, Tensor<3>) {
+    /// - `txt`: `[batch, txt_tokens, hidden]`, `img`: `[batch, img_tokens, hidden]`; returns both, unchanged in shape
+    pub fn forward(&self, [txt, img]: [Tensor<3>; 2], c: &Conditioning) -> [Tensor<3>; 2] {
         let activated = silu(c.temb.clone()); // the only use of temb: per-block recompute relies on it
-        let [shift1, scale1, gate1, shift2, scale2, gate2] = self.norm1.forward(activated.clone());
+        let [shift1, scale1, gate1, shift2, scale2, gate2] =
+            vectors(self.norm1.forward(activated.clone()));
         let [
             txt_shift1,
             txt_scale1,
@@ -427,11 +340,11 @@ impl DoubleStreamBlock {
             txt_shift2,
             txt_scale2,
             txt_gate2,
-        ] = self.norm1_context.forward(activated);
+        ] = vectors(self.norm1_context.forward(activated));
 
-        let (img_attn, txt_attn) = self.attn.forward(
-            layer_norm_modulate(img.clone(), scale1, shift1, EPS),
+        let [txt_attn, img_attn] = self.attn.forward(
             layer_norm_modulate(txt.clone(), txt_scale1, txt_shift1, EPS),
+            layer_norm_modulate(img.clone(), scale1, shift1, EPS),
             &c.rotary,
         );
 
@@ -442,40 +355,7 @@ impl DoubleStreamBlock {
         let txt = gated_residual(txt, txt_gate1, txt_attn);
         let mlp = layer_norm_modulate(txt.clone(), txt_scale2, txt_shift2, EPS);
         let txt = gated_residual(txt, txt_gate2, self.ff_context.forward(mlp));
-        (img, txt)
-    }
-}
-
-impl JointAttention {
-    fn forward(
-        &self,
-        img: Tensor<3>,
-        txt: Tensor<3>,
-        rotary: &RotaryTable,
-    ) -> (Tensor<3>, Tensor<3>) {
-        let (img_tokens, txt_tokens) = (img.dims()[1], txt.dims()[1]);
-        let q = [
-            (self.norm_added_q).stream(linear(&self.add_q_proj, txt.clone())), // text first
-            self.norm_q.stream(linear(&self.to_q, img.clone())),
-        ];
-        let k = [
-            (self.norm_added_k).stream(linear(&self.add_k_proj, txt.clone())),
-            self.norm_k.stream(linear(&self.to_k, img.clone())),
-        ];
-        let v = [linear(&self.add_v_proj, txt), linear(&self.to_v, img)];
-        let out = attention(
-            norm_rotate(q, self.heads, rotary),
-            norm_rotate(k, self.heads, rotary),
-            to_heads(v, self.heads),
-            rotary.scale(),
-            None,
-        );
-        let txt_out = out.clone().narrow(1, 0, txt_tokens);
-        let img_out = out.narrow(1, txt_tokens, img_tokens);
-        (
-            linear(&self.to_out[0], img_out),
-            linear(&self.to_add_out, txt_out),
-        )
+        [txt, img]
     }
 }
 
@@ -505,7 +385,7 @@ impl SingleStreamBlock {
         let square = || linear_layer(hidden, hidden, true, device);
         let norm = || RmsNorm::new(config.attention_head_dim, EPS, device);
         Self {
-            norm: Modulation::new(hidden, 3, device),
+            norm: Modulation::new(hidden, 3, true, device),
             proj_mlp: linear_layer(hidden, 4 * hidden, true, device),
             proj_out: linear_layer(5 * hidden, hidden, true, device),
             attn: SingleAttention {
@@ -522,7 +402,7 @@ impl SingleStreamBlock {
     /// # Shapes
     /// - `hidden`: `[batch, txt_tokens + img_tokens, hidden]`, unchanged
     pub fn forward(&self, hidden: Tensor<3>, c: &Conditioning) -> Tensor<3> {
-        let [shift, scale, gate] = self.norm.forward(silu(c.temb.clone()));
+        let [shift, scale, gate] = vectors(self.norm.forward(silu(c.temb.clone())));
         let x = layer_norm_modulate(hidden.clone(), scale, shift, EPS);
         let (attn, heads) = (&self.attn, self.attn.heads);
         let q = attn.norm_q.stream(linear(&attn.to_q, x.clone()));

@@ -20,13 +20,15 @@ use lora_core::files::host::HostTensor;
 use lora_core::linear;
 use lora_core::training::recompute::{Blocks, TensorTree};
 
-use crate::blocks::{Block, join};
+use crate::blocks::{Block, block_path, image_tokens};
 use crate::error::WeightsError;
 use crate::family::{Network, argument, numbers, positions};
 use crate::flux2::config::Flux2Config;
 use crate::flux2::latent::Position;
+use crate::joint_attention::JointAttention;
 use crate::layers::{RmsNorm, RotaryTable, linear_layer, sinusoidal_embedding};
 use crate::lora::ModelShape;
+use crate::modulation::{Embedder, Modulation, vectors};
 use crate::ops::attention::attention;
 use crate::ops::gate::gated_residual;
 use crate::ops::heads::{norm_rotate, to_heads};
@@ -138,7 +140,7 @@ impl Flux2Transformer {
     /// A network with lazily initialised weights: nothing is allocated until a weight is read or loaded.
     pub fn new(config: &Flux2Config, device: &Device) -> Self {
         let hidden = config.hidden_size();
-        let embedder = || Embedder::new(config.timestep_guidance_channels, hidden, device);
+        let embedder = || Embedder::new(config.timestep_guidance_channels, hidden, false, device);
         Self {
             x_embedder: linear_layer(config.in_channels, hidden, false, device),
             context_embedder: linear_layer(config.joint_attention_dim, hidden, false, device),
@@ -146,16 +148,16 @@ impl Flux2Transformer {
                 timestep_embedder: embedder(),
                 guidance_embedder: config.guidance_embeds.then(embedder),
             },
-            double_stream_modulation_img: Modulation::new(hidden, 6, device),
-            double_stream_modulation_txt: Modulation::new(hidden, 6, device),
-            single_stream_modulation: Modulation::new(hidden, 3, device),
+            double_stream_modulation_img: Modulation::new(hidden, 6, false, device),
+            double_stream_modulation_txt: Modulation::new(hidden, 6, false, device),
+            single_stream_modulation: Modulation::new(hidden, 3, false, device),
             transformer_blocks: (0..config.num_layers)
                 .map(|_| DoubleStreamBlock::new(config, device))
                 .collect(),
             single_transformer_blocks: (0..config.num_single_layers)
                 .map(|_| SingleStreamBlock::new(config, device))
                 .collect(),
-            norm_out: Modulation::new(hidden, 2, device),
+            norm_out: Modulation::new(hidden, 2, false, device),
             proj_out: linear_layer(hidden, config.out_channels(), false, device),
             config: config.clone(),
         }
@@ -207,11 +209,8 @@ impl Network for Flux2Transformer {
 
     /// Drops the text tokens and projects to the velocity.
     fn leave(&self, tokens: Vec<Tensor<3>>, c: &Conditioning) -> Tensor<3> {
-        let hidden = join(tokens);
-        let img_tokens = hidden.dims()[1] - c.txt_tokens;
-        let img = hidden.narrow(1, c.txt_tokens, img_tokens);
-        let vectors = self.norm_out.forward(silu(c.temb.clone()));
-        let [scale, shift] = chunks(&vectors); // the other way round in BFL's layout
+        let img = image_tokens(tokens, c.txt_tokens);
+        let [scale, shift] = vectors(self.norm_out.forward(silu(c.temb.clone()))); // the other way round in BFL's layout
         let x = layer_norm_modulate(img, scale, shift, self.config.eps);
         linear(&self.proj_out, x)
     }
@@ -250,8 +249,6 @@ impl Network for Flux2Transformer {
     }
 }
 
-/// The double-stream blocks, then the single-stream blocks. Between double-stream blocks flow text and image tokens, from
-/// the first single-stream block on both as one sequence, text first.
 impl Blocks for Flux2Transformer {
     type Block = Block<DoubleStreamBlock, SingleStreamBlock>;
     type Carry = Vec<Tensor<3>>;
@@ -263,30 +260,20 @@ impl Blocks for Flux2Transformer {
     }
 
     fn block(&self, index: usize) -> Result<Self::Block, WeightsError> {
-        Ok(match index.checked_sub(self.transformer_blocks.len()) {
-            None => Block::Double(self.transformer_blocks[index].clone()),
-            Some(index) => Block::Single(self.single_transformer_blocks[index].clone()),
-        })
+        let (double, single) = (&self.transformer_blocks, &self.single_transformer_blocks);
+        Ok(Block::at(double, single, index))
     }
 
     fn path(&self, index: usize) -> String {
-        match index.checked_sub(self.transformer_blocks.len()) {
-            None => format!("transformer_blocks.{index}"),
-            Some(index) => format!("single_transformer_blocks.{index}"),
-        }
+        block_path(self.transformer_blocks.len(), index)
     }
 
     fn apply(block: &Self::Block, tokens: Vec<Tensor<3>>, c: &Conditioning) -> Vec<Tensor<3>> {
-        match block {
-            Block::Double(block) => {
-                let apart = <[Tensor<3>; 2]>::try_from(tokens);
-                let [txt, img] =
-                    apart.expect("double-stream blocks come before single-stream ones");
-                let (img, txt) = block.forward(img, txt, c);
-                vec![txt, img]
-            }
-            Block::Single(block) => vec![block.forward(join(tokens), c)],
-        }
+        block.forward(
+            tokens,
+            |block, tokens| block.forward(tokens, c),
+            |block, hidden| block.forward(hidden, c),
+        )
     }
 }
 
@@ -294,51 +281,6 @@ impl Blocks for Flux2Transformer {
 struct TimeGuidanceEmbed {
     timestep_embedder: Embedder,
     guidance_embedder: Option<Embedder>,
-}
-
-/// Two linear layers with SiLU between.
-#[derive(Module, Debug)]
-struct Embedder {
-    linear_1: Linear,
-    linear_2: Linear,
-}
-
-impl Embedder {
-    fn new(inputs: usize, hidden: usize, device: &Device) -> Self {
-        Self {
-            linear_1: linear_layer(inputs, hidden, false, device),
-            linear_2: linear_layer(hidden, hidden, false, device),
-        }
-    }
-
-    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        linear(&self.linear_2, silu(linear(&self.linear_1, x)))
-    }
-}
-
-/// Makes vectors of shift, scale and gate from the activated conditioning.
-#[derive(Module, Debug)]
-struct Modulation {
-    linear: Linear,
-}
-
-impl Modulation {
-    fn new(hidden: usize, chunks: usize, device: &Device) -> Self {
-        Self {
-            linear: linear_layer(hidden, chunks * hidden, false, device),
-        }
-    }
-
-    fn forward(&self, activated: Tensor<2>) -> Tensor<2> {
-        linear(&self.linear, activated)
-    }
-}
-
-/// `[batch, N * hidden]` to N times `[batch, 1, hidden]`.
-fn chunks<const N: usize>(vectors: &Tensor<2>) -> [Tensor<3>; N] {
-    let vectors = vectors.clone().unsqueeze_dim::<3>(1);
-    let hidden = vectors.dims()[2] / N;
-    std::array::from_fn(|i| vectors.clone().narrow(2, i * hidden, hidden))
 }
 
 #[derive(Module, Debug)]
@@ -371,45 +313,15 @@ pub struct DoubleStreamBlock {
     eps: f64,
 }
 
-#[derive(Module, Debug)]
-struct JointAttention {
-    norm_q: RmsNorm,
-    norm_k: RmsNorm,
-    to_q: Linear,
-    to_k: Linear,
-    to_v: Linear,
-    to_out: [Linear; 1],
-    norm_added_q: RmsNorm,
-    norm_added_k: RmsNorm,
-    add_q_proj: Linear,
-    add_k_proj: Linear,
-    add_v_proj: Linear,
-    to_add_out: Linear,
-    #[module(skip)]
-    heads: usize,
-}
-
 impl DoubleStreamBlock {
     fn new(config: &Flux2Config, device: &Device) -> Self {
-        let hidden = config.hidden_size();
-        let square = || linear_layer(hidden, hidden, false, device);
-        let norm = || RmsNorm::new(config.attention_head_dim, config.eps, device);
         Self {
-            attn: JointAttention {
-                norm_q: norm(),
-                norm_k: norm(),
-                to_q: square(),
-                to_k: square(),
-                to_v: square(),
-                to_out: [square()],
-                norm_added_q: norm(),
-                norm_added_k: norm(),
-                add_q_proj: square(),
-                add_k_proj: square(),
-                add_v_proj: square(),
-                to_add_out: square(),
-                heads: config.num_attention_heads,
-            },
+            attn: JointAttention::new(
+                [config.num_attention_heads, config.attention_head_dim],
+                false,
+                config.eps,
+                device,
+            ),
             ff: FeedForward::new(config, device),
             ff_context: FeedForward::new(config, device),
             eps: config.eps,
@@ -417,14 +329,9 @@ impl DoubleStreamBlock {
     }
 
     /// # Shapes
-    /// - `img`: `[batch, img_tokens, hidden]`, `txt`: `[batch, txt_tokens, hidden]`; returns both, unchanged in shape
-    pub fn forward(
-        &self,
-        img: Tensor<3>,
-        txt: Tensor<3>,
-        c: &Conditioning,
-    ) -> (Tensor<3>, Tensor<3>) {
-        let [shift1, scale1, gate1, shift2, scale2, gate2] = chunks(&c.img_mod);
+    /// - `txt`: `[batch, txt_tokens, hidden]`, `img`: `[batch, img_tokens, hidden]`; returns both, unchanged in shape
+    pub fn forward(&self, [txt, img]: [Tensor<3>; 2], c: &Conditioning) -> [Tensor<3>; 2] {
+        let [shift1, scale1, gate1, shift2, scale2, gate2] = vectors(c.img_mod.clone());
         let [
             txt_shift1,
             txt_scale1,
@@ -432,13 +339,13 @@ impl DoubleStreamBlock {
             txt_shift2,
             txt_scale2,
             txt_gate2,
-        ] = chunks(&c.txt_mod);
+        ] = vectors(c.txt_mod.clone());
         let norm =
             |x: &Tensor<3>, scale, shift| layer_norm_modulate(x.clone(), scale, shift, self.eps);
 
-        let (img_attn, txt_attn) = self.attn.forward(
-            norm(&img, scale1, shift1),
+        let [txt_attn, img_attn] = self.attn.forward(
             norm(&txt, txt_scale1, txt_shift1),
+            norm(&img, scale1, shift1),
             &c.rotary,
         );
 
@@ -449,40 +356,7 @@ impl DoubleStreamBlock {
         let txt = gated_residual(txt, txt_gate1, txt_attn);
         let mlp = self.ff_context.forward(norm(&txt, txt_scale2, txt_shift2));
         let txt = gated_residual(txt, txt_gate2, mlp);
-        (img, txt)
-    }
-}
-
-impl JointAttention {
-    fn forward(
-        &self,
-        img: Tensor<3>,
-        txt: Tensor<3>,
-        rotary: &RotaryTable,
-    ) -> (Tensor<3>, Tensor<3>) {
-        let (img_tokens, txt_tokens) = (img.dims()[1], txt.dims()[1]);
-        let q = [
-            (self.norm_added_q).stream(linear(&self.add_q_proj, txt.clone())), // text first
-            self.norm_q.stream(linear(&self.to_q, img.clone())),
-        ];
-        let k = [
-            (self.norm_added_k).stream(linear(&self.add_k_proj, txt.clone())),
-            self.norm_k.stream(linear(&self.to_k, img.clone())),
-        ];
-        let v = [linear(&self.add_v_proj, txt), linear(&self.to_v, img)];
-        let out = attention(
-            norm_rotate(q, self.heads, rotary),
-            norm_rotate(k, self.heads, rotary),
-            to_heads(v, self.heads),
-            rotary.scale(),
-            None,
-        );
-        let txt_out = out.clone().narrow(1, 0, txt_tokens);
-        let img_out = out.narrow(1, txt_tokens, img_tokens);
-        (
-            linear(&self.to_out[0], img_out),
-            linear(&self.to_add_out, txt_out),
-        )
+        [txt, img]
     }
 }
 
@@ -523,7 +397,7 @@ impl SingleStreamBlock {
     /// # Shapes
     /// - `hidden`: `[batch, txt_tokens + img_tokens, hidden]`, unchanged
     pub fn forward(&self, hidden: Tensor<3>, c: &Conditioning) -> Tensor<3> {
-        let [shift, scale, gate] = chunks(&c.single_mod);
+        let [shift, scale, gate] = vectors(c.single_mod.clone());
         let x = layer_norm_modulate(hidden.clone(), scale, shift, self.eps);
         gated_residual(hidden, gate, self.attn.forward(x, &c.rotary))
     }
