@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::error::WeightsError;
 use crate::lora::{Component, ModelShape};
+use crate::network_config::NetworkConfig;
 use crate::pipeline::PipelineFolder;
 use crate::scheduler::SchedulerConfig;
 
@@ -125,6 +126,8 @@ pub type ComponentFile = (&'static str, BTreeMap<String, Vec<usize>>);
 pub trait Family: Sized + Debug {
     /// The velocity network.
     type Network: Network;
+    /// Its configuration.
+    type Config: NetworkConfig<Network = Self::Network>;
     /// What reads prompts.
     type TextEncoders: TextEncoders;
     /// Pixels to latents and back.
@@ -178,20 +181,34 @@ pub trait Family: Sized + Debug {
     ///
     /// # Errors
     /// A malformed file, or a tensor that is missing, left over or of another shape.
-    fn network(&self, device: &Device) -> Result<Self::Network, WeightsError>;
+    fn network(&self, device: &Device) -> Result<Self::Network, WeightsError> {
+        let path = self.folder().transformer_path();
+        Self::Config::load(path, self.stated().as_ref(), device)
+    }
+
+    /// What the folder states of the velocity network, where it does.
+    fn stated(&self) -> Option<Self::Config> {
+        transformer_config(self.folder()).ok()
+    }
 
     /// The velocity network as configurations and headers describe it, without a weight: for what can be checked before it is
     /// loaded. Its parameters have shapes, and must not be asked for values.
     ///
     /// # Errors
     /// As [`network`](Self::network), as far as headers show it.
-    fn outline(&self, device: &Device) -> Result<Self::Network, WeightsError>;
+    fn outline(&self, device: &Device) -> Result<Self::Network, WeightsError> {
+        let path = self.folder().transformer_path();
+        let (_, _, config) = Self::Config::open(path, self.stated().as_ref())?;
+        Ok(config.network(device))
+    }
 
     /// The network of an architecture as `config.json` says it, with lazily initialised weights.
     ///
     /// # Errors
     /// What describes no network of this family, in words.
-    fn new_network(config: Value, device: &Device) -> Result<Self::Network, String>;
+    fn new_network(config: Value, device: &Device) -> Result<Self::Network, String> {
+        Ok(Self::Config::parse(config)?.network(device))
+    }
 
     /// Loads a velocity network from a component folder or a single file, whose tensors must be those of the architecture
     /// that `config` states.
@@ -202,7 +219,19 @@ pub trait Family: Sized + Debug {
         path: &Path,
         config: Option<&Value>,
         device: &Device,
-    ) -> Result<Self::Network, WeightsError>;
+    ) -> Result<Self::Network, WeightsError> {
+        let mismatch = |reason| WeightsError::Config {
+            path: path.into(),
+            reason,
+        };
+        let stated = config.cloned().map(Self::Config::parse).transpose();
+        let stated = stated.map_err(mismatch)?;
+        let (checkpoint, layout, found) = Self::Config::open(path, stated.as_ref())?;
+        match stated.and_then(|stated| stated.difference(&found)) {
+            Some(reason) => Err(mismatch(reason)),
+            None => checkpoint.load(found.network(device), layout, device),
+        }
+    }
 
     /// What to train instead, where this network was distilled to few steps: those are lost, or what is learned does not show.
     fn distilled_from(&self) -> Option<String> {
@@ -291,6 +320,13 @@ pub trait Family: Sized + Debug {
 
     /// Exponent of the shift by image size that training's `flux` shift applies.
     fn training_mu(&self, image_tokens: usize) -> f64;
+}
+
+/// The configuration of a folder's transformer.
+pub(crate) fn transformer_config<C: NetworkConfig>(
+    folder: &PipelineFolder,
+) -> Result<C, WeightsError> {
+    folder.config("transformer/config.json", C::problem)
 }
 
 /// An argument of diffusers' `forward`, see [`Network::named_input`].

@@ -3,8 +3,10 @@
 //! | file | idea |
 //! |---|---|
 //! | `family`, `families` | what training and sampling may ask of a model; which ones there are |
+//! | `network_config` | loading a network: what is stated of it and what its tensors tell |
 //! | `flux1/` | FLUX.1: the velocity network, latents as tokens, positions, the rules of its pipeline, names in BFL's layout |
 //! | `flux2/` | FLUX.2 likewise, with its autoencoder and schedule |
+//! | `bfl` | names in BFL's single files |
 //! | `blocks` | the blocks of a network, one at a time |
 //! | `autoencoder` | pixels to latents and back |
 //! | `text/` | CLIP, T5, Qwen3 and their tokenizers |
@@ -21,6 +23,7 @@
 //! Every linear layer is computed by [`lora_core::linear`], so adapters run without a dense sum.
 
 pub mod autoencoder;
+pub mod bfl;
 pub mod blocks;
 mod error;
 pub mod families;
@@ -32,6 +35,7 @@ mod joint_attention;
 pub mod layers;
 pub mod lora;
 mod modulation;
+pub mod network_config;
 pub mod ops;
 pub mod pipeline;
 pub mod sampler;

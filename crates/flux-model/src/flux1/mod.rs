@@ -7,4 +7,4 @@ mod pipeline;
 pub mod text;
 pub mod transformer;
 
-pub use pipeline::{Flux1, load_transformer};
+pub use pipeline::Flux1;

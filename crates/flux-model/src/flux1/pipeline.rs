@@ -2,28 +2,27 @@
 //!
 //! Source: diffusers 0.38 `FluxPipeline`.
 
-use std::path::Path;
-
 use burn::tensor::{Device, Tensor, TensorData};
 use lora_core::files::host::HostTensor;
 use lora_core::state::host_tensor;
-use serde_json::Value;
 
 use crate::autoencoder::{Autoencoder, AutoencoderConfig};
 use crate::error::WeightsError;
-use crate::family::{ComponentFile, Family, Sampling, TokenCount, TokenCounter};
+use crate::family::{
+    ComponentFile, Family, Sampling, TokenCount, TokenCounter, transformer_config,
+};
 use crate::flux1::config::FluxConfig;
 use crate::flux1::latent::{image_positions, pack, text_positions, unpack};
 use crate::flux1::text::{CLIP_TOKENS, ClipAndT5, TextEmbedding};
 use crate::flux1::transformer::{FluxInput, FluxTransformer};
 use crate::lora::ModelShape;
-use crate::pipeline::{PipelineFolder, load_autoencoder, load_clip, load_t5, read_config};
+use crate::network_config::NetworkConfig;
+use crate::pipeline::{PipelineFolder, load_autoencoder, load_clip, load_t5};
 use crate::scheduler::SchedulerConfig;
-use crate::sizes::differences;
 use crate::text::clip::{ClipConfig, ClipText};
 use crate::text::t5::{T5Config, T5Encoder};
 use crate::text::tokenizer::{ClipTokenizer, T5Tokenizer};
-use crate::weights::{Checkpoint, Layout, checkpoint_tensors};
+use crate::weights::{Layout, checkpoint_tensors};
 
 /// An opened FLUX.1 pipeline.
 #[derive(Debug)]
@@ -31,10 +30,6 @@ pub struct Flux1 {
     folder: PipelineFolder,
     autoencoder: AutoencoderConfig,
     scheduler: SchedulerConfig,
-}
-
-fn transformer_config(folder: &PipelineFolder) -> Result<FluxConfig, WeightsError> {
-    folder.config("transformer/config.json", FluxConfig::problem)
 }
 
 impl Flux1 {
@@ -49,6 +44,7 @@ impl Flux1 {
 
 impl Family for Flux1 {
     type Network = FluxTransformer;
+    type Config = FluxConfig;
     type TextEncoders = ClipAndT5;
     type Autoencoder = Autoencoder;
     type Text = TextEmbedding;
@@ -100,7 +96,7 @@ impl Family for Flux1 {
         let t5: T5Config = folder.config("text_encoder_2/config.json", T5Config::problem)?;
         let vae: AutoencoderConfig =
             folder.config("vae/config.json", AutoencoderConfig::problem)?;
-        let transformer = FluxTransformer::new(&transformer_config(folder)?, device);
+        let transformer = transformer_config::<FluxConfig>(folder)?.network(device);
         Ok(vec![
             (
                 "transformer/diffusion_pytorch_model.safetensors",
@@ -126,7 +122,7 @@ impl Family for Flux1 {
     }
 
     fn describe(&self) -> Result<String, WeightsError> {
-        let flux = transformer_config(&self.folder)?;
+        let flux: FluxConfig = transformer_config(&self.folder)?;
         let guidance = match flux.guidance_embeds {
             true => "embedded",
             false => "not used",
@@ -148,39 +144,6 @@ impl Family for Flux1 {
             self.autoencoder.downscale(),
             self.autoencoder.latent_channels,
         ))
-    }
-
-    fn network(&self, device: &Device) -> Result<FluxTransformer, WeightsError> {
-        let stated = transformer_config(&self.folder).ok();
-        load_transformer(self.folder.transformer_path(), stated.as_ref(), device)
-    }
-
-    fn outline(&self, device: &Device) -> Result<FluxTransformer, WeightsError> {
-        let stated = transformer_config(&self.folder).ok();
-        let (_, _, config) = open_transformer(self.folder.transformer_path(), stated.as_ref())?;
-        Ok(FluxTransformer::new(&config, device))
-    }
-
-    fn new_network(config: Value, device: &Device) -> Result<FluxTransformer, String> {
-        let config = parse_config(config)?;
-        Ok(FluxTransformer::new(&config, device))
-    }
-
-    fn network_at(
-        path: &Path,
-        config: Option<&Value>,
-        device: &Device,
-    ) -> Result<FluxTransformer, WeightsError> {
-        let stated = config.cloned().map(parse_config).transpose();
-        let stated = stated.map_err(|reason| mismatch(path, reason))?;
-        let network = load_transformer(path, stated.as_ref(), device)?;
-        match stated {
-            Some(stated) if normalized(&stated) != normalized(network.config()) => {
-                let found = normalized(network.config());
-                Err(mismatch(path, differences(&normalized(&stated), &found)))
-            }
-            _ => Ok(network),
-        }
     }
 
     /// Few steps are for what is sampled without a shift by image size (schnell); guidance is what Black Forest Labs sample each
@@ -333,68 +296,9 @@ impl Family for Flux1 {
     }
 }
 
-fn parse_config(config: Value) -> Result<FluxConfig, String> {
-    let config: FluxConfig = serde_json::from_value(config).map_err(|error| error.to_string())?;
-    match config.problem() {
-        None => Ok(config),
-        Some(problem) => Err(problem),
-    }
-}
-
-fn mismatch(path: &Path, reason: String) -> WeightsError {
-    WeightsError::Config {
-        path: path.into(),
-        reason,
-    }
-}
-
 fn upload<const D: usize>(tensor: &HostTensor, device: &Device) -> Tensor<D> {
     Tensor::from_data(
         TensorData::new(tensor.to_f32(), tensor.shape.clone()),
         device,
     )
-}
-
-/// Loads a transformer from a component folder or a single file in either layout.
-///
-/// # Errors
-/// A malformed file, shapes that disagree with `config`, a tensor missing or left over.
-pub fn load_transformer(
-    path: &Path,
-    config: Option<&FluxConfig>,
-    device: &Device,
-) -> Result<FluxTransformer, WeightsError> {
-    let (checkpoint, layout, config) = open_transformer(path, config)?;
-    checkpoint.load(FluxTransformer::new(&config, device), layout, device)
-}
-
-fn open_transformer(
-    path: &Path,
-    config: Option<&FluxConfig>,
-) -> Result<(Checkpoint, Layout, FluxConfig), WeightsError> {
-    let own: Option<FluxConfig> = match path.is_dir() {
-        true => Some(read_config(&path.join("config.json"), FluxConfig::problem)?),
-        false => None,
-    };
-    let stated = own.as_ref().or(config);
-    let checkpoint = Checkpoint::open(path)?;
-    let (layout, inferred) = checkpoint.transformer(stated)?;
-    if let Some(stated) = &own {
-        let (stated, found) = (normalized(stated), normalized(&inferred));
-        if stated != found {
-            let reason = differences(&stated, &found);
-            return Err(WeightsError::Config {
-                path: checkpoint.path().into(),
-                reason,
-            });
-        }
-    }
-    Ok((checkpoint, layout, inferred))
-}
-
-fn normalized(config: &FluxConfig) -> FluxConfig {
-    FluxConfig {
-        out_channels: Some(config.out_channels()),
-        ..config.clone()
-    }
 }

@@ -27,12 +27,14 @@ use crate::joint_attention::JointAttention;
 use crate::layers::{RmsNorm, RotaryTable, linear_layer, sinusoidal_embedding};
 use crate::lora::ModelShape;
 use crate::modulation::{Embedder, Modulation, vectors};
+use crate::network_config::NetworkConfig;
 use crate::ops::attention::attention;
 use crate::ops::gate::gated_residual;
 use crate::ops::gelu::{cat_gelu_tanh, gelu_tanh};
 use crate::ops::heads::{norm_rotate, to_heads};
 use crate::ops::layer_norm::layer_norm_modulate;
 use crate::ops::silu::silu;
+use crate::weights::{Checkpoint, Layout};
 
 /// Of every norm in this network.
 const EPS: f64 = 1e-6;
@@ -173,6 +175,32 @@ impl FluxTransformer {
             None => time,
         };
         time + embed.text_embedder.forward(input.pooled.clone())
+    }
+}
+
+impl NetworkConfig for FluxConfig {
+    type Network = FluxTransformer;
+
+    fn problem(&self) -> Option<String> {
+        Self::problem(self)
+    }
+
+    fn of_tensors(
+        checkpoint: &Checkpoint,
+        hint: Option<&Self>,
+    ) -> Result<(Layout, Self), WeightsError> {
+        checkpoint.transformer(hint)
+    }
+
+    fn normalized(&self) -> Self {
+        Self {
+            out_channels: Some(self.out_channels()),
+            ..self.clone()
+        }
+    }
+
+    fn network(&self, device: &Device) -> FluxTransformer {
+        FluxTransformer::new(self, device)
     }
 }
 

@@ -8,59 +8,34 @@ use crate::error::WeightsError;
 use crate::flux2::autoencoder::Flux2Autoencoder;
 use crate::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
 use crate::flux2::transformer::Flux2Transformer;
+use crate::network_config::NetworkConfig;
 use crate::pipeline::read_config;
-use crate::sizes::differences;
 use crate::weights::{Checkpoint, Layout};
 
-/// Loads a transformer from a component folder or a single file in either layout.
-///
-/// # Errors
-/// A malformed file, shapes that disagree with the folder's configuration, a tensor missing or left over.
-pub fn load_transformer(
-    path: &Path,
-    config: Option<&Flux2Config>,
-    device: &Device,
-) -> Result<Flux2Transformer, WeightsError> {
-    let (checkpoint, layout, config) = open_transformer(path, config)?;
-    checkpoint.load(Flux2Transformer::new(&config, device), layout, device)
-}
+impl NetworkConfig for Flux2Config {
+    type Network = Flux2Transformer;
 
-/// The files of a transformer and the architecture they hold.
-///
-/// # Errors
-/// As [`load_transformer`], as far as headers show it.
-pub fn open_transformer(
-    path: &Path,
-    config: Option<&Flux2Config>,
-) -> Result<(Checkpoint, Layout, Flux2Config), WeightsError> {
-    let own: Option<Flux2Config> = match path.is_dir() {
-        true => Some(read_config(
-            &path.join("config.json"),
-            Flux2Config::problem,
-        )?),
-        false => None,
-    };
-    let checkpoint = Checkpoint::open(path)?;
-    let (layout, inferred) = transformer(&checkpoint, own.as_ref().or(config))?;
-    if let Some(stated) = &own {
-        let (stated, found) = (normalized(stated), normalized(&inferred));
-        if stated != found {
-            let reason = differences(&stated, &found);
-            return Err(WeightsError::Config {
-                path: checkpoint.path().into(),
-                reason,
-            });
+    fn problem(&self) -> Option<String> {
+        Self::problem(self)
+    }
+
+    fn of_tensors(
+        checkpoint: &Checkpoint,
+        hint: Option<&Self>,
+    ) -> Result<(Layout, Self), WeightsError> {
+        transformer(checkpoint, hint)
+    }
+
+    fn normalized(&self) -> Self {
+        Self {
+            out_channels: Some(self.out_channels()),
+            mlp_ratio: ratio_of(self.mlp_hidden(), self.hidden_size()),
+            ..self.clone()
         }
     }
-    Ok((checkpoint, layout, inferred))
-}
 
-/// With what may be left out written down, so that two ways to state one architecture are equal.
-pub(super) fn normalized(config: &Flux2Config) -> Flux2Config {
-    Flux2Config {
-        out_channels: Some(config.out_channels()),
-        mlp_ratio: ratio_of(config.mlp_hidden(), config.hidden_size()),
-        ..config.clone()
+    fn network(&self, device: &Device) -> Flux2Transformer {
+        Flux2Transformer::new(self, device)
     }
 }
 
@@ -76,7 +51,7 @@ fn ratio_of(width: usize, hidden: usize) -> f64 {
 /// Loads an autoencoder from a component folder or a single file in either layout.
 ///
 /// # Errors
-/// As [`load_transformer`].
+/// A malformed file, or a tensor that is missing, left over or of another shape.
 pub fn load_autoencoder(
     path: &Path,
     config: Option<&Flux2AutoencoderConfig>,
@@ -471,7 +446,7 @@ mod tests {
     #[test]
     fn a_file_of_another_model_is_named() {
         let error = |path: &str| {
-            let loaded = load_transformer(&case(path), None, &Device::flex());
+            let loaded = Flux2Config::load(&case(path), None, &Device::flex());
             loaded.expect_err("another model").to_string()
         };
         let flux1 = std::fs::read_dir(case("parity/bfl_transformer")).expect("the fixture");
@@ -487,7 +462,7 @@ mod tests {
         assert!(error.to_string().contains("bn.running_mean"), "{error}");
         // The rotary axes of the tiny network's heads are in no tensor.
         let file = "parity/flux2_bfl_transformer/flux2-tiny-klein.safetensors";
-        let error = load_transformer(&case(file), None, &Device::flex()).expect_err("no axes");
+        let error = Flux2Config::load(&case(file), None, &Device::flex()).expect_err("no axes");
         assert!(error.to_string().contains("rotary axes"), "{error}");
     }
 }

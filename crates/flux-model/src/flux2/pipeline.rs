@@ -2,26 +2,25 @@
 //!
 //! Source: diffusers 0.38 `Flux2KleinPipeline`.
 
-use std::path::Path;
-
 use burn::tensor::{Device, Tensor, TensorData};
 use lora_core::files::host::HostTensor;
 use lora_core::state::host_tensor;
-use serde_json::Value;
 
 use crate::error::WeightsError;
-use crate::family::{ComponentFile, Family, Sampling, TokenCount, TokenCounter};
+use crate::family::{
+    ComponentFile, Family, Sampling, TokenCount, TokenCounter, transformer_config,
+};
 use crate::flux2::autoencoder::Flux2Autoencoder;
 use crate::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
 use crate::flux2::latent::{image_positions, pack, text_positions, unpack};
-use crate::flux2::load::{load_autoencoder, load_transformer, normalized, open_transformer};
+use crate::flux2::load::load_autoencoder;
 use crate::flux2::schedule::empirical_mu;
 use crate::flux2::text::KleinTextEncoder;
 use crate::flux2::transformer::{Flux2Input, Flux2Transformer};
 use crate::lora::ModelShape;
+use crate::network_config::NetworkConfig;
 use crate::pipeline::PipelineFolder;
 use crate::scheduler::SchedulerConfig;
-use crate::sizes::differences;
 use crate::text::qwen3::{Qwen3Config, Qwen3Text};
 use crate::text::qwen3_tokenizer::QwenTokenizer;
 use crate::weights::{Layout, checkpoint_tensors};
@@ -37,10 +36,6 @@ pub struct Flux2 {
     scheduler: SchedulerConfig,
 }
 
-fn transformer_config(folder: &PipelineFolder) -> Result<Flux2Config, WeightsError> {
-    folder.config("transformer/config.json", Flux2Config::problem)
-}
-
 impl Flux2 {
     /// Whether the network was distilled to few steps without guidance.
     pub fn is_distilled(&self) -> bool {
@@ -50,6 +45,7 @@ impl Flux2 {
 
 impl Family for Flux2 {
     type Network = Flux2Transformer;
+    type Config = Flux2Config;
     type TextEncoders = KleinTextEncoder;
     type Autoencoder = Flux2Autoencoder;
     type Text = Tensor<3>;
@@ -90,7 +86,7 @@ impl Family for Flux2 {
     ) -> Result<Vec<ComponentFile>, WeightsError> {
         let vae = folder.config("vae/config.json", Flux2AutoencoderConfig::problem)?;
         let text = folder.config("text_encoder/config.json", Qwen3Config::problem)?;
-        let transformer = Flux2Transformer::new(&transformer_config(folder)?, device);
+        let transformer = transformer_config::<Flux2Config>(folder)?.network(device);
         let (vae, text) = (
             Flux2Autoencoder::new(&vae, device),
             Qwen3Text::new(&text, device),
@@ -116,7 +112,7 @@ impl Family for Flux2 {
     }
 
     fn describe(&self) -> Result<String, WeightsError> {
-        let flux = transformer_config(&self.folder)?;
+        let flux: Flux2Config = transformer_config(&self.folder)?;
         let guidance = match (self.is_distilled(), flux.guidance_embeds) {
             (true, _) => "distilled",
             (false, true) => "embedded",
@@ -135,54 +131,6 @@ impl Family for Flux2 {
             self.autoencoder.downscale(),
             self.autoencoder.latent_channels,
         ))
-    }
-
-    fn network(&self, device: &Device) -> Result<Flux2Transformer, WeightsError> {
-        let stated = transformer_config(&self.folder).ok();
-        load_transformer(self.folder.transformer_path(), stated.as_ref(), device)
-    }
-
-    fn outline(&self, device: &Device) -> Result<Flux2Transformer, WeightsError> {
-        let stated = transformer_config(&self.folder).ok();
-        let (_, _, config) = open_transformer(self.folder.transformer_path(), stated.as_ref())?;
-        Ok(Flux2Transformer::new(&config, device))
-    }
-
-    fn new_network(config: Value, device: &Device) -> Result<Flux2Transformer, String> {
-        let config = parse_config(config)?;
-        Ok(Flux2Transformer::new(&config, device))
-    }
-
-    fn network_at(
-        path: &Path,
-        config: Option<&Value>,
-        device: &Device,
-    ) -> Result<Flux2Transformer, WeightsError> {
-        let mismatch = |reason| WeightsError::Config {
-            path: path.into(),
-            reason,
-        };
-        let stated = config.cloned().map(parse_config).transpose();
-        let stated = stated.map_err(mismatch)?;
-        let network = load_transformer(path, stated.as_ref(), device)?;
-        let found = normalized(network.config());
-        match stated {
-            Some(stated) if normalized(&stated) != found => {
-                Err(mismatch(differences(&normalized(&stated), &found)))
-            }
-            _ => Ok(network),
-        }
-    }
-
-    fn distilled_from(&self) -> Option<String> {
-        if !self.is_distilled() {
-            return None;
-        }
-        let size = match transformer_config(&self.folder).ok()?.hidden_size() {
-            4096 => "9B",
-            _ => "4B",
-        };
-        Some(format!("FLUX.2-klein-base-{size}"))
     }
 
     fn sampling(&self) -> Sampling {
@@ -304,13 +252,5 @@ impl Family for Flux2 {
 
     fn training_mu(&self, image_tokens: usize) -> f64 {
         empirical_mu(image_tokens, TRAINING_STEPS)
-    }
-}
-
-fn parse_config(config: Value) -> Result<Flux2Config, String> {
-    let config: Flux2Config = serde_json::from_value(config).map_err(|error| error.to_string())?;
-    match config.problem() {
-        None => Ok(config),
-        Some(problem) => Err(problem),
     }
 }
