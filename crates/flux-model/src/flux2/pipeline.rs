@@ -22,7 +22,7 @@ use crate::network_config::NetworkConfig;
 use crate::pipeline::PipelineFolder;
 use crate::scheduler::SchedulerConfig;
 use crate::text::qwen3::{Qwen3Config, Qwen3Text};
-use crate::text::qwen3_tokenizer::QwenTokenizer;
+use crate::text::tokenizer::QwenTokenizer;
 use crate::weights::{Layout, checkpoint_tensors};
 
 /// Steps whose shift training's `flux` shift takes: those that the networks that can be trained are sampled with.

@@ -9,7 +9,7 @@ use lora_core::state::host_tensor;
 use crate::error::WeightsError;
 use crate::family::{Adapt, TextEncoders};
 use crate::text::qwen3::Qwen3Encoder;
-use crate::text::qwen3_tokenizer::QwenTokenizer;
+use crate::text::tokenizer::QwenTokenizer;
 
 /// Qwen3 with its tokenizer.
 pub struct KleinTextEncoder {

@@ -2,6 +2,5 @@
 
 pub mod clip;
 pub mod qwen3;
-pub mod qwen3_tokenizer;
 pub mod t5;
 pub mod tokenizer;

@@ -10,7 +10,7 @@ use flux_model::flux2::load::load_autoencoder;
 use flux_model::pipeline::PipelineFolder;
 use flux_model::sampler::Denoise;
 use flux_model::text::qwen3::{Qwen3Config, Qwen3Encoder};
-use flux_model::text::qwen3_tokenizer::{QwenTokenizer, QwenTokens};
+use flux_model::text::tokenizer::{QwenTokenizer, QwenTokens};
 use lora_core::files::host::HostTensor;
 use lora_core::state::host_tensor;
 

@@ -17,10 +17,9 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{SplitDelimiterBehavior, Tokenizer};
 
-use crate::text::tokenizer::{
-    Cause, Result, Settings, TokenizerError, check_added_tokens, count_tokens, first_tokens,
-    malformed, parse_merges, read, token_id,
-};
+use super::error::{Cause, Result, TokenizerError, malformed};
+use super::files::{Settings, parse_merges, read};
+use super::framed::{check_added_tokens, count_tokens, first_tokens, token_id};
 
 /// Words of Qwen: contractions, letters with one other character before, single digits, other characters with the line
 /// ends after them, blanks.
