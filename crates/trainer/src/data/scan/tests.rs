@@ -1,3 +1,5 @@
+use std::path::Path;
+
 use super::*;
 use crate::data::image::{ImageLimits, load_image};
 use crate::data::testing::{folder, jpeg, line, png, section, webp};
