@@ -18,7 +18,7 @@ use burn::nn::transformer::{
     TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput,
 };
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig};
-use burn::optim::{AdamW, AdamWConfig, GradientsParams};
+use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{Device, Int, Tensor};
 use flux_lora_examples::{fresh_run, root};
 use lora_core::state::count_parameters;
@@ -88,7 +88,7 @@ fn pretrain(mut model: Classifier, data: &Photographs, device: &Device) -> Resul
 // ---- The same loop with an adapter: gradients and optimizer state by parameter path, so that they can be saved. ----
 
 /// The model with its adapter, the optimizer, and the number of steps made.
-type Run = Training<Classifier, AdamW, u64>;
+type Run = Training<Classifier, u64>;
 
 fn lora_config() -> LoraConfig {
     // Endings of paths, as in PEFT; `"all-linear".into()` would be all of them.

@@ -14,7 +14,7 @@
 //! | `state` | the state of adapters alone, counts, values on the host |
 //! | `kinds/` | LoRA, LoHa, LoKr, parameters trained in full: what they consist of and how they start |
 //! | `peft/` | PEFT's configuration, rules, names, file and folder |
-//! | `training/` | gradients and optimizer state by parameter path, dropout as a function of (seed, step, layer), restoring in order, per-block recompute |
+//! | `training/` | optimizers by name, gradients and optimizer state by parameter path, dropout as a function of (seed, step, layer), restoring in order, per-block recompute |
 //! | `files/` | strict safetensors and JSON, tensors on the host, files replaced whole; no Burn |
 //! | `linalg`, `random` | QR and SVD on the host; random numbers named by what they are for |
 
@@ -54,5 +54,7 @@ mod tests;
 mod tests_attach;
 #[cfg(test)]
 mod tests_initial;
+#[cfg(test)]
+mod tests_optimizers;
 #[cfg(test)]
 mod tests_peft;

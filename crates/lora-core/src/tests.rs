@@ -306,7 +306,7 @@ fn dropout_is_a_function_of_seed_and_step_and_refused_on_the_dense_path() {
     );
 }
 
-fn trained(steps: u64) -> (Mlp, PathOptimizer<burn::optim::AdamW>) {
+fn trained(steps: u64) -> (Mlp, PathOptimizer) {
     let device = Device::flex();
     let mut model = attach(
         Mlp::new(8, &device.clone().autodiff()),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use burn::module::{Lora as BurnLora, Module, Param};
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, LinearLayout};
-use burn::optim::{AdafactorConfig, AdamWConfig, Optimizer, SgdConfig, momentum::MomentumConfig};
+use burn::optim::{AdafactorConfig, AdamWConfig, SgdConfig, momentum::MomentumConfig};
 use burn::tensor::{Device, Tensor};
 
 use crate::attach::Plan;
@@ -14,6 +14,7 @@ use crate::peft::{InitLoraWeights, Targets};
 use crate::state::{adapter_state, check_finite, count_parameters, trainable_parameters};
 use crate::test_model::{Mlp, input, values};
 use crate::training::OptimizerState;
+use crate::training::optimizers::UpdateRule;
 use crate::*;
 
 fn config(target: &str) -> LoraConfig {
@@ -29,7 +30,7 @@ fn autodiff() -> Device {
     Device::flex().autodiff()
 }
 
-fn adapted() -> Mlp {
+pub(crate) fn adapted() -> Mlp {
     attach(Mlp::new(8, &autodiff()), config("up").fresh(1)).expect("fits")
 }
 
@@ -175,7 +176,7 @@ fn decompositions_that_would_never_end_are_refused() {
     );
 }
 
-fn gradients(model: &Mlp) -> Gradients {
+pub(crate) fn gradients(model: &Mlp) -> Gradients {
     let loss = model
         .fast(input(5, 8, &Device::flex()).autodiff())
         .square()
@@ -212,9 +213,9 @@ fn a_step_that_is_refused_changes_nothing() {
 }
 
 /// Four steps, saved after two: as if it had never stopped.
-fn resumes<O: Optimizer>(optimizer: impl Fn() -> O, tensors: usize) {
+fn resumes<R: Into<UpdateRule>>(optimizer: impl Fn() -> R, tensors: usize) {
     let (mut model, mut straight) = (adapted(), PathOptimizer::new(optimizer()));
-    let step = |model: &mut Mlp, optimizer: &mut PathOptimizer<O>| {
+    let step = |model: &mut Mlp, optimizer: &mut PathOptimizer| {
         let found = gradients(model);
         optimizer.step(1e-2, model, found).expect("complete");
     };

@@ -139,7 +139,7 @@ fn a_trained_split_adapter_is_saved_as_peft_converts_it() {
     }
 }
 
-fn train(mut model: Mlp, optimizer: &mut PathOptimizer<burn::optim::AdamW>, steps: u64) -> Mlp {
+fn train(mut model: Mlp, optimizer: &mut PathOptimizer, steps: u64) -> Mlp {
     let expected = Expected::new();
     for step in 0..steps {
         let scope = DropoutScope::enter(1, step % 3);

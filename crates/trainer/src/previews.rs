@@ -84,7 +84,8 @@ impl<'a, F: Family> Previews<'a, F> {
         else {
             return Ok(());
         };
-        let model = training.model.valid();
+        let average = training.optimizer.averaged(&training.model);
+        let model = average.as_ref().unwrap_or(&training.model).valid();
         let text = |parts: &Vec<HostTensor>| F::text(parts.clone(), &device.device);
         let negative = self.negative.as_ref().map(text);
         let latents: Vec<_> = self

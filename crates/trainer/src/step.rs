@@ -5,7 +5,6 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use burn::optim::Optimizer;
 use flux_model::family::Network;
 use lora_core::state::check_finite;
 use lora_core::training::DropoutScope;
@@ -60,8 +59,8 @@ pub struct Stepped {
 /// # Errors
 /// A micro-batch that cannot be had, a loss or gradient that is not finite, a run that has diverged or collapsed, an update
 /// that is not finite. The model may be updated then, and is not to be saved.
-pub fn step<N: Network, O: Optimizer>(
-    training: &mut Training<N, O, Progress>,
+pub fn step<N: Network>(
+    training: &mut Training<N, Progress>,
     rule: &Rule,
     mut draw: impl FnMut(u64) -> anyhow::Result<Drawn<N::Input>>,
 ) -> anyhow::Result<Stepped> {

@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, anyhow, bail};
-use burn::optim::{AdamW, AdamWConfig};
 use flux_model::families::{self, Visitor};
 use flux_model::family::{Family, Network};
 use flux_model::pipeline::PipelineFolder;
@@ -14,6 +13,7 @@ use flux_model::weights::Checkpoint;
 use lora_core::attach::{NewAdapter, Plan, targeted};
 use lora_core::peft::Targets;
 use lora_core::state::count_parameters;
+use lora_core::training::optimizers::UpdateRule;
 use lora_core::{LoraConfig, LoraError, PathOptimizer, Training, attach};
 use serde::Serialize;
 use tracing::{info, warn};
@@ -170,7 +170,7 @@ fn train_family<F: Family>(
     )?;
 
     let lora = config.lora.config();
-    let optimizer = adamw(config);
+    let optimizer = UpdateRule::from(&config.optimizer.rule);
     let model = family
         .network(&device.device.clone().autodiff())
         .context("load the transformer")?;
@@ -224,6 +224,7 @@ fn train_family<F: Family>(
             loss: losses.fold(0.0, |sum, &loss| sum + f64::from(loss) / accumulation),
             grad_norm: stepped.grad_norm,
             lr: rule.lr,
+            d: training.optimizer.found_step_size(),
         };
         drop(stepped);
         saver.metrics.append(&RealFs, &metrics)?;
@@ -284,6 +285,9 @@ struct StepMetrics {
     loss: f64,
     grad_norm: f64,
     lr: f64,
+    /// The step size that Prodigy has found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    d: Option<f64>,
 }
 
 /// How the step after `step` steps is made.
@@ -400,23 +404,13 @@ fn explain_targets(error: LoraError, targets: &Targets) -> anyhow::Error {
 fn start<N: Network>(
     model: N,
     adapter: NewAdapter,
-    optimizer: AdamW,
+    optimizer: UpdateRule,
 ) -> anyhow::Result<RunTraining<N>> {
     Ok(Training {
         model: attach(model, adapter)?,
         optimizer: PathOptimizer::new(optimizer),
         progress: Progress::default(),
     })
-}
-
-fn adamw(config: &RunConfig) -> AdamW {
-    let optimizer = &config.optimizer;
-    AdamWConfig::new()
-        .with_beta_1(optimizer.betas[0] as f32)
-        .with_beta_2(optimizer.betas[1] as f32)
-        .with_epsilon(optimizer.eps as f32)
-        .with_weight_decay(optimizer.weight_decay as f32)
-        .build()
 }
 
 /// The pipeline folder, with the single files that the configuration puts in place of its components.

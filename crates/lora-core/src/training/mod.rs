@@ -1,8 +1,9 @@
-//! What a training loop needs: gradients and optimizer state by parameter path, restoring in order, per-block recompute.
+//! What a training loop needs: optimizers by name, gradients and optimizer state by parameter path, restoring in order, per-block recompute.
 
 pub(crate) mod dropout;
 pub(crate) mod gradients;
 pub(crate) mod optimizer;
+pub mod optimizers;
 pub mod recompute;
 pub(crate) mod record;
 

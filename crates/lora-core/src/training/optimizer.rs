@@ -1,4 +1,4 @@
-//! Optimizer state by parameter path, around Burn's per-tensor optimizers.
+//! Optimizer state by parameter path, around Burn's per-tensor optimizers and ours.
 //!
 //! Burn's `ModuleOptimizer` keys its state by `ParamId`, random in every process, and skips what it cannot match without a
 //! word. Here every trainable parameter must find its state, and every stored state its parameter, or loading fails.
@@ -7,25 +7,29 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 
 use burn::module::{Module, ModuleMapper, Param};
-use burn::optim::{DynOptimizer, DynState, Optimizer, StateSink, StateSource};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::optim::{DynState, StateSink, StateSource};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use burn_pack::Scalar;
 use serde::{Deserialize, Serialize};
 
 use crate::error::LoraError;
-use crate::files::host::HostTensor;
+use crate::files::host::{Dtype, HostTensor};
 use crate::files::safetensors::{TensorFile, serialize, write_tensors};
-use crate::state::trainable_parameters;
+use crate::state::{gathered, trainable_parameters};
 use crate::training::gradients::Gradients;
+use crate::training::optimizers::schedule_free::ScheduleFree;
+use crate::training::optimizers::{Kind, UpdateRule};
+use crate::walk::walk;
 
-/// A per-tensor optimizer of Burn (`AdamWConfig::build()`) and its state for every parameter.
+/// A per-tensor optimizer of Burn (`AdamWConfig::build()`), or one of [`OptimizerConfig`](crate::OptimizerConfig), and its
+/// state for every parameter.
 #[derive(Clone)]
-pub struct PathOptimizer<O: Optimizer> {
-    optimizer: O,
+pub struct PathOptimizer {
+    rule: UpdateRule,
     state: BTreeMap<String, DynState>,
 }
 
-impl<O: Optimizer> std::fmt::Debug for PathOptimizer<O> {
+impl std::fmt::Debug for PathOptimizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("PathOptimizer")
             .field("parameters", &self.state.len())
@@ -36,7 +40,7 @@ impl<O: Optimizer> std::fmt::Debug for PathOptimizer<O> {
 /// Optimizer state outside the program: tensors by name, and the scalars (such as the step count) beside them.
 #[derive(Debug, Clone, Default)]
 pub struct OptimizerState {
-    /// `<parameter path>.<state name>` to values, f32.
+    /// `<parameter path>.<state name>` to values: f32, or codes of 8 bits.
     pub tensors: BTreeMap<String, HostTensor>,
     /// The rest.
     pub scalars: OptimizerScalars,
@@ -48,7 +52,7 @@ pub struct OptimizerState {
 pub struct OptimizerScalars {
     /// Parameter path to number of dimensions.
     ranks: BTreeMap<String, usize>,
-    /// `<parameter path>.<state name>` to value.
+    /// `<parameter path>.<state name>` to value; without a path what all parameters share.
     values: BTreeMap<String, serde_json::Value>,
 }
 
@@ -88,11 +92,11 @@ impl OptimizerState {
     }
 }
 
-impl<O: Optimizer> PathOptimizer<O> {
+impl PathOptimizer {
     /// An optimizer that has made no step.
-    pub fn new(optimizer: O) -> Self {
+    pub fn new(rule: impl Into<UpdateRule>) -> Self {
         Self {
-            optimizer,
+            rule: rule.into(),
             state: BTreeMap::new(),
         }
     }
@@ -126,6 +130,23 @@ impl<O: Optimizer> PathOptimizer<O> {
                 ));
             }
         }
+        if let Kind::Prodigy(prodigy) = &mut self.rule.0 {
+            let mut terms = [Vec::new(), Vec::new()];
+            walk(model, |found| {
+                if found.param().is_trainable()
+                    && let Some(gradient) = gradients.get(&found.path())
+                {
+                    let tensor = found.param().values().0.inner();
+                    let state = self.state.get(&found.path());
+                    let state = state.map(DynState::downcast_ref);
+                    let found = prodigy.terms(learning_rate, tensor, gradient.clone(), state);
+                    for (terms, term) in terms.iter_mut().zip(found) {
+                        terms.push(term);
+                    }
+                }
+            });
+            prodigy.adapt(learning_rate, terms.map(sum_on_host));
+        }
         let mut walk = Walk {
             owner: self,
             gradients,
@@ -136,13 +157,41 @@ impl<O: Optimizer> PathOptimizer<O> {
         Ok(())
     }
 
+    /// The step size that Prodigy has found; the learning rate is a factor on it.
+    pub fn found_step_size(&self) -> Option<f64> {
+        match &self.rule.0 {
+            Kind::Prodigy(prodigy) => Some(prodigy.step_size_found()),
+            _ => None,
+        }
+    }
+
+    /// The model with the weights to use, where they are not those that are trained: the average of a schedule-free optimizer.
+    pub fn averaged<M: Module>(&self, model: &M) -> Option<M> {
+        let Kind::ScheduleFree(rule) = &self.rule.0 else {
+            return None;
+        };
+        Some(model.clone().map(&mut Average {
+            rule,
+            state: &self.state,
+            path: Vec::new(),
+        }))
+    }
+
     /// A copy of the state on the host.
     pub fn state(&self) -> OptimizerState {
         let mut sink = StateSink::default();
         let mut scalars = OptimizerScalars::default();
         for (path, state) in &self.state {
             scalars.ranks.insert(path.clone(), state.rank());
-            self.optimizer.state_flatten(path, state, &mut sink);
+            self.rule
+                .0
+                .of_tensors()
+                .state_flatten(path, state, &mut sink);
+        }
+        if let Kind::Prodigy(prodigy) = &self.rule.0 {
+            let shared = prodigy.shared().into_iter();
+            sink.scalars
+                .extend(shared.map(|(name, value)| (name.into(), value)));
         }
         for (name, value) in sink.scalars {
             let value = match value {
@@ -156,14 +205,7 @@ impl<O: Optimizer> PathOptimizer<O> {
         let tensors = sink
             .tensors
             .into_iter()
-            .map(|(name, data)| {
-                let shape = data.shape().to_vec();
-                let values = data
-                    .convert::<f32>()
-                    .try_into_vec::<f32>()
-                    .expect("converted to f32");
-                (name, HostTensor::from_f32(shape, &values))
-            })
+            .map(|(name, data)| (name, to_host(data)))
             .collect();
         OptimizerState { tensors, scalars }
     }
@@ -176,14 +218,14 @@ impl<O: Optimizer> PathOptimizer<O> {
     /// A parameter without state, a state without parameter, a tensor or number of it that is missing, left over, not finite
     /// or of another shape than the optimizer's.
     pub fn restore(
-        optimizer: O,
+        rule: impl Into<UpdateRule>,
         state: OptimizerState,
         trainable: &BTreeMap<String, Vec<usize>>,
         device: &Device,
     ) -> Result<Self, LoraError> {
         let fail = |text: String| Err(LoraError::Optimizer(text));
         let OptimizerState { tensors, scalars } = state;
-        let mut restored = Self::new(optimizer);
+        let mut restored = Self::new(rule);
         let mut expected = StateSink::default();
         for (path, shape) in trainable {
             let has_state = restored.describe(path, shape, device, &mut expected)?;
@@ -206,11 +248,15 @@ impl<O: Optimizer> PathOptimizer<O> {
         if let Some(path) = stored.find(|path| !trainable.contains_key(*path)) {
             return fail(format!("the state of `{path}` has no parameter"));
         }
-        let expected_shapes: BTreeMap<String, Vec<usize>> = (expected.tensors.into_iter())
-            .map(|(name, data)| (name, data.shape().to_vec()))
+        if let Kind::Prodigy(prodigy) = &restored.rule.0 {
+            let shared = prodigy.shared().into_iter();
+            (expected.scalars).extend(shared.map(|(name, value)| (name.into(), value)));
+        }
+        let expected_tensors: BTreeMap<String, HostTensor> = (expected.tensors.into_iter())
+            .map(|(name, data)| (name, to_host(data)))
             .collect();
         for (name, tensor) in &tensors {
-            let Some(shape) = expected_shapes.get(name) else {
+            let Some(HostTensor { shape, dtype, .. }) = expected_tensors.get(name) else {
                 let mut paths = trainable.keys();
                 let is_owned = paths.any(|path| {
                     let rest = name.strip_prefix(path.as_str());
@@ -227,6 +273,9 @@ impl<O: Optimizer> PathOptimizer<O> {
                     tensor.shape
                 ));
             }
+            if tensor.dtype != *dtype {
+                return fail(format!("`{name}` is {}, not {dtype}", tensor.dtype));
+            }
             if let Some(index) = tensor.first_non_finite() {
                 return Err(LoraError::NotFinite {
                     key: name.clone(),
@@ -234,7 +283,7 @@ impl<O: Optimizer> PathOptimizer<O> {
                 });
             }
         }
-        let mut expected_names = expected_shapes.keys();
+        let mut expected_names = expected_tensors.keys();
         if let Some(name) = expected_names.find(|name| !tensors.contains_key(*name)) {
             return fail(format!(
                 "the stored state is incomplete: `{name}` is missing"
@@ -265,13 +314,23 @@ impl<O: Optimizer> PathOptimizer<O> {
             };
             values.insert(name, scalar);
         }
+        if let Kind::Prodigy(prodigy) = &mut restored.rule.0
+            && !prodigy.restore_shared(|name| values.get(name).copied())
+        {
+            return fail("the step size that all parameters share is no number".into());
+        }
         let mut source = StateSource::new(values);
         for (name, tensor) in tensors {
-            source.insert_tensor(name, TensorData::new(tensor.to_f32(), tensor.shape));
+            let data = match tensor.dtype {
+                Dtype::U8 => TensorData::new(tensor.bytes, tensor.shape),
+                _ => TensorData::new(tensor.to_f32(), tensor.shape),
+            };
+            source.insert_tensor(name, data);
         }
         for (path, _) in scalars.ranks {
             let rank = trainable[&path].len();
-            let state = (restored.optimizer).state_unflatten(rank, &path, &mut source, device);
+            let rule = restored.rule.0.of_tensors();
+            let state = rule.state_unflatten(rank, &path, &mut source, device);
             let Some(state) = state else {
                 return fail(format!("the stored state of `{path}` is incomplete"));
             };
@@ -300,26 +359,80 @@ impl<O: Optimizer> PathOptimizer<O> {
             }
         };
         if let Some(state) = &state {
-            self.optimizer.state_flatten(path, state, into);
+            self.rule.0.of_tensors().state_flatten(path, state, into);
         }
         Ok(state.is_some())
     }
 
     fn first_state<const D: usize>(&self, shape: &[usize], device: &Device) -> Option<DynState> {
-        let zeros = || Tensor::<D>::zeros(shape.to_vec(), device);
-        let (_, state) = self.optimizer.step(0.0, zeros(), zeros(), None);
-        state.map(|state| DynState::create(state, D))
+        let zeros = || Tensor::<D>::zeros(shape.to_vec(), device).into_bridge();
+        let rule = self.rule.0.of_tensors();
+        let (_, state) = rule.step_dyn(D, 0.0, zeros(), zeros(), None);
+        state
     }
 }
 
-struct Walk<'a, O: Optimizer> {
-    owner: &'a mut PathOptimizer<O>,
+/// A tensor of a state: codes of 8 bits, everything else f32.
+fn to_host(data: TensorData) -> HostTensor {
+    let shape = data.shape().to_vec();
+    if data.dtype() == DType::U8 {
+        let bytes = data.try_into_vec().expect("checked above");
+        let dtype = Dtype::U8;
+        return HostTensor {
+            dtype,
+            shape,
+            bytes,
+        };
+    }
+    let data = data.convert::<f32>();
+    let values: Vec<f32> = data.try_into_vec().expect("converted to f32");
+    HostTensor::from_f32(shape, &values)
+}
+
+/// The sum over all values of all tensors, in f64 and in their order.
+fn sum_on_host(tensors: Vec<Tensor<1>>) -> f64 {
+    let values = gathered(tensors.into_iter().enumerate()).into_values();
+    values.flatten().map(f64::from).sum()
+}
+
+/// Puts the average of each trainable parameter in its place.
+struct Average<'a> {
+    rule: &'a ScheduleFree,
+    state: &'a BTreeMap<String, DynState>,
+    path: Vec<String>,
+}
+
+impl ModuleMapper for Average<'_> {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if !param.is_initialized() || !param.is_require_grad() {
+            return param;
+        }
+        let Some(state) = self.state.get(&self.path.join(".")) else {
+            return param; // no step was made yet
+        };
+        param.map(|tensor| {
+            let average = self.rule.average(tensor.inner(), state.downcast_ref());
+            Tensor::from_inner(average).require_grad()
+        })
+    }
+}
+
+struct Walk<'a> {
+    owner: &'a mut PathOptimizer,
     gradients: Gradients,
     learning_rate: f64,
     path: Vec<String>,
 }
 
-impl<O: Optimizer> ModuleMapper for Walk<'_, O> {
+impl ModuleMapper for Walk<'_> {
     fn enter_module(&mut self, name: &str, _: &str) {
         self.path.push(name.into());
     }
@@ -336,23 +449,19 @@ impl<O: Optimizer> ModuleMapper for Walk<'_, O> {
         let Some(gradient) = self.gradients.remove(&path) else {
             return param; // the paths were compared before
         };
-        let gradient = gradient.reshape(param.shape());
-        let state = self
-            .owner
-            .state
-            .remove(&path)
-            .map(|state| state.downcast::<O::State<D>>());
+        let gradient = gradient.reshape::<D, _>(param.shape()).into_bridge();
+        let PathOptimizer { rule, state } = &mut *self.owner;
+        let before = state.remove(&path);
         let mut next = None;
         let param = param.map(|tensor| {
+            let tensor = tensor.inner().into_bridge();
             let (tensor, state) =
-                self.owner
-                    .optimizer
-                    .step(self.learning_rate, tensor.inner(), gradient, state);
+                (rule.0.of_tensors()).step_dyn(D, self.learning_rate, tensor, gradient, before);
             next = state;
-            Tensor::from_inner(tensor).require_grad()
+            Tensor::from_inner(Tensor::from_bridge(tensor)).require_grad()
         });
-        if let Some(state) = next {
-            self.owner.state.insert(path, DynState::create(state, D));
+        if let Some(next) = next {
+            state.insert(path, next);
         }
         param
     }

@@ -5,7 +5,6 @@
 //! without all three.
 
 use burn::module::Module;
-use burn::optim::Optimizer;
 use burn::tensor::Device;
 use derive_new::new;
 
@@ -14,6 +13,7 @@ use crate::error::LoraError;
 use crate::peft::file::AdapterFile;
 use crate::state::trainable_parameters;
 use crate::training::optimizer::{OptimizerState, PathOptimizer};
+use crate::training::optimizers::UpdateRule;
 
 /// Everything that is saved: adapters, optimizer state, and the caller's own progress `P` (step, position ...).
 ///
@@ -37,18 +37,18 @@ pub struct AdaptersRestored<M, P> {
 
 /// Adapters and optimizer restored; the position is still to come.
 #[must_use = "the position is still at zero"]
-pub struct OptimizerRestored<M, O: Optimizer, P> {
+pub struct OptimizerRestored<M, P> {
     model: M,
-    optimizer: PathOptimizer<O>,
+    optimizer: PathOptimizer,
     progress: P,
 }
 
 /// A training run in memory: fresh, or at the end of the chain.
-pub struct Training<M, O: Optimizer, P> {
+pub struct Training<M, P> {
     /// The model with its adapters.
     pub model: M,
     /// The optimizer with its state.
-    pub optimizer: PathOptimizer<O>,
+    pub optimizer: PathOptimizer,
     /// How far the run is.
     pub progress: P,
 }
@@ -77,11 +77,11 @@ impl<M: Module, P> AdaptersRestored<M, P> {
     ///
     /// # Errors
     /// As [`PathOptimizer::restore`]: state and trainable parameters differ.
-    pub fn restore_optimizer<O: Optimizer>(
+    pub fn restore_optimizer(
         self,
-        optimizer: O,
+        optimizer: impl Into<UpdateRule>,
         device: &Device,
-    ) -> Result<OptimizerRestored<M, O, P>, LoraError> {
+    ) -> Result<OptimizerRestored<M, P>, LoraError> {
         let optimizer = PathOptimizer::restore(
             optimizer,
             self.optimizer,
@@ -96,9 +96,9 @@ impl<M: Module, P> AdaptersRestored<M, P> {
     }
 }
 
-impl<M, O: Optimizer, P> OptimizerRestored<M, O, P> {
+impl<M, P> OptimizerRestored<M, P> {
     /// The run, where it stopped.
-    pub fn restore_progress(self) -> Training<M, O, P> {
+    pub fn restore_progress(self) -> Training<M, P> {
         Training {
             model: self.model,
             optimizer: self.optimizer,

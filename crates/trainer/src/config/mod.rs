@@ -18,14 +18,16 @@ use lora_core::peft::{InitLoraWeights, OneOrMany, Patterns, PeftType, Targets};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
+pub use self::optimizer::OptimizerSection;
 use self::read::{
-    Origins, absolute, check_keys, deserialize_error, insert, parse, parse_override, set_error,
-    value_error,
+    Origins, absolute, check_keys, check_optimizer, deserialize_error, insert, parse,
+    parse_override, set_error, value_error,
 };
 use self::rules::Invalid;
 use crate::nearest::{one_line, shown};
 
 mod number_or;
+mod optimizer;
 mod read;
 mod rules;
 #[cfg(test)]
@@ -287,47 +289,6 @@ impl LoraSection {
             ..LoraConfig::default()
         }
     }
-}
-
-/// How gradients become updates.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct OptimizerSection {
-    /// The update rule. Default "adamw".
-    pub name: OptimizerName,
-    /// Size of an update, before the schedule. Default 1e-4.
-    pub learning_rate: f64,
-    /// Decay per step of the running mean of the gradient and of its square, each in [0, 1). Default [0.9, 0.999].
-    pub betas: [f64; 2],
-    /// Added to the root of the second moment, above 0. Default 1e-8.
-    pub eps: f64,
-    /// Decoupled decay: each step takes `learning_rate * weight_decay` of every factor off. Default 1e-2.
-    pub weight_decay: f64,
-    /// Gradients are scaled down when their norm over all factors together exceeds this; "none" leaves them. Default 1.
-    #[serde(with = "number_or::number_or_none")]
-    pub max_grad_norm: Option<f64>,
-}
-
-impl Default for OptimizerSection {
-    fn default() -> Self {
-        Self {
-            name: OptimizerName::default(),
-            learning_rate: 1e-4,
-            betas: [0.9, 0.999],
-            eps: 1e-8,
-            weight_decay: 1e-2,
-            max_grad_norm: Some(1.0),
-        }
-    }
-}
-
-/// The update rules on offer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OptimizerName {
-    /// Adam with decoupled weight decay, arXiv:1711.05101.
-    #[default]
-    Adamw,
 }
 
 /// How the learning rate changes over the run; the rules of diffusers' `get_scheduler`.
@@ -696,6 +657,7 @@ impl RunConfig {
             insert(&mut table, &keys, value).map_err(|problem| set_error(text, &problem))?;
         }
         check_keys(&table, &origins)?;
+        check_optimizer(&table, &origins)?;
         let config: Self = table
             .try_into()
             .map_err(|error| deserialize_error(&error, &origins))?;

@@ -154,17 +154,17 @@ pub(super) fn insert(table: &mut Table, keys: &[String], value: Value) -> Result
 }
 
 /// The sections and their keys.
-pub(super) fn sections() -> [(&'static str, &'static [&'static str]); 9] {
+pub(super) fn sections() -> [(&'static str, Vec<&'static str>); 9] {
     [
-        ("model", fields_of::<ModelSection>()),
-        ("dataset", fields_of::<DatasetSection>()),
-        ("lora", fields_of::<LoraSection>()),
-        ("optimizer", fields_of::<OptimizerSection>()),
-        ("lr_scheduler", fields_of::<LrSchedulerSection>()),
-        ("train", fields_of::<TrainSection>()),
-        ("checkpoint", fields_of::<CheckpointSection>()),
-        ("export", fields_of::<ExportSection>()),
-        ("sample", fields_of::<SampleSection>()),
+        ("model", fields_of::<ModelSection>().to_vec()),
+        ("dataset", fields_of::<DatasetSection>().to_vec()),
+        ("lora", fields_of::<LoraSection>().to_vec()),
+        ("optimizer", OptimizerSection::keys()),
+        ("lr_scheduler", fields_of::<LrSchedulerSection>().to_vec()),
+        ("train", fields_of::<TrainSection>().to_vec()),
+        ("checkpoint", fields_of::<CheckpointSection>().to_vec()),
+        ("export", fields_of::<ExportSection>().to_vec()),
+        ("sample", fields_of::<SampleSection>().to_vec()),
     ]
 }
 
@@ -179,7 +179,7 @@ pub(super) fn check_keys(table: &Table, origins: &Origins) -> Result<(), ConfigE
                 .find(|key| key.split('.').next() == Some(name));
             let place = origins.place(in_set.unwrap_or(name));
             if value.is_table() {
-                let names = sections.map(|(section, _)| section);
+                let names = sections.each_ref().map(|(section, _)| *section);
                 return Err(ConfigError::UnknownSection {
                     section: one_line(name),
                     place,
@@ -206,6 +206,18 @@ pub(super) fn check_keys(table: &Table, origins: &Origins) -> Result<(), ConfigE
         }
     }
     Ok(())
+}
+
+/// Refuses options that the optimizer has not, and values that they cannot have.
+pub(super) fn check_optimizer(table: &Table, origins: &Origins) -> Result<(), ConfigError> {
+    let Some(Value::Table(section)) = table.get("optimizer") else {
+        return Ok(());
+    };
+    let read = OptimizerSection::read(section.clone());
+    read.map(drop).map_err(|(key, problem)| {
+        let key = format!("optimizer.{key}");
+        value_error(&key, &origins.place(&key), problem)
+    })
 }
 
 /// The key meant by the unknown `key` in `section`: as other trainers call it, the same in another section, or spelled
@@ -246,7 +258,13 @@ pub(super) fn deserialize_error(error: &toml::de::Error, origins: &Origins) -> C
         .and_then(|rest| rest.trim().strip_prefix("in `")?.strip_suffix('`'))
         .unwrap_or_default();
     let key: Vec<&str> = path.splitn(3, '.').take(2).collect();
-    let mut problem = one_line(error.message());
+    let problem = in_our_words(error.message());
+    value_error(&one_line(path), &origins.place(&key.join(".")), problem)
+}
+
+/// What serde says, in the user's words.
+pub(super) fn in_our_words(message: &str) -> String {
+    let mut problem = one_line(message);
     for (serde, ours) in [
         ("unknown variant", "unknown value"),
         ("expected f64", "expected a number"),
@@ -265,7 +283,7 @@ pub(super) fn deserialize_error(error: &toml::de::Error, origins: &Origins) -> C
     {
         problem = format!("{problem}: write {text} without quotes");
     }
-    value_error(&one_line(path), &origins.place(&key.join(".")), problem)
+    problem
 }
 
 pub(super) fn value_error(key: &str, place: &str, problem: String) -> ConfigError {

@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use lora_core::peft::{PeftType, Targets};
+use lora_core::training::optimizers::{OptimizerConfig, SgdOptions};
+use toml::Value;
 
 use super::{
     CheckpointSection, DatasetSection, ExportFormat, ExportSection, LoraSection, LrSchedulerName,
@@ -118,17 +120,61 @@ impl LoraSection {
 impl OptimizerSection {
     pub(super) fn check(&self) -> Result<(), Invalid> {
         ABOVE_0.check("optimizer.learning_rate", self.learning_rate)?;
-        for beta in self.betas {
-            BELOW_1.check("optimizer.betas", beta)?;
+        let options = self.options().map_err(|error| {
+            let problem = format!("cannot be written as TOML: {error}");
+            ("optimizer", problem)
+        })?;
+        for (key, rule) in OPTIMIZER_OPTIONS {
+            let numbers = match options.get(key.trim_start_matches("optimizer.")) {
+                Some(Value::Array(numbers)) => numbers.clone(),
+                number => number.cloned().into_iter().collect(),
+            };
+            for number in numbers.iter().filter_map(Value::as_float) {
+                rule.check(key, number)?;
+            }
         }
-        ABOVE_0.check("optimizer.eps", self.eps)?;
-        AT_LEAST_0.check("optimizer.weight_decay", self.weight_decay)?;
+        match &self.rule {
+            OptimizerConfig::ScheduleFreeAdamw(options) => {
+                ABOVE_0.check("optimizer.betas", options.betas[0])?;
+            }
+            OptimizerConfig::Sgd(options) => check_momentum(options)?,
+            _ => {}
+        }
         if let Some(norm) = self.max_grad_norm {
             let rule = Rule("above 0, or \"none\" for no clipping", ABOVE_0.1);
             rule.check("optimizer.max_grad_norm", norm)?;
         }
         Ok(())
     }
+}
+
+/// The options of optimizers, and what they must be.
+const OPTIMIZER_OPTIONS: [(&str, Rule); 13] = [
+    ("optimizer.betas", BELOW_1),
+    ("optimizer.eps", ABOVE_0),
+    ("optimizer.weight_decay", AT_LEAST_0),
+    ("optimizer.momentum", BELOW_1),
+    ("optimizer.dampening", BELOW_1),
+    ("optimizer.beta2_decay", Rule("below 0", |x| x < 0.0)),
+    ("optimizer.d", Rule("at least 1", |x| x >= 1.0)),
+    ("optimizer.beta3", BELOW_1),
+    ("optimizer.d0", ABOVE_0),
+    ("optimizer.d_coef", ABOVE_0),
+    ("optimizer.growth_rate", Rule("above 1", |x| x > 1.0)),
+    ("optimizer.r", AT_LEAST_0),
+    ("optimizer.weight_lr_power", AT_LEAST_0),
+];
+
+fn check_momentum(options: &SgdOptions) -> Result<(), Invalid> {
+    if options.momentum == 0.0 && options.dampening != 0.0 {
+        let problem = "has no effect without momentum: set `momentum`";
+        return Err(("optimizer.dampening", problem.into()));
+    }
+    if options.nesterov && (options.momentum == 0.0 || options.dampening != 0.0) {
+        let problem = "needs a `momentum` above 0, and no `dampening`";
+        return Err(("optimizer.nesterov", problem.into()));
+    }
+    Ok(())
 }
 
 impl ExportSection {

@@ -1,5 +1,6 @@
 use super::read::{fields_of, sections};
 use super::*;
+use lora_core::training::optimizers::OptimizerConfig;
 
 /// The two keys every configuration needs, given as overrides so that the text may open any section.
 const REQUIRED: [&str; 2] = ["model.path=flux", "dataset.path=cats"];
@@ -132,7 +133,9 @@ fn every_key_is_read() {
         Some(InitLoraWeights::Default)
     );
     assert_eq!(config.optimizer.max_grad_norm, None);
-    assert_eq!(config.optimizer.weight_decay, 0.0);
+    assert!(
+        matches!(config.optimizer.rule, OptimizerConfig::Adamw(options) if options.weight_decay == 0.0)
+    );
     assert_eq!(
         config.lr_scheduler.name,
         LrSchedulerName::ConstantWithWarmup
@@ -180,6 +183,13 @@ fn every_default_is_written_out() {
         if section == "sample" {
             continue; // absent: no previews
         }
+        let keys = match section {
+            "optimizer" => ["name", "learning_rate", "betas", "eps"]
+                .into_iter()
+                .chain(["weight_decay", "max_grad_norm"])
+                .collect(),
+            _ => keys,
+        };
         for key in keys {
             let optional = [
                 "transformer",
@@ -466,8 +476,8 @@ fn wrong_type() {
 #[test]
 fn wrong_choice() {
     assert_refused(
-        "[optimizer]\nname = \"adam\"",
-        "`optimizer.name` in run.toml:2: unknown value `adam`, expected `adamw`",
+        "[optimizer]\nname = \"adamz\"",
+        "`optimizer.name` in run.toml:2: unknown value `adamz`, expected one of `adamw`, `adamw8bit`, `adam`, `sgd`, `lion`, `adafactor`, `prodigy`, `schedule_free_adamw`",
     );
     assert_refused(
         "[train]\ntimestep_sampling = \"logit-normal\"",
@@ -552,6 +562,75 @@ fn out_of_range() {
 }
 
 #[test]
+fn each_optimizer_has_its_own_options_and_defaults() {
+    for (written, rate, rest) in [
+        ("adamw", 1e-4, "betas eps weight_decay"),
+        ("adamw8bit", 1e-4, "betas eps min_8bit_size weight_decay"),
+        ("adam", 1e-4, "amsgrad betas eps weight_decay"),
+        ("sgd", 1e-3, "dampening momentum nesterov weight_decay"),
+        ("lion", 1e-4, "betas weight_decay"),
+        (
+            "adafactor",
+            1e-2,
+            "beta2_decay d eps relative_step scale_parameter weight_decay",
+        ),
+        (
+            "prodigy",
+            1.0,
+            "betas d0 d_coef decouple eps safeguard_warmup slice_p use_bias_correction weight_decay",
+        ),
+        (
+            "schedule_free_adamw",
+            2.5e-3,
+            "betas eps r warmup_steps weight_decay weight_lr_power",
+        ),
+    ] {
+        let config = read(&format!("[optimizer]\nname = \"{written}\"")).expect("known");
+        assert_eq!(config.optimizer.learning_rate, rate, "{written}");
+        let text = config.to_toml().expect("TOML holds it");
+        let again = RunConfig::from_toml(&text, Path::new("config.toml"), &[]);
+        assert_eq!(again.expect("what was written"), config);
+        let table: Table = toml::from_str(&text).expect("what was written");
+        let options = table["optimizer"].as_table().expect("a section").keys();
+        let common = ["name", "learning_rate", "max_grad_norm"];
+        let mut options: Vec<_> = options
+            .filter(|key| !common.contains(&key.as_str()))
+            .cloned()
+            .collect();
+        options.sort();
+        assert_eq!(options.join(" "), rest, "{written}");
+    }
+    assert_refused(
+        "[optimizer]\nname = \"lion\"\nmomentum = 0.5",
+        "`optimizer.momentum` in run.toml:3: has no effect with name = \"lion\", whose options are `betas` or `weight_decay`",
+    );
+    assert_refused(
+        "[optimizer]\nname = \"adafactor\"\neps = 1e-8",
+        "`optimizer.eps` in run.toml:3: invalid type: number `1e-8`, expected a tuple of size 2",
+    );
+    assert_refused(
+        "[optimizer]\nname = \"prodigy\"\nslice_p = 0",
+        "`optimizer.slice_p` in run.toml:3: invalid value: integer `0`, expected a nonzero usize",
+    );
+    assert_refused(
+        "[optimizer]\nname = \"prodigy\"\ngrowth_rate = 0.5",
+        "`optimizer.growth_rate` in run.toml:3: must be above 1, found 0.5",
+    );
+    assert_refused(
+        "[optimizer]\nname = \"schedule_free_adamw\"\nbetas = [0.0, 0.9]",
+        "`optimizer.betas` in run.toml:3: must be above 0, found 0",
+    );
+    assert_refused(
+        "[optimizer]\nname = \"sgd\"\nnesterov = true",
+        "`optimizer.nesterov` in run.toml:3: needs a `momentum` above 0, and no `dampening`",
+    );
+    assert_refused(
+        "[optimizer]\nname = \"sgd\"\ndampening = 0.5",
+        "`optimizer.dampening` in run.toml:3: has no effect without momentum: set `momentum`",
+    );
+}
+
+#[test]
 fn factors_of_a_file_are_not_made_anew() {
     assert_refused(
         "[lora]\ninit_from = \"x.safetensors\"\ninit_lora_weights = \"pissa_niter_4\"",
@@ -601,7 +680,9 @@ fn overrides_are_toml_values_or_bare_strings() {
     .expect("good overrides");
     assert_eq!(config.train.steps, 8);
     assert_eq!(config.optimizer.learning_rate, 1e-5);
-    assert_eq!(config.optimizer.betas, [0.5, 0.6]);
+    assert!(
+        matches!(config.optimizer.rule, OptimizerConfig::Adamw(options) if options.betas == [0.5, 0.6])
+    );
     assert_eq!(config.optimizer.max_grad_norm, None);
     assert_eq!(config.dataset.path, Path::new("../my cats"));
     assert_eq!(

@@ -1,16 +1,18 @@
 //! What a checkpoint of a training run holds, and how a run is restored from it.
 //!
 //! `folder` and `transaction` keep folders of bytes safe; this file says what the bytes are: `lora.safetensors`, the
-//! adapter as diffusers loads it; `optimizer.safetensors`, the moments; `state.json`, everything else.
+//! adapter as diffusers loads it; `optimizer.safetensors`, the moments; `state.json`, everything else. Where a run uses an
+//! average of its weights rather than the last ones, `average.safetensors` is that average, in the form of `lora.safetensors`.
 
+use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, bail};
 use burn::module::Module;
-use burn::optim::AdamW;
 use lora_core::attach::DEFAULT_ADAPTER;
 use lora_core::files::safetensors::{FileError, TensorFile};
 use lora_core::files::strict_json::{parse_json, read_file};
+use lora_core::training::optimizers::UpdateRule;
 use lora_core::training::{OptimizerScalars, OptimizerState};
 use lora_core::{AdapterFile, LoraConfig, Training, TrainingRecord};
 use serde::{Deserialize, Serialize};
@@ -20,10 +22,12 @@ use crate::data::digest::SampleDigest;
 use crate::fingerprint::Fingerprint;
 use crate::run::manifest::{ManifestFields, Verified};
 use crate::run::transaction::Files;
+use crate::run::vfs::Content;
 
 /// Prefix of the transformer's keys in a diffusers LoRA file.
 pub const TRANSFORMER_PREFIX: &str = "transformer.";
 const LORA: &str = "lora.safetensors";
+const AVERAGE: &str = "average.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 
@@ -70,6 +74,7 @@ pub struct State {
 /// A run on the host, to be written as a checkpoint.
 pub struct Snapshot {
     adapters: AdapterFile,
+    average: Option<AdapterFile>,
     optimizer: OptimizerState,
     state: Vec<u8>,
 }
@@ -85,6 +90,8 @@ impl Snapshot {
         lora: &LoraConfig,
     ) -> anyhow::Result<Self> {
         let adapters = adapter_file(&training.model, lora)?;
+        let average = training.optimizer.averaged(&training.model);
+        let average = average.map(|model| adapter_file(&model, lora));
         let optimizer = training.optimizer.state();
         if let Some((name, _)) = optimizer
             .tensors
@@ -102,6 +109,7 @@ impl Snapshot {
         };
         Ok(Self {
             adapters,
+            average: average.transpose()?,
             optimizer,
             state: serde_json::to_vec_pretty(&state).context("write state.json")?,
         })
@@ -109,13 +117,19 @@ impl Snapshot {
 
     /// Does something with the name and content of every file.
     pub fn with_files<T>(&self, work: impl FnOnce(Files) -> T) -> T {
-        work(&[
-            (LORA, &|out| {
-                out.write_all(&self.adapters.to_bytes(TRANSFORMER_PREFIX))
-            }),
-            (OPTIMIZER, &|out| out.write_all(&self.optimizer.to_bytes())),
-            (STATE, &|out| out.write_all(&self.state)),
-        ])
+        let lora = |out: &mut dyn Write| out.write_all(&self.adapters.to_bytes(TRANSFORMER_PREFIX));
+        let optimizer = |out: &mut dyn Write| out.write_all(&self.optimizer.to_bytes());
+        let state = |out: &mut dyn Write| out.write_all(&self.state);
+        let average = |out: &mut dyn Write| match &self.average {
+            Some(average) => out.write_all(&average.to_bytes(TRANSFORMER_PREFIX)),
+            None => Ok(()),
+        };
+        let mut files: Vec<(&str, Content)> =
+            vec![(LORA, &lora), (OPTIMIZER, &optimizer), (STATE, &state)];
+        if self.average.is_some() {
+            files.push((AVERAGE, &average));
+        }
+        work(&files)
     }
 }
 
@@ -143,7 +157,7 @@ pub fn manifest_fields(
 }
 
 /// A run in memory.
-pub type RunTraining<M> = Training<M, AdamW, Progress>;
+pub type RunTraining<M> = Training<M, Progress>;
 
 /// A verified checkpoint of which everything but the tensors is read.
 pub struct Opened {
@@ -221,7 +235,7 @@ pub fn restore<M: Module>(
     record: TrainingRecord<Progress>,
     model: M,
     lora: &LoraConfig,
-    optimizer: AdamW,
+    optimizer: UpdateRule,
     device: &burn::tensor::Device,
 ) -> anyhow::Result<RunTraining<M>> {
     Ok(record

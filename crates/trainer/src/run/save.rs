@@ -87,7 +87,9 @@ impl<'a> Saver<'a> {
 
     /// The finished LoRA, beside the checkpoints.
     pub(crate) fn export<N: Network>(&self, training: &RunTraining<N>) -> anyhow::Result<PathBuf> {
-        let adapter = adapter_file(&training.model, self.lora)?;
+        let average = training.optimizer.averaged(&training.model);
+        let model = average.as_ref().unwrap_or(&training.model);
+        let adapter = adapter_file(model, self.lora)?;
         let lycoris = (adapter.peft_type() != PeftType::Lora).then(|| adapter.clone().fold_scale());
         let source = lycoris.as_ref().unwrap_or(&adapter);
         let set = LoraSet::from_adapter(source, Component::Transformer, training.model.shape());

@@ -71,7 +71,7 @@ fn cache<F: Family>(config: &RunConfig, family: &F, samples: &[Sample]) -> anyho
     Ok(4 * (samples.len() * image + captions.len() * text) as u64)
 }
 
-/// Adapters and two moments each, as often as checkpoints are there at once.
+/// Adapters and what the optimizer keeps of them, as often as checkpoints are there at once.
 fn checkpoints(config: &RunConfig, layers: &BTreeMap<String, [usize; 2]>) -> u64 {
     let parameters: u64 = layers
         .values()
@@ -80,7 +80,7 @@ fn checkpoints(config: &RunConfig, layers: &BTreeMap<String, [usize; 2]>) -> u64
     let saves = config.train.steps.div_ceil(config.checkpoint.every);
     // One more while a save is under way.
     let at_once = saves.min(config.checkpoint.keep as u64 + 1);
-    4 * 3 * parameters * at_once
+    (4 + config.optimizer.rule.state_bytes()) * parameters * at_once
 }
 
 fn size_of(folder: &Path) -> u64 {

@@ -8,6 +8,7 @@ mod case;
 mod flux2;
 mod lora;
 mod network;
+mod optimizer;
 mod pipeline;
 mod report;
 mod schedule;
@@ -95,6 +96,7 @@ fn compute(case: &Case, device: &Device) -> anyhow::Result<Report> {
             schedule::scheduler(case, device, |config, tokens, _| config.mu(tokens))
         }
         ("flux1", "timestep_sampling") => schedule::timestep_sampling(case),
+        ("flux1", "optimizer") => optimizer::compute(case, device),
         ("flux1", "pipeline") => pipeline::compute(case, device),
         ("flux2", "vae" | "single_file_vae") => flux2::autoencoder(case, device),
         ("flux2", "qwen3_text") => flux2::qwen3(case, device),

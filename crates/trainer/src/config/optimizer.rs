@@ -1,0 +1,152 @@
+//! `[optimizer]`: a name, the learning rate, and the options of that name.
+//!
+//! The options and their defaults are those of [`OptimizerConfig`]; one that the optimizer has not is refused.
+
+use lora_core::training::optimizers::{
+    AdafactorOptions, AdamOptions, AdamW8bitOptions, AdamWOptions, LionOptions, OptimizerConfig,
+    ProdigyOptions, ScheduleFreeOptions, SgdOptions,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
+use toml::{Table, Value};
+
+use super::number_or::number_or_none;
+use super::read::{fields_of, in_our_words};
+
+/// How gradients become updates.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OptimizerSection {
+    /// Size of an update, before the schedule.
+    pub learning_rate: f64,
+    /// Gradients are scaled down when their norm over all factors together exceeds this.
+    pub max_grad_norm: Option<f64>,
+    /// The update rule: its `name` and the options of that name, beside the other keys.
+    pub rule: OptimizerConfig,
+}
+
+/// The keys that every optimizer has.
+#[derive(Deserialize)]
+#[serde(default)]
+struct Common {
+    learning_rate: Option<f64>,
+    #[serde(with = "number_or_none")]
+    max_grad_norm: Option<f64>,
+}
+
+impl Default for Common {
+    fn default() -> Self {
+        Self {
+            learning_rate: None,
+            max_grad_norm: Some(1.0),
+        }
+    }
+}
+
+impl OptimizerSection {
+    /// The section with the defaults of `rule`.
+    pub fn of(rule: OptimizerConfig) -> Self {
+        Self {
+            learning_rate: match rule {
+                OptimizerConfig::Prodigy(_) => 1.0,
+                OptimizerConfig::ScheduleFreeAdamw(_) => 2.5e-3,
+                OptimizerConfig::Adafactor(_) => 1e-2,
+                OptimizerConfig::Sgd(_) => 1e-3,
+                _ => 1e-4,
+            },
+            max_grad_norm: Some(1.0),
+            rule,
+        }
+    }
+
+    /// Reads what is written; the error is a key and what is wrong with its value.
+    pub(super) fn read(mut table: Table) -> Result<Self, (String, String)> {
+        let common: Common = part(&table)?;
+        table.retain(|key, _| key != "learning_rate" && key != "max_grad_norm");
+        table.entry("name").or_insert_with(|| "adamw".into());
+        let section = Self::of(part(&table)?);
+        Ok(Self {
+            learning_rate: common.learning_rate.unwrap_or(section.learning_rate),
+            max_grad_norm: common.max_grad_norm,
+            ..section
+        })
+    }
+
+    /// Every key that some optimizer has.
+    pub(super) fn keys() -> Vec<&'static str> {
+        let mut keys = vec!["name", "learning_rate", "max_grad_norm"];
+        for options in [
+            fields_of::<AdamWOptions>(),
+            fields_of::<AdamW8bitOptions>(),
+            fields_of::<AdamOptions>(),
+            fields_of::<SgdOptions>(),
+            fields_of::<LionOptions>(),
+            fields_of::<AdafactorOptions>(),
+            fields_of::<ProdigyOptions>(),
+            fields_of::<ScheduleFreeOptions>(),
+        ] {
+            let new = options.iter().filter(|key| !keys.contains(key));
+            let new: Vec<_> = new.copied().collect();
+            keys.extend(new);
+        }
+        keys
+    }
+
+    /// The name and the options of [`rule`](Self::rule), as they are written.
+    pub(super) fn options(&self) -> Result<Table, toml::ser::Error> {
+        Table::try_from(&self.rule)
+    }
+}
+
+impl Default for OptimizerSection {
+    fn default() -> Self {
+        Self::of(OptimizerConfig::default())
+    }
+}
+
+/// `table` as a `T`; what is wrong is found by reading each key alone.
+fn part<T: DeserializeOwned>(table: &Table) -> Result<T, (String, String)> {
+    let error: toml::de::Error = match table.clone().try_into() {
+        Ok(read) => return Ok(read),
+        Err(error) => error,
+    };
+    let with_name = |wanted: &str| {
+        let mut table = table.clone();
+        table.retain(|key, _| key == "name" || key == wanted);
+        table.try_into::<T>().err()
+    };
+    let keys = ["name"].into_iter().chain(table.keys().map(String::as_str));
+    let wrong = keys.map(|key| (key, with_name(key)));
+    let (key, error) = wrong
+        .into_iter()
+        .find_map(|(key, error)| Some((key, error?)))
+        .unwrap_or(("name", error));
+    let problem = match error.message().split_once("expected ") {
+        Some((unknown, options)) if unknown.starts_with("unknown field") => {
+            let name = table["name"].as_str().unwrap_or_default();
+            let options = options.trim_start_matches("one of ");
+            format!("has no effect with name = \"{name}\", whose options are {options}")
+        }
+        _ => in_our_words(error.message()),
+    };
+    Err((key.into(), problem))
+}
+
+impl Serialize for OptimizerSection {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut table = Table::new();
+        let mut options = self.options().map_err(ser::Error::custom)?;
+        table.extend(options.remove("name").map(|name| ("name".into(), name)));
+        table.insert("learning_rate".into(), self.learning_rate.into());
+        table.extend(options);
+        let norm = self.max_grad_norm.map_or("none".into(), Value::from);
+        table.insert("max_grad_norm".into(), norm);
+        table.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for OptimizerSection {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Self::read(Table::deserialize(deserializer)?)
+            .map_err(|(key, problem)| de::Error::custom(format!("`{key}`: {problem}")))
+    }
+}
