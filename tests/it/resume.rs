@@ -1,5 +1,6 @@
 //! Stopped and resumed runs end in the bits of the uninterrupted run.
 
+use std::collections::BTreeMap;
 #[cfg(feature = "ndarray")]
 use std::path::Path;
 use std::process::Command;
@@ -17,9 +18,10 @@ use flux_lora::{
 };
 #[cfg(feature = "ndarray")]
 use flux_lora_tests::last_checkpoint;
-use flux_lora_tests::{Workbench, checkpoints};
+use flux_lora_tests::{RunResult, Workbench, checkpoints};
 #[cfg(feature = "ndarray")]
 use flux_model::{family::Family, flux1::Flux1};
+use lora_core::files::safetensors::TensorFile;
 use lora_core::random::Stream;
 
 /// Trains once without interruption, then resumes from the checkpoint of each step in `steps`, in a new process.
@@ -45,6 +47,80 @@ fn resumes_exactly(device: &str, steps: impl Iterator<Item = u64>) {
 #[test]
 fn flex_resumes_exactly_from_every_step() {
     resumes_exactly("flex", 1..40);
+}
+
+/// A run with `settings`, stopped after each step in `steps`; what it ends in.
+fn resumes_exactly_with(settings: &[&str], steps: &[u64]) -> RunResult {
+    let bench = Workbench::new();
+    bench.train_ok("straight", "flex", settings);
+    let expected = bench.result("straight");
+    for step in steps {
+        let run = format!("resumed-{step}");
+        let checkpoint = format!("ckpt-{step:010}");
+        bench.copy_run("straight", &run, |name| {
+            name == "cache" || name == "metrics.jsonl" || name == checkpoint
+        });
+        bench.train_ok(&run, "flex", &[settings, &["--resume"]].concat());
+        let found = bench.result(&run);
+        found.assert_same(&expected, &format!("{settings:?}, resumed after {step}"));
+    }
+    expected
+}
+
+#[test]
+fn optimizers_with_more_than_moments_resume_exactly() {
+    let constant = [
+        "--set=lr_scheduler.name=constant",
+        "--set=lr_scheduler.warmup_steps=0",
+        "--set=train.steps=12",
+    ];
+    let with = |more: &[&'static str]| [&constant, more].concat();
+    let prodigy = with(&[
+        "--set=optimizer.name=prodigy",
+        "--set=optimizer.learning_rate=1",
+        "--set=optimizer.d0=1e-4",
+    ]);
+    let prodigy = resumes_exactly_with(&prodigy, &[1, 5, 11]);
+    let found: Vec<f64> = prodigy
+        .metrics
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .map(|line| line["d"].as_f64().unwrap())
+        .collect();
+    assert!(found[11] > found[0], "the step size grows: {found:?}");
+
+    let schedule_free = with(&["--set=optimizer.name=schedule_free_adamw"]);
+    resumes_exactly_with(&schedule_free, &[1, 5, 11]);
+    resumes_exactly_with(
+        &with(&[
+            "--set=optimizer.name=adamw8bit",
+            "--set=optimizer.min_8bit_size=16",
+        ]),
+        &[1, 7],
+    );
+}
+
+#[test]
+fn the_finished_lora_of_a_schedule_free_optimizer_is_the_average() {
+    let bench = Workbench::new();
+    let settings = [
+        "--set=lr_scheduler.name=constant",
+        "--set=lr_scheduler.warmup_steps=0",
+        "--set=train.steps=6",
+        "--set=optimizer.name=schedule_free_adamw",
+        "--set=lora.lora_alpha=4", // a scale of 1, so that nothing is folded into the file for other programs
+    ];
+    bench.train_ok("run", "flex", &settings);
+    let tensors = |path: &str| {
+        let file = TensorFile::open(&bench.path("run").join(path)).unwrap();
+        let names = file
+            .names()
+            .map(|name| (name.to_string(), file.read(name).unwrap().to_f32()));
+        names.collect::<BTreeMap<_, _>>()
+    };
+    let average = tensors("ckpt-0000000006/average.safetensors");
+    assert_eq!(tensors("lora.safetensors"), average);
+    assert_ne!(tensors("ckpt-0000000006/lora.safetensors"), average);
 }
 
 #[cfg(feature = "ndarray")]

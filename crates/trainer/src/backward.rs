@@ -8,6 +8,8 @@ use lora_core::Gradients;
 use lora_core::state::trainable_parameters;
 use lora_core::training::recompute::{Chain, TensorTree};
 
+use crate::loss::Penalty;
+
 /// One micro-batch.
 #[derive(Debug, Clone)]
 pub struct MicroBatch<I> {
@@ -17,9 +19,11 @@ pub struct MicroBatch<I> {
     pub target: Tensor<3>,
     /// Weight of each sample's loss.
     pub weights: Vec<f32>,
+    /// How an error counts in it.
+    pub penalty: Penalty,
 }
 
-/// Weighted mean squared error, and its gradients scaled by `1 / accumulation`.
+/// Weighted mean error, and its gradients scaled by `1 / accumulation`.
 ///
 /// `model` and `batch` are on an autodiff device. With `recompute` only each block's input is kept.
 ///
@@ -44,18 +48,18 @@ pub fn loss_and_gradients<N: Network>(
 /// A block that cannot be read.
 pub fn loss_of<N: Network>(model: &N, batch: MicroBatch<N::Input>) -> Result<f32, WeightsError> {
     let velocity = model.forward(batch.input)?;
-    Ok(loss(velocity, batch.target, &batch.weights).into_scalar())
+    Ok(loss(velocity, batch.target, &batch.weights, batch.penalty).into_scalar())
 }
 
-/// Mean over the batch of the weighted squared error of each sample.
-fn loss(velocity: Tensor<3>, target: Tensor<3>, weights: &[f32]) -> Tensor<1> {
+/// Mean over the batch of the weighted error of each sample.
+fn loss(velocity: Tensor<3>, target: Tensor<3>, weights: &[f32], penalty: Penalty) -> Tensor<1> {
     let [batch, tokens, channels] = target.dims();
     let weights = Tensor::<3>::from_data(
         TensorData::new(weights.to_vec(), [batch, 1, 1]),
         &target.device(),
     );
-    let squares = (velocity - packed(target)).square() * weights;
-    squares.reshape([batch * tokens * channels]).mean()
+    let errors = penalty.of_all(velocity - packed(target)) * weights;
+    errors.reshape([batch * tokens * channels]).mean()
 }
 
 fn at_once<N: Network>(
@@ -63,7 +67,8 @@ fn at_once<N: Network>(
     batch: MicroBatch<N::Input>,
     accumulation: usize,
 ) -> Result<(f32, Gradients), WeightsError> {
-    let loss = loss(model.forward(batch.input)?, batch.target, &batch.weights);
+    let velocity = model.forward(batch.input)?;
+    let loss = loss(velocity, batch.target, &batch.weights, batch.penalty);
     let value = loss.clone().into_scalar();
     let mut found = (loss / accumulation as f64).backward();
     let mut gradients = Gradients::default();
@@ -83,7 +88,7 @@ fn by_blocks<N: Network>(
     let mut gradients = Gradients::default();
     let (carry, shared_leaf) = (last.leaf(), plain.leaf());
     let velocity = model.leave(carry.clone(), &shared_leaf);
-    let loss = loss(velocity, batch.target, &batch.weights);
+    let loss = loss(velocity, batch.target, &batch.weights, batch.penalty);
     let value = loss.clone().into_scalar();
     let mut found = (loss / accumulation as f64).backward();
     let carry_gradient = carry.take_gradient(&mut found);
@@ -113,8 +118,11 @@ mod tests {
         let device = device::open(device::default_name()).expect("the default device");
         let data = TensorData::new(target.clone(), [2, 3, 4]);
         let tensor = Tensor::from_data(data, &device.device);
-        let found = loss(tensor.zeros_like(), tensor, &weights).into_scalar::<f32>();
-        let expected = loss_of_zero(&target, &weights);
-        assert!((f64::from(found) - expected).abs() < 1e-6 * expected);
+        for penalty in [Penalty::Square, Penalty::Size, Penalty::Huber { c: 0.1 }] {
+            let found = loss(tensor.zeros_like(), tensor.clone(), &weights, penalty);
+            let found = f64::from(found.into_scalar::<f32>());
+            let expected = loss_of_zero(&target, &weights, penalty);
+            assert!((found - expected).abs() < 1e-6 * expected, "{penalty:?}");
+        }
     }
 }

@@ -249,6 +249,10 @@ fn is_lora(kind: &PeftType) -> bool {
     *kind == PeftType::Lora
 }
 
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 fn is_minus_one(value: &i64) -> bool {
     *value == -1
 }
@@ -299,8 +303,29 @@ pub struct LrSchedulerSection {
     pub name: LrSchedulerName,
     /// Optimizer steps over which the rate rises from 0; not for "constant". Default 0.
     pub warmup_steps: u64,
-    /// Periods of the cosine over the run: 0.5 falls to 0 at the last step. Only for "cosine". Default 0.5.
-    pub num_cycles: f64,
+    /// Periods of "cosine" over the run: 0.5 falls to 0 at the last step. Default 0.5. For "cosine_with_restarts" how often the
+    /// rate falls to 0, a whole number. Default 1.
+    #[serde(default)]
+    pub num_cycles: Option<f64>,
+    /// Exponent of "polynomial". Default 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub power: Option<f64>,
+    /// Learning rate that "polynomial" ends at. Default 1e-7.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr_end: Option<f64>,
+}
+
+impl LrSchedulerSection {
+    /// With the defaults that depend on the name.
+    fn resolved(self) -> Self {
+        let polynomial = self.name == LrSchedulerName::Polynomial;
+        Self {
+            num_cycles: self.num_cycles.or(Some(self.name.num_cycles())),
+            power: self.power.or(polynomial.then_some(1.0)),
+            lr_end: self.lr_end.or(polynomial.then_some(1e-7)),
+            ..self
+        }
+    }
 }
 
 impl Default for LrSchedulerSection {
@@ -308,7 +333,9 @@ impl Default for LrSchedulerSection {
         Self {
             name: LrSchedulerName::default(),
             warmup_steps: 0,
-            num_cycles: 0.5,
+            num_cycles: Some(0.5),
+            power: None,
+            lr_end: None,
         }
     }
 }
@@ -326,6 +353,22 @@ pub enum LrSchedulerName {
     Linear,
     /// A rise, then a cosine.
     Cosine,
+    /// A rise, then several falls of a cosine to 0.
+    CosineWithRestarts,
+    /// A rise, then a fall by a power of what is left of the run.
+    Polynomial,
+    /// A rise, then a fall that is slow at first and fast at the end, arXiv:2107.04197.
+    Rex,
+}
+
+impl LrSchedulerName {
+    /// The default of [`LrSchedulerSection::num_cycles`].
+    pub(crate) fn num_cycles(self) -> f64 {
+        match self {
+            Self::CosineWithRestarts => 1.0,
+            _ => 0.5,
+        }
+    }
 }
 
 /// The loop and its loss.
@@ -355,8 +398,17 @@ pub struct TrainSection {
     /// Moves the drawn sigma towards noise: a number `s` gives `s * sigma / (1 + (s - 1) * sigma)`, "flux" the shift that
     /// sampling uses at the image's size. Default 1, no shift.
     pub shift: TimestepShift,
+    /// How an error counts: "mse" (its square), "mae" (its size), "huber" (a square near 0, a size far from it). Default "mse".
+    #[serde(skip_serializing_if = "is_default")]
+    pub loss_type: LossType,
+    /// Where "huber" turns from a square into a size, above 0. Default 0.1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub huber_c: Option<f64>,
     /// Weight of a sample in the loss as a function of sigma. Default "none".
     pub loss_weighting: LossWeighting,
+    /// Bound of "min_snr", above 0. Default 5.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_snr_gamma: Option<f64>,
     /// Keep only each block's input and compute its activations again in the backward pass: less memory, more time.
     /// Default true.
     pub recompute: bool,
@@ -381,7 +433,10 @@ impl Default for TrainSection {
             mode_scale: 1.29,
             sigmoid_scale: 1.0,
             shift: TimestepShift::default(),
+            loss_type: LossType::default(),
+            huber_c: None,
             loss_weighting: LossWeighting::default(),
+            min_snr_gamma: None,
             recompute: true,
             divergence_factor: Some(10.0),
         }
@@ -401,6 +456,12 @@ pub enum TimestepSampling {
     Mode,
     /// `sigmoid(sigmoid_scale * n)` with `n` normal.
     Sigmoid,
+    /// Uniform in [0, 1], not rounded to one of 1000 levels; kohya's name.
+    Uniform,
+    /// "sigmoid", moved by `shift`; kohya's name.
+    Shift,
+    /// "sigmoid", moved as sampling is at the image's size; kohya's name.
+    FluxShift,
 }
 
 /// How the drawn sigma is moved towards noise.
@@ -429,6 +490,24 @@ pub enum LossWeighting {
     SigmaSqrt,
     /// `2 / (pi * (1 - 2 * sigma + 2 * sigma^2))`.
     Cosmap,
+    /// `min((1 - sigma)^2, min_snr_gamma * sigma^2)`: arXiv:2303.09556's `min(SNR, gamma)` for the error of the picture that a
+    /// velocity means, which is sigma times the velocity's.
+    MinSnr,
+}
+
+/// Errors in the loss, named as in kohya's and diffusers' scripts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LossType {
+    /// `e^2`.
+    #[default]
+    #[serde(alias = "l2")]
+    Mse,
+    /// `|e|`.
+    #[serde(alias = "l1")]
+    Mae,
+    /// `2 c (sqrt(e^2 + c^2) - c)` with `c` = `huber_c`.
+    Huber,
 }
 
 /// When the run is saved.
@@ -658,9 +737,10 @@ impl RunConfig {
         }
         check_keys(&table, &origins)?;
         check_optimizer(&table, &origins)?;
-        let config: Self = table
+        let mut config: Self = table
             .try_into()
             .map_err(|error| deserialize_error(&error, &origins))?;
+        config.lr_scheduler = config.lr_scheduler.resolved();
         config.check().map_err(|(key, problem)| {
             let place = origins.place(key);
             value_error(key, &place, problem)
@@ -772,7 +852,7 @@ impl RunConfig {
         self.dataset.check()?;
         self.lora.check()?;
         self.optimizer.check()?;
-        self.lr_scheduler.check()?;
+        self.lr_scheduler.check(self.optimizer.learning_rate)?;
         self.train.check()?;
         self.checkpoint.check()?;
         self.export.check(self.lora.peft_type)?;

@@ -272,6 +272,11 @@ pub(super) fn in_our_words(message: &str) -> String {
         ("expected u64", "expected a whole number"),
         ("expected u32", "expected a whole number"),
         ("expected path string", "expected a path"),
+        ("expected a tuple of size 2", "expected two numbers"),
+        (
+            "expected a nonzero usize",
+            "expected a whole number above 0",
+        ),
         ("floating point", "number"),
     ] {
         problem = problem.replace(serde, ours);

@@ -7,9 +7,10 @@ use lora_core::training::optimizers::{OptimizerConfig, SgdOptions};
 use toml::Value;
 
 use super::{
-    CheckpointSection, DatasetSection, ExportFormat, ExportSection, LoraSection, LrSchedulerName,
-    LrSchedulerSection, MAX_COUNT, MAX_SEQUENCE_LENGTH, MAX_SIDE_PX, ModelSection,
-    OptimizerSection, SIDE_MULTIPLE_PX, SampleSection, TimestepShift, TrainSection,
+    CheckpointSection, DatasetSection, ExportFormat, ExportSection, LoraSection, LossType,
+    LossWeighting, LrSchedulerName, LrSchedulerSection, MAX_COUNT, MAX_SEQUENCE_LENGTH,
+    MAX_SIDE_PX, ModelSection, OptimizerSection, SIDE_MULTIPLE_PX, SampleSection, TimestepSampling,
+    TimestepShift, TrainSection,
 };
 use crate::data::image::is_image_extension;
 use crate::nearest::one_line;
@@ -190,7 +191,7 @@ impl ExportSection {
 }
 
 impl LrSchedulerSection {
-    pub(super) fn check(&self) -> Result<(), Invalid> {
+    pub(super) fn check(&self, learning_rate: f64) -> Result<(), Invalid> {
         if self.name == LrSchedulerName::Constant && self.warmup_steps > 0 {
             let problem = format!(
                 "has no effect with name = \"constant\", found {}: use \"constant_with_warmup\"",
@@ -198,7 +199,34 @@ impl LrSchedulerSection {
             );
             return Err(("lr_scheduler.warmup_steps", problem));
         }
-        ABOVE_0.check("lr_scheduler.num_cycles", self.num_cycles)
+        if let Some(cycles) = self.num_cycles {
+            let rule = match self.name {
+                LrSchedulerName::CosineWithRestarts => Rule(
+                    "a whole number of at least 1 with name = \"cosine_with_restarts\"",
+                    |x| x >= 1.0 && x.fract() == 0.0,
+                ),
+                _ => ABOVE_0,
+            };
+            rule.check("lr_scheduler.num_cycles", cycles)?;
+        }
+        for (key, value) in [
+            ("lr_scheduler.power", self.power),
+            ("lr_scheduler.lr_end", self.lr_end),
+        ] {
+            let Some(value) = value else { continue };
+            if self.name != LrSchedulerName::Polynomial {
+                return Err((key, "has no effect but with name = \"polynomial\"".into()));
+            }
+            ABOVE_0.check(key, value)?;
+        }
+        match self.lr_end {
+            Some(end) if end >= learning_rate => {
+                let problem =
+                    format!("must be below optimizer.learning_rate = {learning_rate}, found {end}");
+                Err(("lr_scheduler.lr_end", problem))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -219,6 +247,38 @@ impl TrainSection {
         ABOVE_0.check("train.sigmoid_scale", self.sigmoid_scale)?;
         if let TimestepShift::Constant(shift) = self.shift {
             Rule("above 0, or \"flux\"", ABOVE_0.1).check("train.shift", shift)?;
+        }
+        let unshifted = self.shift == TimestepShift::Constant(1.0);
+        match self.timestep_sampling {
+            TimestepSampling::Shift if unshifted => {
+                let problem = "must be another number than 1 with timestep_sampling = \"shift\": kohya's discrete_flow_shift, 3 there unless given";
+                return Err(("train.shift", problem.into()));
+            }
+            TimestepSampling::FluxShift if !unshifted => {
+                let problem = "has no effect with timestep_sampling = \"flux_shift\", which has the shift of the image's size";
+                return Err(("train.shift", problem.into()));
+            }
+            _ => {}
+        }
+        for (key, value, used, with) in [
+            (
+                "train.huber_c",
+                self.huber_c,
+                self.loss_type == LossType::Huber,
+                "loss_type = \"huber\"",
+            ),
+            (
+                "train.min_snr_gamma",
+                self.min_snr_gamma,
+                self.loss_weighting == LossWeighting::MinSnr,
+                "loss_weighting = \"min_snr\"",
+            ),
+        ] {
+            let Some(value) = value else { continue };
+            if !used {
+                return Err((key, format!("has no effect but with {with}")));
+            }
+            ABOVE_0.check(key, value)?;
         }
         if let Some(factor) = self.divergence_factor {
             let rule = Rule(

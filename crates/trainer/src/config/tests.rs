@@ -205,9 +205,14 @@ fn every_default_is_written_out() {
                 "init_lora_weights",
                 "decompose_both",
                 "decompose_factor",
+                "loss_type",
+                "huber_c",
+                "min_snr_gamma",
+                "power",
+                "lr_end",
             ];
             let written = table[section].get(key).is_some();
-            assert_eq!(written, !optional.contains(key), "{section}.{key}");
+            assert_eq!(written, !optional.contains(&key), "{section}.{key}");
         }
     }
 }
@@ -457,7 +462,7 @@ fn wrong_type() {
     );
     assert_refused(
         "[optimizer]\nbetas = [0.9, 0.99, 0.999]",
-        "`optimizer.betas` in run.toml:2: invalid length 3, expected fewer elements in array",
+        "`optimizer.betas` in run.toml:2: invalid length 3, expected 2 elements in sequence",
     );
     assert_refused(
         "[lora]\ntarget_modules = 5",
@@ -481,7 +486,7 @@ fn wrong_choice() {
     );
     assert_refused(
         "[train]\ntimestep_sampling = \"logit-normal\"",
-        "`train.timestep_sampling` in run.toml:2: unknown value `logit-normal`, expected one of `none`, `logit_normal`, `mode`, `sigmoid`",
+        "`train.timestep_sampling` in run.toml:2: unknown value `logit-normal`, expected one of `none`, `logit_normal`, `mode`, `sigmoid`, `uniform`, `shift`, `flux_shift`",
     );
     assert_refused(
         "[optimizer]\nmax_grad_norm = \"off\"",
@@ -523,6 +528,9 @@ optimizer.weight_decay = -0.1 -> must be at least 0, found -0.1
 optimizer.max_grad_norm = 0 -> must be above 0, or "none" for no clipping, found 0
 lr_scheduler.warmup_steps = 5 -> has no effect with name = "constant", found 5: use "constant_with_warmup"
 lr_scheduler.num_cycles = 0 -> must be above 0, found 0
+lr_scheduler.power = 2 -> has no effect but with name = "polynomial"
+train.huber_c = 0.1 -> has no effect but with loss_type = "huber"
+train.min_snr_gamma = 5 -> has no effect but with loss_weighting = "min_snr"
 train.steps = 0 -> must be at least 1, found 0
 train.batch_size = 0 -> must be between 1 and 65536, found 0
 train.gradient_accumulation_steps = 0 -> must be between 1 and 65536, found 0
@@ -606,11 +614,11 @@ fn each_optimizer_has_its_own_options_and_defaults() {
     );
     assert_refused(
         "[optimizer]\nname = \"adafactor\"\neps = 1e-8",
-        "`optimizer.eps` in run.toml:3: invalid type: number `1e-8`, expected a tuple of size 2",
+        "`optimizer.eps` in run.toml:3: invalid type: number `0.00000001`, expected two numbers",
     );
     assert_refused(
         "[optimizer]\nname = \"prodigy\"\nslice_p = 0",
-        "`optimizer.slice_p` in run.toml:3: invalid value: integer `0`, expected a nonzero usize",
+        "`optimizer.slice_p` in run.toml:3: invalid value: integer `0`, expected a whole number above 0",
     );
     assert_refused(
         "[optimizer]\nname = \"prodigy\"\ngrowth_rate = 0.5",
@@ -627,6 +635,50 @@ fn each_optimizer_has_its_own_options_and_defaults() {
     assert_refused(
         "[optimizer]\nname = \"sgd\"\ndampening = 0.5",
         "`optimizer.dampening` in run.toml:3: has no effect without momentum: set `momentum`",
+    );
+}
+
+#[test]
+fn schedules_have_the_defaults_of_their_name() {
+    let schedule = |text: &str| read(&format!("[lr_scheduler]\n{text}")).map(|c| c.lr_scheduler);
+    let restarts = schedule("name = \"cosine_with_restarts\"").expect("good");
+    assert_eq!(restarts.num_cycles, Some(1.0));
+    let cosine = schedule("name = \"cosine\"").expect("good");
+    assert_eq!(cosine.num_cycles, Some(0.5));
+    let polynomial = schedule("name = \"polynomial\"").expect("good");
+    assert_eq!(
+        (polynomial.power, polynomial.lr_end),
+        (Some(1.0), Some(1e-7))
+    );
+    assert_refused(
+        "[lr_scheduler]\nname = \"cosine_with_restarts\"\nnum_cycles = 1.5",
+        "`lr_scheduler.num_cycles` in run.toml:3: must be a whole number of at least 1 with name = \"cosine_with_restarts\", found 1.5",
+    );
+    assert_refused(
+        "[lr_scheduler]\nname = \"polynomial\"\nlr_end = 1e-3",
+        "`lr_scheduler.lr_end` in run.toml:3: must be below optimizer.learning_rate = 0.0001, found 0.001",
+    );
+}
+
+#[test]
+fn presets_of_noise_sampling_have_their_shift() {
+    assert_refused(
+        "[train]\ntimestep_sampling = \"shift\"",
+        "`train.shift` in run.toml: must be another number than 1 with timestep_sampling = \"shift\": kohya's discrete_flow_shift, 3 there unless given",
+    );
+    assert_refused(
+        "[train]\ntimestep_sampling = \"flux_shift\"\nshift = 3.0",
+        "`train.shift` in run.toml:3: has no effect with timestep_sampling = \"flux_shift\", which has the shift of the image's size",
+    );
+    read("[train]\ntimestep_sampling = \"flux_shift\"").expect("good");
+    let huber = read("[train]\nloss_type = \"huber\"\nhuber_c = 0.2").expect("good");
+    assert_eq!(huber.train.huber_c, Some(0.2));
+    assert_eq!(
+        read("[train]\nloss_type = \"l1\"")
+            .expect("good")
+            .train
+            .loss_type,
+        LossType::Mae
     );
 }
 

@@ -14,7 +14,7 @@ use lora_core::random::Stream;
 use crate::backward::MicroBatch;
 use crate::config::RunConfig;
 use crate::data::cache::Cache;
-use crate::loss::{draw_sigma, loss_of_zero, loss_weight};
+use crate::loss::{Penalty, draw_sigma, loss_of_zero, loss_weight};
 use crate::step::Drawn;
 
 /// The order in which samples are seen.
@@ -157,9 +157,10 @@ impl<F: Family> Data<'_, F> {
         );
         let weights: Vec<f32> = sigmas
             .iter()
-            .map(|&sigma| loss_weight(config.train.loss_weighting, sigma))
+            .map(|&sigma| loss_weight(&config.train, sigma))
             .collect();
-        let loss_of_zero = loss_of_zero(&target, &weights);
+        let penalty = Penalty::of(&config.train);
+        let loss_of_zero = loss_of_zero(&target, &weights, penalty);
         let drawn = samples.iter().zip(&sigmas);
         let about = drawn
             .map(|(&sample, sigma)| format!("{} (sigma {sigma})", self.names[sample]))
@@ -169,6 +170,7 @@ impl<F: Family> Data<'_, F> {
                 input,
                 target: tokens(target),
                 weights,
+                penalty,
             },
             about,
             loss_of_zero,

@@ -24,6 +24,7 @@ use super::{in_own_process, median, peak_rss_mib};
 use crate::backward::MicroBatch;
 use crate::cli::StepBenchArgs;
 use crate::device::{self, NamedDevice};
+use crate::loss::Penalty;
 use crate::run::checkpoint::Progress;
 use crate::step::{Drawn, Rule, step};
 
@@ -191,6 +192,7 @@ fn draw<F: Family>(device: &Device) -> Drawn<<F::Network as Network>::Input> {
             input,
             target: noise - latents,
             weights: vec![1.0],
+            penalty: Penalty::Square,
         },
         about: Vec::new(),
         loss_of_zero: f64::INFINITY,

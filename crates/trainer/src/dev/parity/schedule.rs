@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::case::{Case, Tensors};
 use super::report::Report;
-use crate::config::LossWeighting;
+use crate::config::{LossWeighting, TrainSection};
 use crate::loss::{loss_weight, mode_density, sigmoid, table_index};
 
 /// Values as a tensor of one dimension.
@@ -112,7 +112,11 @@ pub(super) fn timestep_sampling(case: &Case) -> anyhow::Result<Report> {
             ("sigma_sqrt", LossWeighting::SigmaSqrt),
             ("cosmap", LossWeighting::Cosmap),
         ] {
-            let weights = sigmas.iter().map(|&sigma| loss_weight(weighting, sigma));
+            let train = TrainSection {
+                loss_weighting: weighting,
+                ..TrainSection::default()
+            };
+            let weights = sigmas.iter().map(|&sigma| loss_weight(&train, sigma));
             put(&format!("weighting.{name}"), &weights.collect::<Vec<_>>());
         }
         let scale = config.num_train_timesteps as f32;

@@ -15,9 +15,8 @@ use super::lora::adapter;
 use super::report::{Line, Report, relative_error, tensor_error};
 use super::schedule::weighting;
 use crate::backward::MicroBatch;
-use crate::config::{LossWeighting, LrSchedulerName};
-use crate::loss::{loss_of_zero, loss_weight};
-use crate::lr_schedule;
+use crate::config::{LrSchedulerName, LrSchedulerSection, TrainSection};
+use crate::loss::{Penalty, loss_of_zero, loss_weight};
 use crate::run::checkpoint::Progress;
 use crate::step::{Drawn, Rule, step};
 
@@ -43,9 +42,15 @@ pub(super) fn compute<F: Family>(case: &Case, device: &Device) -> anyhow::Result
         serde_json::from_value(case.value("/optimizer/lr_scheduler")?.clone())
             .context("`/optimizer/lr_scheduler` of case.json")?;
     let (steps, warmup, peak) = (count("steps")?, count("warmup")?, setting("lr")?);
-    let cycles = match case.optional("/optimizer/num_cycles") {
-        None => 0.5, // diffusers' default, as a case leaves it
-        Some(_) => setting("num_cycles")?,
+    let schedule = LrSchedulerSection {
+        name: schedule,
+        warmup_steps: warmup as u64,
+        num_cycles: match case.optional("/optimizer/num_cycles") {
+            None => None, // diffusers' default
+            Some(_) => Some(setting("num_cycles")?),
+        },
+        power: None,
+        lr_end: None,
     };
     let rule = Rule {
         accumulation: count("gradient_accumulation_steps")?,
@@ -65,7 +70,7 @@ pub(super) fn compute<F: Family>(case: &Case, device: &Device) -> anyhow::Result
     let mut out = Tensors::new();
     let (mut losses, mut norms, mut rates) = (Vec::new(), Vec::new(), Vec::new());
     for index in 0..steps as u64 {
-        let factor = lr_schedule::factor(schedule, index, warmup as u64, steps as u64, cycles);
+        let factor = schedule.factor(index, steps as u64, peak);
         let rule = Rule {
             lr: peak * factor,
             ..rule
@@ -199,7 +204,7 @@ fn embeds<F: Family>() -> impl Iterator<Item = &'static str> {
 struct Data<F> {
     family: std::marker::PhantomData<F>,
     tensors: Tensors,
-    weighting: LossWeighting,
+    train: TrainSection,
 }
 
 impl<F: Family> Data<F> {
@@ -211,7 +216,10 @@ impl<F: Family> Data<F> {
         Ok(Self {
             family: std::marker::PhantomData,
             tensors: names.into_iter().map(read).collect::<anyhow::Result<_>>()?,
-            weighting: weighting(case, "/optimizer/weighting_scheme")?,
+            train: TrainSection {
+                loss_weighting: weighting(case, "/optimizer/weighting_scheme")?,
+                ..TrainSection::default()
+            },
         })
     }
 
@@ -254,7 +262,7 @@ impl<F: Family> Data<F> {
         let tokens =
             |values: Vec<f32>| F::pack(Tensor::from_data(TensorData::new(values, shape), device));
         let text = embeds::<F>().map(|name| self.row(name, micro));
-        let weights = sigmas.iter().map(|&s| loss_weight(self.weighting, s));
+        let weights = sigmas.iter().map(|&s| loss_weight(&self.train, s));
         let weights: Vec<f32> = weights.collect();
         let input = F::input(
             tokens(noisy.collect()),
@@ -267,11 +275,12 @@ impl<F: Family> Data<F> {
             },
         );
         Ok(Drawn {
-            loss_of_zero: loss_of_zero(&target, &weights),
+            loss_of_zero: loss_of_zero(&target, &weights, Penalty::Square),
             batch: MicroBatch {
                 input,
                 target: tokens(target),
                 weights,
+                penalty: Penalty::Square,
             },
             about: vec![format!("micro-batch {micro}")],
         })
