@@ -297,8 +297,8 @@ impl HostTensor {
     }
 }
 
-const E4M3: [f32; 256] = fp8_table(4);
-const E5M2: [f32; 256] = fp8_table(5);
+pub(super) const E4M3: [f32; 256] = fp8_table(4);
+pub(super) const E5M2: [f32; 256] = fp8_table(5);
 
 /// The value of each 8-bit code with `exponent_bits` exponent bits and the usual bias.
 const fn fp8_table(exponent_bits: u32) -> [f32; 256] {

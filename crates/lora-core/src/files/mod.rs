@@ -2,6 +2,7 @@
 
 pub mod digest;
 pub mod host;
+pub mod quantised;
 pub mod replace;
 pub mod safetensors;
 pub mod strict_json;

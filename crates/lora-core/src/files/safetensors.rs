@@ -164,6 +164,9 @@ pub enum TensorProblem {
         quoted(shard)
     )]
     NotInIndex { shard: String },
+    /// Its storage in few bits is broken or unknown.
+    #[error("cannot be dequantised: {problem}")]
+    Quantised { problem: String },
     /// Two shards hold it.
     #[error(
         "is in shard `{}` and in shard `{}`: remove one of them",
@@ -448,6 +451,11 @@ impl TensorSet {
     /// As [`TensorFile::read_rows`].
     pub fn read_rows(&self, name: &str, rows: Range<usize>) -> Result<HostTensor, FileError> {
         self.owner(name)?.read_rows(name, rows)
+    }
+
+    /// The path given to [`open`](Self::open).
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The metadata of the first file.
