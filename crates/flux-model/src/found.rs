@@ -124,17 +124,13 @@ pub(crate) fn component_file(folder: &Path) -> Result<PathBuf, WeightsError> {
     })
 }
 
-/// By what program a checkpoint with these tensors was quantised in a form that is not read yet.
+/// By what program a checkpoint with these tensors was quantised in a form that is not read here.
 pub(crate) fn quantised<'a>(mut keys: impl Iterator<Item = &'a str>) -> Option<&'static str> {
     keys.find_map(|key| {
-        if key.contains(".quant_state.bitsandbytes__") {
-            Some("bitsandbytes to 4 bits")
-        } else if key.ends_with(".SCB") {
-            Some("bitsandbytes to 8 bits")
-        } else if key.ends_with(".qweight") || key.ends_with(".qzeros") {
+        if key.ends_with(".qweight") || key.ends_with(".qzeros") {
             Some("GPTQ, AWQ or SVDQuant")
-        } else if key.ends_with(".absmax") || key.ends_with(".quant_map") {
-            Some("bitsandbytes")
+        } else if key.ends_with(".weight._data") {
+            Some("optimum-quanto")
         } else {
             None
         }

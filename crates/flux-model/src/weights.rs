@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor, TensorData};
-use lora_core::files::host::{Dtype, HostTensor};
+use lora_core::files::host::HostTensor;
+use lora_core::files::quantised::Stored;
 use lora_core::files::safetensors::TensorSet;
 
 use crate::autoencoder::AutoencoderConfig;
@@ -133,6 +134,10 @@ impl Layout {
 /// A checkpoint opened for one network: its tensors, without the prefix that an all-in-one file puts before them.
 pub struct Checkpoint {
     tensors: TensorSet,
+    /// Weights in few bits, by their name with prefix.
+    quantised: BTreeMap<String, Stored>,
+    /// To which of them a tensor belongs.
+    parts: BTreeMap<String, String>,
     prefix: &'static str,
     path: PathBuf,
 }
@@ -153,16 +158,24 @@ impl Checkpoint {
             return Err(WeightsError::Unusable {
                 path: file,
                 what: format!(
-                    "is quantised by {program}, which is not read yet; take the bf16 or fp8 checkpoint"
+                    "is quantised by {program}, which is not read here; take the bf16 or fp8 checkpoint, or one by bitsandbytes"
                 ),
             });
         }
+        let quantised = Stored::all(&tensors)?;
+        let parts = quantised.iter().flat_map(|(weight, stored)| {
+            stored
+                .parts()
+                .map(|part| (part.to_string(), weight.clone()))
+        });
         let prefix = ["model.diffusion_model.", "diffusion_model."]
             .into_iter()
             .find(|prefix| tensors.names().any(|name| name.starts_with(prefix)))
             .unwrap_or_default();
         Ok(Self {
             tensors,
+            parts: parts.collect(),
+            quantised,
             prefix,
             path: file,
         })
@@ -180,48 +193,31 @@ impl Checkpoint {
             .filter_map(|name| name.strip_prefix(self.prefix))
     }
 
-    /// Shape of a tensor, by its name without prefix.
+    /// Shape of a tensor, by its name without prefix; of one in few bits, the shape that it stands for.
     pub(crate) fn shape(&self, key: &str) -> Option<&[usize]> {
-        self.tensors
-            .info(&format!("{}{key}", self.prefix))
-            .map(|info| info.shape.as_slice())
+        let name = format!("{}{key}", self.prefix);
+        match self.quantised.get(&name) {
+            Some(stored) => Some(stored.shape()),
+            None => Some(&self.tensors.info(&name)?.shape),
+        }
     }
 
     fn read(&self, location: &Location) -> Result<HostTensor, WeightsError> {
         let name = format!("{}{}", self.prefix, location.key);
+        if let Some(stored) = self.quantised.get(&name) {
+            let tensor = stored.read(&self.tensors, location.rows.clone())?;
+            return Ok(HostTensor::from_f32(tensor.shape(), &tensor.to_f32()));
+        }
         Ok(match &location.rows {
             Some(rows) => self.tensors.read_rows(&name, rows.clone())?,
             None => self.tensors.read(&name)?,
         })
     }
 
-    /// The factor of an fp8 weight that was scaled before rounding, and the name it is stored under.
-    fn fp8_scale(&self, key: &str) -> Result<Option<(f32, String)>, WeightsError> {
-        let Some(module) = key.strip_suffix(".weight") else {
-            return Ok(None);
-        };
-        for name in [
-            format!("{module}.scale_weight"),
-            format!("{module}.weight_scale"),
-        ] {
-            if let Some(shape) = self.shape(&name) {
-                if shape.iter().product::<usize>() != 1 {
-                    let found = shape.to_vec();
-                    return Err(WeightsError::Shape {
-                        path: self.path.clone(),
-                        key: name,
-                        expected: vec![1],
-                        found,
-                    });
-                }
-                let scale = self
-                    .tensors
-                    .read(&format!("{}{name}", self.prefix))?
-                    .to_f32()[0];
-                return Ok(Some((scale, name)));
-            }
-        }
-        Ok(None)
+    /// The weight in few bits that a tensor belongs to, both without prefix.
+    pub(crate) fn owner(&self, key: &str) -> Option<&str> {
+        let weight = self.parts.get(&format!("{}{key}", self.prefix))?;
+        weight.strip_prefix(self.prefix)
     }
 
     /// The transformer's layout, and its architecture as far as tensor shapes tell it.
@@ -432,13 +428,7 @@ impl Checkpoint {
             swap_halves: false,
             pointwise: false,
         };
-        let tensor = self.read(&location)?;
-        let mut values = tensor.to_f32();
-        if matches!(tensor.dtype, Dtype::F8E4m3 | Dtype::F8E5m2)
-            && let Some((scale, _)) = self.fp8_scale(key)?
-        {
-            values.iter_mut().for_each(|v| *v *= scale);
-        }
+        let values = self.read(&location)?.to_f32();
         match values.iter().position(|v| !v.is_finite()) {
             None => Ok(values),
             Some(index) => Err(WeightsError::NotFinite {
@@ -523,18 +513,7 @@ impl<'a> Load<'a> {
     }
 
     fn is_used(&self, key: &str) -> bool {
-        let quantisation = [
-            ".scale_weight",
-            ".weight_scale",
-            ".scale_input",
-            ".input_scale",
-            ".comfy_quant",
-        ];
-        let base = quantisation
-            .iter()
-            .find_map(|suffix| key.strip_suffix(suffix))
-            .map(|m| format!("{m}.weight"));
-        let key = base.as_deref().unwrap_or(key);
+        let key = self.checkpoint.owner(key).unwrap_or(key);
         let all = |used: &usize| {
             self.checkpoint
                 .shape(key)
@@ -602,13 +581,7 @@ impl<'a> Load<'a> {
         if self.walk.is_transposed(shape.len()) {
             tensor = tensor.transposed();
         }
-        let mut values = tensor.to_f32();
-        if matches!(tensor.dtype, Dtype::F8E4m3 | Dtype::F8E5m2)
-            && let Some((scale, name)) = self.checkpoint.fp8_scale(&location.key)?
-        {
-            values.iter_mut().for_each(|v| *v *= scale);
-            self.used.insert(name, 1);
-        }
+        let values = tensor.to_f32();
         match values.iter().position(|v| !v.is_finite()) {
             None => Ok(values),
             Some(index) => Err(WeightsError::NotFinite {

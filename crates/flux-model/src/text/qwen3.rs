@@ -402,10 +402,8 @@ impl Qwen3Encoder {
             }
         }
         let is_known = |name: &str| {
-            let scaled = [".scale_weight", ".weight_scale"];
-            let scaled = scaled.iter().find_map(|suffix| name.strip_suffix(suffix));
-            let name = scaled.map_or(name.into(), |module| format!("{module}.weight"));
-            name == "lm_head.weight" || expected.contains_key(&name)
+            let name = checkpoint.owner(name).unwrap_or(name);
+            name == "lm_head.weight" || expected.contains_key(name)
         };
         let unused: Vec<&str> = checkpoint.names().filter(|name| !is_known(name)).collect();
         if let Some(key) = unused.first() {
