@@ -118,6 +118,7 @@ fn output(model: &FluxTransformer) -> Vec<f32> {
         sigma: vec![0.4],
         guidance: vec![3.5],
         positions: [text_positions(6), image_positions(8, 8)].concat(),
+        reference_tokens: 0,
     };
     let output = model.forward(input).expect("resident").into_data();
     output.try_into_vec().expect("f32")

@@ -10,6 +10,7 @@ mod formats;
 mod golden;
 mod hostile;
 mod parity;
+mod pictures;
 mod replay;
 mod resume;
 mod start;

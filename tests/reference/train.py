@@ -4,17 +4,19 @@ torch 2.11.0, diffusers 0.38.0, peft 0.19.1. Seeds 81 to 84.
 """
 
 import contextlib
+import itertools
+import json
 from unittest import mock
 
+import diffusers
 import torch
-from diffusers import FluxPipeline
+from diffusers import Flux2KleinPipeline, FluxPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from peft import LoraConfig, set_peft_model_state_dict
 
 from common import (
     PARITY,
-    FluxTransformer2DModel,
     case_folder,
     double,
     float64,
@@ -31,8 +33,12 @@ SNAPSHOTS = (10, 20)
 PREFIX = "transformer."
 
 
+def class_of(model):
+    return json.loads((PARITY / model / "model" / "config.json").read_text())["_class_name"]
+
+
 def load(model, lora):
-    transformer = FluxTransformer2DModel.from_pretrained(PARITY / model / "model", torch_dtype=torch.float32)
+    transformer = getattr(diffusers, class_of(model)).from_pretrained(PARITY / model / "model", torch_dtype=torch.float32)
     config = LoraConfig(
         r=lora["rank"],
         lora_alpha=lora["alpha"],
@@ -46,23 +52,69 @@ def load(model, lora):
     return transformer.train()
 
 
-def loss_of(transformer, batch, weighting_scheme):
-    """One micro-batch, as in the script; the latents are scaled already."""
-    latents, noise = batch["model_input"], batch["noise"]
-    size, channels, height, width = latents.shape
-    sigmas = batch["sigmas"].reshape(-1, 1, 1, 1)
-    noisy = (1.0 - sigmas) * latents + sigmas * noise
+def pack(latents):
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def references_of(batch):
+    named = (batch.get(f"reference_latents_{k}") for k in itertools.count())
+    return list(itertools.takewhile(lambda latents: latents is not None, named))
+
+
+def predict_flux1(transformer, batch, noisy):
+    """Kontext appends references to the tokens, Fill masked picture and mask to their channels; the loss is on the noisy ones."""
+    size, _, height, width = noisy.shape
+    tokens, ids = [pack(noisy)], [image_ids(height // 2, width // 2)]
+    for index, latents in enumerate(references_of(batch)):
+        of_reference = image_ids(latents.shape[2] // 2, latents.shape[3] // 2)
+        of_reference[:, 0] = 1 + index
+        tokens.append(pack(latents))
+        ids.append(of_reference)
+    if "mask" in batch:
+        # FluxFillPipeline.prepare_mask_latents
+        mask = batch["mask"].reshape(size, height, 8, width, 8).permute(0, 2, 4, 1, 3).reshape(size, 64, height, width)
+        tokens = [torch.cat([*tokens, pack(batch["masked_latents"]), pack(mask)], dim=2)]
     prediction = transformer(
-        hidden_states=FluxPipeline._pack_latents(noisy, size, channels, height, width),
+        hidden_states=torch.cat(tokens, dim=1),
         timestep=batch["timesteps"] / 1000,
         guidance=batch.get("guidance"),
         pooled_projections=batch["pooled_prompt_embeds"],
         encoder_hidden_states=batch["prompt_embeds"],
-        txt_ids=torch.zeros(batch["prompt_embeds"].shape[1], 3).to(latents),
-        img_ids=image_ids(height // 2, width // 2).to(latents),
+        txt_ids=torch.zeros(batch["prompt_embeds"].shape[1], 3).to(noisy),
+        img_ids=torch.cat(ids).to(noisy),
         return_dict=False,
     )[0]
-    prediction = FluxPipeline._unpack_latents(prediction, height * 8, width * 8, vae_scale_factor=8)
+    prediction = prediction[:, : height * width // 4]
+    return FluxPipeline._unpack_latents(prediction, height * 8, width * 8, vae_scale_factor=8)
+
+
+def predict_flux2(transformer, batch, noisy):
+    size, channels, height, width = noisy.shape
+    references = references_of(batch)
+    packed = [Flux2KleinPipeline._pack_latents(latents) for latents in (noisy, *references)]
+    ids = [Flux2KleinPipeline._prepare_latent_ids(noisy)[0]]
+    if references:
+        ids.append(Flux2KleinPipeline._prepare_image_ids([latents[:1] for latents in references])[0])
+    prediction = transformer(
+        hidden_states=torch.cat(packed, dim=1),
+        timestep=batch["timesteps"] / 1000,
+        guidance=batch.get("guidance"),
+        encoder_hidden_states=batch["prompt_embeds"],
+        txt_ids=Flux2KleinPipeline._prepare_text_ids(batch["prompt_embeds"])[0],
+        img_ids=torch.cat(ids),
+        return_dict=False,
+    )[0]
+    return prediction[:, : height * width].permute(0, 2, 1).reshape(size, channels, height, width)
+
+
+def loss_of(transformer, batch, weighting_scheme):
+    """One micro-batch, as in the script; the latents are scaled already."""
+    latents, noise = batch["model_input"], batch["noise"]
+    size = len(latents)
+    sigmas = batch["sigmas"].reshape(-1, 1, 1, 1)
+    noisy = (1.0 - sigmas) * latents + sigmas * noise
+    flux2 = type(transformer).__name__.startswith("Flux2")
+    prediction = (predict_flux2 if flux2 else predict_flux1)(transformer, batch, noisy)
     weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas=sigmas)
     squares = weighting.float() * (prediction.float() - (noise - latents).float()) ** 2
     return squares.reshape(size, -1).mean(1).mean()
@@ -143,16 +195,17 @@ def against(ours, reference, init):
     return report
 
 
-def draw_inputs(seed, config, optimizer, batch, text_len, height, width, guidance, u):
+def draw_inputs(seed, config, optimizer, batch, text_len, height, width, guidance, u, channels=16):
     g = generator(seed)
     count = optimizer["steps"] * optimizer["gradient_accumulation_steps"]
     inputs = {
-        "model_input": torch.randn(count, batch, 16, height, width, generator=g),
-        "noise": torch.randn(count, batch, 16, height, width, generator=g),
+        "model_input": torch.randn(count, batch, channels, height, width, generator=g),
+        "noise": torch.randn(count, batch, channels, height, width, generator=g),
         "prompt_embeds": torch.randn(count, batch, text_len, config["joint_attention_dim"], generator=g),
-        "pooled_prompt_embeds": torch.randn(count, batch, config["pooled_projection_dim"], generator=g),
-        "u": u(count, batch, g),
     }
+    if "pooled_projection_dim" in config:
+        inputs["pooled_prompt_embeds"] = torch.randn(count, batch, config["pooled_projection_dim"], generator=g)
+    inputs["u"] = u(count, batch, g)
     indices = (inputs["u"] * 1000).long()
     inputs["timesteps"] = (1000 - indices).float()
     inputs["sigmas"] = inputs["timesteps"] / 1000
@@ -202,11 +255,11 @@ def write(name, description, model, lora, optimizer, inputs, init, mistakes, not
         },
         inputs,
         expected,
-        model={"path": f"../{model}/model", "class": "FluxTransformer2DModel"},
+        model={"path": f"../{model}/model", "class": class_of(model)},
         lora={"init": "lora_init.safetensors", **lora},
         optimizer=optimizer,
         batch_size=inputs["u"].shape[1],
-        latents="unpacked [micro-batch, batch, 16, h, w]; already (z - shift_factor) * scaling_factor",
+        latents="unpacked [micro-batch, batch, channels, h, w], in model space",
         **fields,
         summary={
             "loss_first5_mean": losses[:5].mean().item(),

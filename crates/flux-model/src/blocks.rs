@@ -99,11 +99,15 @@ pub(crate) fn block_path(double: usize, index: usize) -> String {
     }
 }
 
-/// What the last block gave, without the text tokens.
-pub(crate) fn image_tokens(tokens: Vec<Tensor<3>>, txt_tokens: usize) -> Tensor<3> {
+/// What the last block gave, without the text tokens before the image's and those of reference pictures behind.
+pub(crate) fn noisy_tokens(
+    tokens: Vec<Tensor<3>>,
+    txt_tokens: usize,
+    reference_tokens: usize,
+) -> Tensor<3> {
     let hidden = join(tokens);
-    let img_tokens = hidden.dims()[1] - txt_tokens;
-    hidden.narrow(1, txt_tokens, img_tokens)
+    let noisy_tokens = hidden.dims()[1] - txt_tokens - reference_tokens;
+    hidden.narrow(1, txt_tokens, noisy_tokens)
 }
 
 /// Text tokens, then image tokens, as one sequence; what is one already stays as it is.

@@ -107,6 +107,36 @@ pub trait Adapt {
     fn adapt<M: Module>(&self, component: Component, module: M) -> Result<M, Self::Error>;
 }
 
+/// Pictures that a network reads beside noisy tokens and prompts; without any, it makes an image of the prompt alone.
+#[derive(Debug, Clone, Default)]
+pub struct Condition {
+    /// Reference pictures as clean tokens, `[batch, tokens, channels]`, each with its grid; they follow the noisy tokens.
+    pub references: Vec<(Tensor<3>, [usize; 2])>,
+    /// Further channels of the noisy tokens, `[batch, img_tokens, channels]`, see [`Family::fill_channels`].
+    pub channels: Option<Tensor<3>>,
+}
+
+impl Condition {
+    /// Tokens of all references.
+    pub(crate) fn reference_tokens(&self) -> usize {
+        let tokens = self.references.iter().map(|(tokens, _)| tokens.dims()[1]);
+        tokens.sum()
+    }
+
+    /// The noisy tokens with their further channels, then the references.
+    pub(crate) fn with(self, noisy: Tensor<3>) -> Tensor<3> {
+        let noisy = match self.channels {
+            Some(channels) => Tensor::cat(vec![noisy, channels], 2),
+            None => noisy,
+        };
+        if self.references.is_empty() {
+            return noisy;
+        }
+        let references = self.references.into_iter().map(|(tokens, _)| tokens);
+        Tensor::cat([noisy].into_iter().chain(references).collect(), 1)
+    }
+}
+
 /// Steps and guidance that an image is made with where nothing else is said.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
@@ -241,7 +271,18 @@ pub trait Family: Sized + Debug {
     /// How the pipeline is meant to be sampled.
     fn sampling(&self) -> Sampling;
 
-    /// Why `network` cannot be run on latents alone, if so.
+    /// Whether `network` paints where a mask says: then it reads [`fill_channels`](Self::fill_channels), always.
+    fn reads_mask(&self, _: &Self::Network) -> bool {
+        false
+    }
+
+    /// Whether the pipeline's network was trained to read reference pictures.
+    fn reads_references(&self) -> bool;
+
+    /// Width and height in pixels that sampling brings a reference picture of this size to.
+    fn reference_size(&self, width_px: u32, height_px: u32) -> [u32; 2];
+
+    /// Why `network` cannot be run here, if so.
     fn problem(&self, network: &Self::Network) -> Option<String>;
 
     /// Loads the autoencoder.
@@ -284,6 +325,28 @@ pub trait Family: Sized + Debug {
     /// The latents of an encoded image in model space; `normals` gives as many standard normals as it is asked for.
     fn latents(&self, parts: &[HostTensor], normals: impl FnOnce(usize) -> Vec<f32>) -> Vec<f32>;
 
+    /// The latents of an encoded image at the distribution's mean: a picture that nothing is added to.
+    fn clean_latents(&self, parts: &[HostTensor]) -> Vec<f32> {
+        self.latents(parts, |count| vec![0.0; count])
+    }
+
+    /// What a network that [reads a mask](Self::reads_mask) gets: tokens of a picture that is 0 where the mask is 1, and of the
+    /// mask, side by side.
+    ///
+    /// # Shapes
+    /// - `masked`: model space; `mask`: pixels, `[batch, 1, height, width]`, 1 where the picture is to be painted
+    /// # Source
+    /// diffusers 0.38 `FluxFillPipeline.prepare_mask_latents`.
+    fn fill_channels(masked: Tensor<4>, mask: Tensor<4>) -> Tensor<3> {
+        let [batch, _, height, width] = masked.dims();
+        let side = mask.dims()[2] / height;
+        let mask = mask
+            .reshape([batch, height, side, width, side])
+            .permute([0, 2, 4, 1, 3]) // (b, side, side, height, width)
+            .reshape([batch, side * side, height, width]);
+        Tensor::cat(vec![Self::pack(masked), Self::pack(mask)], 2)
+    }
+
     /// Latents of model space as an image, `[batch, 3, height, width]`, roughly in `[-1, 1]`.
     fn decode(autoencoder: &Self::Autoencoder, latents: Tensor<4>) -> Tensor<4>;
 
@@ -302,14 +365,15 @@ pub trait Family: Sized + Debug {
     /// The inverse of [`pack`](Self::pack).
     fn unpack(tokens: Tensor<3>, grid: [usize; 2]) -> Tensor<4>;
 
-    /// What the network reads: noisy tokens of a grid, the prompts, and a noise level in `[0, 1]` and a guidance strength for
-    /// each row.
+    /// What the network reads: noisy tokens of a grid, the prompts, a noise level in `[0, 1]` and a guidance strength for each
+    /// row, and pictures beside them. It says the velocity of the noisy tokens alone.
     fn input(
         tokens: Tensor<3>,
         grid: [usize; 2],
         text: Self::Text,
         sigma: Vec<f32>,
         guidance: Vec<f32>,
+        condition: Condition,
     ) -> <Self::Network as Network>::Input;
 
     /// The scheduler's configuration.

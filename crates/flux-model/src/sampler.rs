@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 
 use crate::error::WeightsError;
-use crate::family::{Family, Network};
+use crate::family::{Condition, Family, Network};
 use crate::scheduler::euler_step;
 
 /// What one denoising run is made with.
@@ -17,6 +17,8 @@ pub struct Denoise<'a, F: Family> {
     pub text: &'a F::Text,
     /// What to steer away from, see [`Family::negative_prompt`].
     pub negative: Option<&'a F::Text>,
+    /// Pictures beside the prompt.
+    pub condition: &'a Condition,
     /// Height and width of the latents.
     pub grid: [usize; 2],
     /// Steps from noise to image.
@@ -59,6 +61,7 @@ impl<F: Family> Denoise<'_, F> {
                     text.clone(),
                     vec![pair[0]; batch],
                     vec![self.guidance_scale; batch],
+                    self.condition.clone(),
                 ))
             };
             let positive = velocity(self.text)?;

@@ -116,18 +116,32 @@ pub struct SampleArgs {
     /// What to show
     #[arg(long)]
     pub prompt: String,
+    /// Reference picture, for FLUX.2 klein and FLUX.1 Kontext: the prompt says what to do with it. May be given several times
+    #[arg(long, value_name = "FILE")]
+    pub reference: Vec<PathBuf>,
+    /// Picture to paint in, for FLUX.1 Fill
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "mask",
+        conflicts_with = "reference"
+    )]
+    pub image: Option<PathBuf>,
+    /// Where to paint: what is white in this picture, which has the size of --image
+    #[arg(long, value_name = "FILE", requires = "image")]
+    pub mask: Option<PathBuf>,
     /// Denoising steps (default: 28, for FLUX.2 klein base 50, for schnell and distilled klein 4)
     #[arg(long)]
     pub steps: Option<usize>,
     /// Guidance strength (default: 3.5, for Kontext 2.5, for Fill 30, for FLUX.2 klein base 4)
     #[arg(long)]
     pub guidance: Option<f32>,
-    /// Height in pixels
-    #[arg(long, default_value_t = 1024)]
-    pub height: usize,
-    /// Width in pixels
-    #[arg(long, default_value_t = 1024)]
-    pub width: usize,
+    /// Height in pixels (default: 1024, or that of the first --reference or --image, up to about a megapixel in all)
+    #[arg(long, requires = "width")]
+    pub height: Option<usize>,
+    /// Width in pixels, likewise
+    #[arg(long, requires = "height")]
+    pub width: Option<usize>,
     /// Seed of the starting noise
     #[arg(long, default_value_t = 0)]
     pub seed: u64,

@@ -19,6 +19,7 @@ use crate::convert::{convert, load_loras};
 use crate::dev::{bench, parity, random_weights};
 use crate::device::{self, BACKENDS, DeviceError};
 use crate::generate::{ImageSettings, decode, generate_latents};
+use crate::given::GivenPictures;
 use crate::image_file::ImagePlace;
 use crate::run::checkpoint::is_checkpoint_folder;
 use crate::run::resume::{Accepted, Resume};
@@ -159,16 +160,21 @@ fn sample_family<F: Family>(
     let usual = family.sampling();
     let steps = args.steps.unwrap_or(usual.num_inference_steps);
     let guidance = args.guidance.unwrap_or(usual.guidance_scale);
-    if steps == 0
-        || args.height < smallest
-        || args.width < smallest
-        || args.max_sequence_length == 0
-    {
+    let given = GivenPictures::read(args, family)?;
+    let height = args.height.unwrap_or(given.size.height_px as usize);
+    let width = args.width.unwrap_or(given.size.width_px as usize);
+    if steps == 0 || height < smallest || width < smallest || args.max_sequence_length == 0 {
         return Err(UsageError(format!(
             "--steps must be at least 1, --height and --width at least {smallest}"
         ))
         .into());
     }
+    let outline = family.outline(&device).context("open the transformer")?;
+    if let Some(problem) = family.problem(&outline) {
+        bail!("{problem}");
+    }
+    given.kinds().check(family, &outline)?;
+    drop(outline);
     let loras = load_loras(&args.lora, family.folder())?;
     let encoders = family
         .text_encoders(&device)
@@ -181,15 +187,14 @@ fn sample_family<F: Family>(
     let mut texts = texts.into_iter().map(|parts| F::text(parts, &device));
     let text = texts.next().context("encode the prompt")?;
     let negative = texts.next();
+    let size = [height, width].map(|side| side / smallest * smallest);
+    let condition = given.encode(family, size, &device)?;
     let network = family.network(&device).context("load the transformer")?;
-    if let Some(problem) = family.problem(&network) {
-        bail!("{problem}");
-    }
     let network = adapters::attach(network, Component::Transformer, &loras)?.no_grad();
 
     let settings = ImageSettings {
-        height_px: args.height,
-        width_px: args.width,
+        height_px: height,
+        width_px: width,
         num_inference_steps: steps,
         guidance_scale: guidance,
         seed: args.seed,
@@ -200,6 +205,7 @@ fn sample_family<F: Family>(
         &network,
         &text,
         negative.as_ref(),
+        &condition,
         settings,
         &device,
         |_| bar.inc(1),

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 use flux_model::WeightsError;
-use flux_model::family::Family;
+use flux_model::family::{Condition, Family};
 use flux_model::sampler::{Denoise, Step};
 use image::RgbImage;
 use lora_core::random::Stream;
@@ -27,11 +27,16 @@ pub struct ImageSettings {
 ///
 /// # Errors
 /// A block of the network that cannot be read.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "each is another thing, given by every caller"
+)]
 pub fn generate_latents<F: Family>(
     family: &F,
     network: &F::Network,
     text: &F::Text,
     negative: Option<&F::Text>,
+    condition: &Condition,
     settings: ImageSettings,
     device: &Device,
     on_step: impl FnMut(Step<'_>),
@@ -45,6 +50,7 @@ pub fn generate_latents<F: Family>(
         network,
         text,
         negative,
+        condition,
         grid: [height, width],
         steps: settings.num_inference_steps,
         guidance_scale: settings.guidance_scale,

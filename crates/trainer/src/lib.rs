@@ -15,6 +15,7 @@
 //! | `adapters` | LoRA files of any format onto the networks |
 //! | `merge`, `convert` | LoRAs into a pipeline on disk; a LoRA in another format |
 //! | `generate`, `previews` | text to image, and previews during training |
+//! | `condition`, `given` | pictures beside the prompt as the network reads them; those that `sample` is given |
 //! | `image_file` | the place of an image, tried before the work |
 //! | `inspect` | what a file or folder is |
 //! | `dev/` | reference cases, benchmarks, random weights |
@@ -28,6 +29,7 @@ pub mod backward;
 mod canary;
 pub mod cli;
 pub mod commands;
+pub mod condition;
 pub mod config;
 mod convert;
 pub mod data;
@@ -35,6 +37,7 @@ pub mod dev;
 pub mod device;
 pub mod fingerprint;
 pub mod generate;
+mod given;
 mod image_file;
 pub mod inspect;
 pub mod loss;

@@ -1,4 +1,6 @@
 //! Preview images during training. They draw from streams of their own, so they change nothing about the run.
+//!
+//! A model that edits needs pictures beside the prompt: the first prompt gets those of the first sample, and so on.
 
 use std::path::PathBuf;
 
@@ -7,8 +9,10 @@ use burn::module::Module;
 use flux_model::family::Family;
 use lora_core::files::host::HostTensor;
 
+use crate::condition::condition;
 use crate::config::{RunConfig, SampleSection};
-use crate::data::cache::Cache;
+use crate::data::bucket::Bucket;
+use crate::data::cache::{Beside, Cache};
 use crate::device::NamedDevice;
 use crate::generate::{ImageSettings, decode, generate_latents};
 use crate::progress::TrainReport;
@@ -33,6 +37,7 @@ pub struct Previews<'a, F> {
     section: Option<&'a SampleSection>,
     prompts: Vec<Vec<HostTensor>>,
     negative: Option<Vec<HostTensor>>,
+    beside: Vec<(Beside, Bucket)>,
     family: &'a F,
     folder: PathBuf,
 }
@@ -56,7 +61,13 @@ impl<'a, F: Family> Previews<'a, F> {
         let section = config.sample.as_ref();
         let prompts = section.into_iter().flat_map(|section| &section.prompts);
         let negative = section.and_then(|section| negative_prompt(section, family));
+        let count = section.map_or(0, |section| section.prompts.len());
+        let beside = (0..count).map(|index| {
+            let sample = index % cache.len();
+            anyhow::Ok((cache.beside(sample, false)?, cache.bucket(sample)))
+        });
         Ok(Self {
+            beside: beside.collect::<Result<_, _>>()?,
             section,
             prompts: prompts
                 .map(|prompt| cache.prompt(prompt))
@@ -91,24 +102,33 @@ impl<'a, F: Family> Previews<'a, F> {
         let latents: Vec<_> = self
             .prompts
             .iter()
+            .zip(&self.beside)
             .enumerate()
-            .map(|(index, prompt)| {
+            .map(|(index, (prompt, (beside, bucket)))| {
+                // what a mask is of has its size
+                let (height, width) = match beside.masked {
+                    Some(_) => (bucket.height_px, bucket.width_px),
+                    None => (section.height, section.width),
+                };
                 let settings = ImageSettings {
-                    height_px: section.height as usize,
-                    width_px: section.width as usize,
+                    height_px: height as usize,
+                    width_px: width as usize,
                     num_inference_steps: section.num_inference_steps,
                     guidance_scale: section.guidance_scale as f32,
                     seed: section.seed.wrapping_add(index as u64),
                 };
-                generate_latents(
+                let condition =
+                    condition(self.family, std::slice::from_ref(beside), &device.device)?;
+                anyhow::Ok(generate_latents(
                     self.family,
                     &model,
                     &text(prompt),
                     negative.as_ref(),
+                    &condition,
                     settings,
                     &device.device,
                     |_| {},
-                )
+                )?)
             })
             .collect::<Result<_, _>>()?;
         drop(model);

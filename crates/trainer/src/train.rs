@@ -20,6 +20,7 @@ use tracing::{info, warn};
 
 use crate::adapters;
 use crate::cli::UsageError;
+use crate::condition::Pictures;
 use crate::config::RunConfig;
 use crate::data::batch::{Data, Order};
 use crate::data::cache::Cache;
@@ -141,7 +142,7 @@ fn train_family<F: Family>(
         )?,
         None => Vec::new(),
     };
-    let outline = check_start(config, &family, &run, &device)?;
+    let outline = check_start(config, &family, &run, &samples, &device)?;
     let begin = match opened {
         Some(opened) => Begin::Resumed(Box::new(opened)),
         None => {
@@ -329,6 +330,7 @@ fn check_start<F: Family>(
     config: &RunConfig,
     family: &F,
     run: &RunDir,
+    samples: &[Sample],
     device: &NamedDevice,
 ) -> anyhow::Result<F::Network> {
     for warning in config.warnings() {
@@ -341,6 +343,13 @@ fn check_start<F: Family>(
     if let Some(problem) = family.problem(&outline) {
         bail!("{problem}");
     }
+    let references = samples.iter().any(|sample| !sample.references.is_empty());
+    let pictures = Pictures {
+        references: references.then_some("reference pictures (`dataset.reference`, or a list)"),
+        mask: config.dataset.mask.is_some(),
+        mask_name: "`dataset.mask`",
+    };
+    pictures.check(family, &outline)?;
     // Networks have a config.json; tokenizers are read with them.
     for path in family.encoder_paths() {
         if path.is_file() || path.join("config.json").is_file() {

@@ -43,6 +43,15 @@ pub fn image_positions(height: usize, width: usize) -> Vec<Position> {
         .collect()
 }
 
+/// Positions of the tokens of reference picture `index`, counted from 0: as those of an image, with the picture's number on the
+/// first axis. FLUX.1 Kontext was trained with one picture.
+pub fn reference_positions(index: usize, height: usize, width: usize) -> Vec<Position> {
+    let positions = image_positions(height, width).into_iter();
+    positions
+        .map(|[_, row, column]| [1.0 + index as f32, row, column])
+        .collect()
+}
+
 /// Positions of text tokens: all zero, so text is not rotated.
 pub fn text_positions(tokens: usize) -> Vec<Position> {
     vec![[0.0; 3]; tokens]

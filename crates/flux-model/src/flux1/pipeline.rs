@@ -9,10 +9,10 @@ use lora_core::state::host_tensor;
 use crate::autoencoder::{Autoencoder, AutoencoderConfig};
 use crate::error::WeightsError;
 use crate::family::{
-    ComponentFile, Family, Sampling, TokenCount, TokenCounter, transformer_config,
+    ComponentFile, Condition, Family, Sampling, TokenCount, TokenCounter, transformer_config,
 };
 use crate::flux1::config::FluxConfig;
-use crate::flux1::latent::{image_positions, pack, text_positions, unpack};
+use crate::flux1::latent::{image_positions, pack, reference_positions, text_positions, unpack};
 use crate::flux1::text::{CLIP_TOKENS, ClipAndT5, TextEmbedding};
 use crate::flux1::transformer::{FluxInput, FluxTransformer};
 use crate::lora::ModelShape;
@@ -32,7 +32,42 @@ pub struct Flux1 {
     scheduler: SchedulerConfig,
 }
 
+/// Width and height of the pictures that FLUX.1 Kontext was trained on. Source: diffusers `PREFERRED_KONTEXT_RESOLUTIONS`.
+const KONTEXT_SIZES: [[u32; 2]; 17] = [
+    [672, 1568],
+    [688, 1504],
+    [720, 1456],
+    [752, 1392],
+    [800, 1328],
+    [832, 1248],
+    [880, 1184],
+    [944, 1104],
+    [1024, 1024],
+    [1104, 944],
+    [1184, 880],
+    [1248, 832],
+    [1328, 800],
+    [1392, 752],
+    [1456, 720],
+    [1504, 688],
+    [1568, 672],
+];
+
+fn kontext_size(width_px: u32, height_px: u32) -> [u32; 2] {
+    let aspect = f64::from(width_px) / f64::from(height_px);
+    let off = |[width, height]: &[u32; 2]| (aspect - f64::from(*width) / f64::from(*height)).abs();
+    let nearest = KONTEXT_SIZES
+        .into_iter()
+        .min_by(|a, b| off(a).total_cmp(&off(b)));
+    nearest.unwrap_or([1024; 2])
+}
+
 impl Flux1 {
+    /// Channels of a token of latents.
+    fn token_channels(&self) -> usize {
+        4 * self.autoencoder.latent_channels
+    }
+
     fn tokenizers(&self) -> Result<(ClipTokenizer, T5Tokenizer), WeightsError> {
         let root = self.folder.root();
         Ok((
@@ -163,15 +198,32 @@ impl Family for Flux1 {
         }
     }
 
+    /// Fill: noisy tokens, those of the masked picture, and one channel for every pixel of the mask.
+    fn reads_mask(&self, network: &FluxTransformer) -> bool {
+        let pixels = self.pixel_step() * self.pixel_step();
+        network.config().in_channels == 2 * self.token_channels() + pixels
+    }
+
+    fn reads_references(&self) -> bool {
+        self.folder.class().starts_with("FluxKontext")
+    }
+
+    /// One of the sizes that Kontext was trained at: of those, the one whose aspect is nearest.
+    fn reference_size(&self, width_px: u32, height_px: u32) -> [u32; 2] {
+        let step = self.pixel_step() as u32;
+        kontext_size(width_px, height_px).map(|side| side / step * step)
+    }
+
     fn problem(&self, network: &FluxTransformer) -> Option<String> {
-        let latent = 4 * self.autoencoder.latent_channels;
+        let latent = self.token_channels();
         let (inputs, outputs) = (
             network.config().in_channels,
             network.config().out_channels(),
         );
-        (inputs != latent || outputs != latent).then(|| {
+        let known = inputs == latent || self.reads_mask(network);
+        (!known || outputs != latent).then(|| {
             format!(
-                "this transformer reads {inputs} channels, the autoencoder gives {latent}: models that read a condition (Fill, Canny, Depth) cannot be used yet"
+                "this transformer reads {inputs} channels, the autoencoder gives {latent}: models that read another condition than Fill's (Canny, Depth) cannot be used yet"
             )
         })
     }
@@ -270,11 +322,16 @@ impl Family for Flux1 {
         text: TextEmbedding,
         sigma: Vec<f32>,
         guidance: Vec<f32>,
+        condition: Condition,
     ) -> FluxInput {
         let mut positions = text_positions(text.sequence.dims()[1]);
         positions.extend(image_positions(height, width));
+        for (index, (_, [height, width])) in condition.references.iter().enumerate() {
+            positions.extend(reference_positions(index, *height, *width));
+        }
         FluxInput {
-            img: tokens,
+            reference_tokens: condition.reference_tokens(),
+            img: condition.with(tokens),
             txt: text.sequence,
             pooled: text.pooled,
             sigma,
@@ -301,4 +358,16 @@ fn upload<const D: usize>(tensor: &HostTensor, device: &Device) -> Tensor<D> {
         TensorData::new(tensor.to_f32(), tensor.shape.clone()),
         device,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::kontext_size;
+
+    #[test]
+    fn a_reference_of_kontext_gets_the_size_of_the_nearest_aspect() {
+        assert_eq!(kontext_size(1000, 1500), [832, 1248]);
+        assert_eq!(kontext_size(640, 640), [1024, 1024]);
+        assert_eq!(kontext_size(4000, 100), [1568, 672]);
+    }
 }

@@ -18,7 +18,7 @@ use lora_core::files::host::HostTensor;
 use lora_core::linear;
 use lora_core::training::recompute::{Blocks, TensorTree};
 
-use crate::blocks::{Block, block_path, image_tokens};
+use crate::blocks::{Block, block_path, noisy_tokens};
 use crate::error::WeightsError;
 use crate::family::{Network, argument, numbers, positions};
 use crate::flux1::config::FluxConfig;
@@ -58,6 +58,8 @@ pub struct FluxInput {
     pub guidance: Vec<f32>,
     /// Positions of the text tokens, then of the image tokens.
     pub positions: Vec<Position>,
+    /// How many of the image tokens, at their end, are of reference pictures: they have no velocity.
+    pub reference_tokens: usize,
 }
 
 /// What every block reads besides its input; only `temb` gets a gradient.
@@ -69,6 +71,8 @@ pub struct Conditioning {
     pub rotary: RotaryTable,
     /// How many of the tokens are text.
     pub txt_tokens: usize,
+    /// How many of them, at the end, are of reference pictures.
+    pub reference_tokens: usize,
 }
 
 impl TensorTree for Conditioning {
@@ -218,15 +222,16 @@ impl Network for FluxTransformer {
                 &input.img.device(),
             ),
             txt_tokens: input.txt.dims()[1],
+            reference_tokens: input.reference_tokens,
         };
         let img = linear(&self.x_embedder, input.img);
         let txt = linear(&self.context_embedder, input.txt);
         (vec![txt, img], conditioning)
     }
 
-    /// Drops the text tokens and projects to the velocity.
+    /// Drops text and references and projects to the velocity.
     fn leave(&self, tokens: Vec<Tensor<3>>, c: &Conditioning) -> Tensor<3> {
-        let img = image_tokens(tokens, c.txt_tokens);
+        let img = noisy_tokens(tokens, c.txt_tokens, c.reference_tokens);
         let [scale, shift] = vectors(self.norm_out.forward(silu(c.temb.clone()))); // the other way round in BFL's layout
         linear(&self.proj_out, layer_norm_modulate(img, scale, shift, EPS))
     }
@@ -262,6 +267,7 @@ impl Network for FluxTransformer {
                 positions(tensors, "img_ids")?,
             ]
             .concat(),
+            reference_tokens: 0,
         })
     }
 }

@@ -59,6 +59,14 @@ pub fn image_positions(rows: usize, columns: usize) -> Vec<Position> {
         .collect()
 }
 
+/// Positions of the tokens of reference picture `index`, counted from 0: as those of an image, 10 apart on the first axis.
+pub fn reference_positions(index: usize, rows: usize, columns: usize) -> Vec<Position> {
+    let positions = image_positions(rows, columns).into_iter();
+    positions
+        .map(|[_, row, column, _]| [10.0 + 10.0 * index as f32, row, column, 0.0])
+        .collect()
+}
+
 /// Positions of text tokens: one after the other on the fourth axis.
 pub fn text_positions(tokens: usize) -> Vec<Position> {
     (0..tokens).map(|i| [0.0, 0.0, 0.0, i as f32]).collect()

@@ -8,11 +8,11 @@ use lora_core::state::host_tensor;
 
 use crate::error::WeightsError;
 use crate::family::{
-    ComponentFile, Family, Sampling, TokenCount, TokenCounter, transformer_config,
+    ComponentFile, Condition, Family, Sampling, TokenCount, TokenCounter, transformer_config,
 };
 use crate::flux2::autoencoder::Flux2Autoencoder;
 use crate::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
-use crate::flux2::latent::{image_positions, pack, text_positions, unpack};
+use crate::flux2::latent::{image_positions, pack, reference_positions, text_positions, unpack};
 use crate::flux2::load::load_autoencoder;
 use crate::flux2::schedule::empirical_mu;
 use crate::flux2::text::KleinTextEncoder;
@@ -25,6 +25,8 @@ use crate::text::qwen3::{Qwen3Config, Qwen3Text};
 use crate::text::tokenizer::QwenTokenizer;
 use crate::weights::{Layout, checkpoint_tensors};
 
+/// Most pixels of a reference picture. Source: diffusers `Flux2KleinPipeline`.
+const REFERENCE_AREA: f64 = 1024.0 * 1024.0;
 /// Steps whose shift training's `flux` shift takes: those that the networks that can be trained are sampled with.
 const TRAINING_STEPS: usize = 50;
 
@@ -146,6 +148,15 @@ impl Family for Flux2 {
         }
     }
 
+    fn reads_references(&self) -> bool {
+        true
+    }
+
+    /// As it is, but no larger than a square of 1024 px, and cut to whole tokens.
+    fn reference_size(&self, width_px: u32, height_px: u32) -> [u32; 2] {
+        klein_size(width_px, height_px, self.pixel_step() as u32)
+    }
+
     fn problem(&self, network: &Flux2Transformer) -> Option<String> {
         let latent = self.autoencoder.patch_channels();
         let (inputs, outputs) = (
@@ -229,11 +240,16 @@ impl Family for Flux2 {
         text: Tensor<3>,
         sigma: Vec<f32>,
         guidance: Vec<f32>,
+        condition: Condition,
     ) -> Flux2Input {
         let mut positions = text_positions(text.dims()[1]);
         positions.extend(image_positions(rows, columns));
+        for (index, (_, [rows, columns])) in condition.references.iter().enumerate() {
+            positions.extend(reference_positions(index, *rows, *columns));
+        }
         Flux2Input {
-            img: tokens,
+            reference_tokens: condition.reference_tokens(),
+            img: condition.with(tokens),
             txt: text,
             sigma,
             guidance,
@@ -252,5 +268,27 @@ impl Family for Flux2 {
 
     fn training_mu(&self, image_tokens: usize) -> f64 {
         empirical_mu(image_tokens, TRAINING_STEPS)
+    }
+}
+
+fn klein_size(width_px: u32, height_px: u32, step: u32) -> [u32; 2] {
+    let area = f64::from(width_px) * f64::from(height_px);
+    let scale = (REFERENCE_AREA / area).sqrt().min(1.0);
+    [width_px, height_px].map(|side| {
+        let side = (f64::from(side) * scale) as u32;
+        (side / step * step).max(step)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::klein_size;
+
+    #[test]
+    fn a_reference_of_klein_keeps_its_size_up_to_a_megapixel() {
+        assert_eq!(klein_size(500, 300, 16), [496, 288]);
+        assert_eq!(klein_size(1024, 1024, 16), [1024, 1024]);
+        assert_eq!(klein_size(2000, 1000, 16), [1440, 720]);
+        assert_eq!(klein_size(5, 4000, 16), [16, 4000]);
     }
 }

@@ -20,7 +20,7 @@ use lora_core::files::host::HostTensor;
 use lora_core::linear;
 use lora_core::training::recompute::{Blocks, TensorTree};
 
-use crate::blocks::{Block, block_path, image_tokens};
+use crate::blocks::{Block, block_path, noisy_tokens};
 use crate::error::WeightsError;
 use crate::family::{Network, argument, numbers, positions};
 use crate::flux2::config::Flux2Config;
@@ -48,6 +48,8 @@ pub struct Flux2Input {
     pub guidance: Vec<f32>,
     /// Positions of the text tokens, then of the image tokens.
     pub positions: Vec<Position>,
+    /// How many of the image tokens, at their end, are of reference pictures: they have no velocity.
+    pub reference_tokens: usize,
 }
 
 /// What every block reads besides its input; the rotary positions get no gradient.
@@ -66,6 +68,8 @@ pub struct Conditioning {
     pub rotary: RotaryTable,
     /// How many of the tokens are text.
     pub txt_tokens: usize,
+    /// How many of them, at the end, are of reference pictures.
+    pub reference_tokens: usize,
 }
 
 impl Conditioning {
@@ -82,6 +86,7 @@ impl Conditioning {
             single_mod: vector(self.single_mod),
             rotary: rotary(self.rotary),
             txt_tokens: self.txt_tokens,
+            reference_tokens: self.reference_tokens,
         }
     }
 
@@ -192,6 +197,7 @@ impl Flux2Transformer {
                 &device,
             ),
             txt_tokens: input.txt.dims()[1],
+            reference_tokens: input.reference_tokens,
         }
     }
 }
@@ -207,9 +213,9 @@ impl Network for Flux2Transformer {
         (vec![txt, img], conditioning)
     }
 
-    /// Drops the text tokens and projects to the velocity.
+    /// Drops text and references and projects to the velocity.
     fn leave(&self, tokens: Vec<Tensor<3>>, c: &Conditioning) -> Tensor<3> {
-        let img = image_tokens(tokens, c.txt_tokens);
+        let img = noisy_tokens(tokens, c.txt_tokens, c.reference_tokens);
         let [scale, shift] = vectors(self.norm_out.forward(silu(c.temb.clone()))); // the other way round in BFL's layout
         let x = layer_norm_modulate(img, scale, shift, self.config.eps);
         linear(&self.proj_out, x)
@@ -245,6 +251,7 @@ impl Network for Flux2Transformer {
                 positions(tensors, "img_ids")?,
             ]
             .concat(),
+            reference_tokens: 0,
         })
     }
 }

@@ -48,12 +48,14 @@ const MAX_SEQUENCE_LENGTH: usize = 512;
 ///
 /// Steps already taken keep their meaning. Any other change would silently make the resumed run differ from one that was
 /// never stopped.
-const MAY_CHANGE_ON_RESUME: [&str; 12] = [
+const MAY_CHANGE_ON_RESUME: [&str; 14] = [
     // Where things are; what they hold is compared by digest.
     "model.path",
     "model.transformer",
     "model.vae",
     "dataset.path",
+    "dataset.reference",
+    "dataset.mask",
     // Another way to the same bits.
     "train.recompute",
     // Stops a run, and changes none.
@@ -137,6 +139,13 @@ pub struct ModelSection {
 pub struct DatasetSection {
     /// Folder of images with captions, as [`crate::data::scan::scan`] reads it. Required.
     pub path: PathBuf,
+    /// Folder of reference pictures, for models that edit (FLUX.2 klein, FLUX.1 Kontext): under the name of their image, or several
+    /// with _1, _2 and so on behind it. The caption says what to do with them. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reference: Option<PathBuf>,
+    /// Folder of masks under the names of their images, for FLUX.1 Fill: what is white is painted anew. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mask: Option<PathBuf>,
     /// Side in pixels of the square whose area no training image exceeds; a multiple of 16. Default 512.
     pub resolution: u32,
     /// Sides of training images are multiples of this many pixels; itself a multiple of 16. Smaller steps crop less and
@@ -156,6 +165,8 @@ impl Default for DatasetSection {
     fn default() -> Self {
         Self {
             path: PathBuf::new(),
+            reference: None,
+            mask: None,
             resolution: 512,
             bucket_step: 64,
             random_flip: false,
@@ -840,6 +851,8 @@ impl RunConfig {
             ("model.transformer", self.model.transformer.as_mut()),
             ("model.vae", self.model.vae.as_mut()),
             ("dataset.path", Some(&mut self.dataset.path)),
+            ("dataset.reference", self.dataset.reference.as_mut()),
+            ("dataset.mask", self.dataset.mask.as_mut()),
             ("lora.init_from", self.lora.init_from.as_mut()),
         ]
         .into_iter()

@@ -52,6 +52,20 @@ impl ModelSection {
 impl DatasetSection {
     pub(super) fn check(&self) -> Result<(), Invalid> {
         check_path("dataset.path", Some(&self.path))?;
+        for (key, folder) in [
+            ("dataset.reference", &self.reference),
+            ("dataset.mask", &self.mask),
+        ] {
+            check_path(key, folder.as_deref())?;
+            if folder.as_ref() == Some(&self.path) {
+                let problem = "is `dataset.path`: put these pictures into a folder of their own";
+                return Err((key, problem.into()));
+            }
+        }
+        if self.reference.is_some() && self.mask.is_some() {
+            let problem = "cannot be together with `dataset.mask`: no model reads both";
+            return Err(("dataset.reference", problem.into()));
+        }
         check_side("dataset.resolution", self.resolution)?;
         check_side("dataset.bucket_step", self.bucket_step)?;
         if self.bucket_step > self.resolution {

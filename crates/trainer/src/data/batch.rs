@@ -12,7 +12,9 @@ use lora_core::files::host::HostTensor;
 use lora_core::random::Stream;
 
 use crate::backward::MicroBatch;
+use crate::condition::condition;
 use crate::config::RunConfig;
+use crate::data::bucket::Bucket;
 use crate::data::cache::Cache;
 use crate::loss::{Penalty, draw_sigma, loss_of_zero, loss_weight};
 use crate::step::Drawn;
@@ -27,13 +29,14 @@ pub struct Order {
 }
 
 impl Order {
-    /// Groups the samples of `cache` by size.
+    /// Groups the samples of `cache` by their size and those of their references.
     pub fn new(cache: &Cache, batch_size: usize, seed: u64) -> Self {
         let mut buckets: BTreeMap<_, Vec<usize>> = BTreeMap::new();
         for sample in 0..cache.len() {
-            let bucket = cache.bucket(sample);
+            let size = |bucket: Bucket| (bucket.height_px, bucket.width_px);
+            let references = cache.reference_buckets(sample).into_iter().map(size);
             buckets
-                .entry((bucket.height_px, bucket.width_px))
+                .entry((size(cache.bucket(sample)), references.collect::<Vec<_>>()))
                 .or_default()
                 .push(sample);
         }
@@ -112,7 +115,7 @@ impl<F: Family> Data<'_, F> {
         let samples = self.order.samples(data_step);
         let stream = |name: &str, i: usize| Stream::new(seed, name, micro_step, i as u64);
         let (mut noisy, mut target, mut sigmas) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut shape, mut texts) = ([0; 4], Vec::new());
+        let (mut shape, mut texts, mut beside) = ([0; 4], Vec::new(), Vec::new());
         for (i, &sample) in samples.iter().enumerate() {
             let flipped = config.dataset.random_flip && stream("flip", i).uniform() < 0.5;
             let encoded = self.cache.latents(sample, flipped)?;
@@ -138,6 +141,7 @@ impl<F: Family> Data<'_, F> {
 
             let dropped = stream("caption_dropout", i).uniform() < config.dataset.caption_dropout;
             texts.push(self.cache.text(sample, dropped)?);
+            beside.push(self.cache.beside(sample, flipped)?);
         }
 
         let batch = samples.len();
@@ -154,6 +158,7 @@ impl<F: Family> Data<'_, F> {
             F::text(stacked(texts), device),
             sigmas.clone(),
             vec![config.train.guidance as f32; batch],
+            condition(self.family, &beside, device)?,
         );
         let weights: Vec<f32> = sigmas
             .iter()

@@ -31,6 +31,9 @@ use crate::progress;
 /// Raise it with any change after which the same file gives other numbers, so that an upgrade never mixes old entries with new.
 const ENCODING: &str = "2";
 
+/// Name of the mask in the entry of a masked image.
+const MASK: &str = "mask";
+
 /// The encoded dataset.
 #[derive(Debug)]
 pub struct Cache {
@@ -47,10 +50,44 @@ pub struct Cache {
 
 #[derive(Debug)]
 struct CachedSample {
+    image: CachedPicture,
+    references: Vec<CachedPicture>,
+    /// The image with nothing where it is to be painted, and its mask.
+    masked: Option<CachedPicture>,
+    text: String,
+}
+
+/// A picture at the size it is encoded at, and its entries.
+#[derive(Debug)]
+struct CachedPicture {
     bucket: Bucket,
     latents: String,
     flipped: Option<String>,
-    text: String,
+}
+
+impl CachedPicture {
+    fn entry(&self, flipped: bool) -> &str {
+        match &self.flipped {
+            Some(entry) if flipped => entry,
+            _ => &self.latents,
+        }
+    }
+}
+
+/// What becomes an entry: a picture, maybe under a mask, and its digest.
+#[derive(Clone, Copy)]
+struct Source<'a> {
+    image: (&'a Path, &'a str),
+    mask: Option<(&'a Path, &'a str)>,
+}
+
+/// Pictures beside a sample as the autoencoder sees them: the tensors [`Family::LATENTS`] names.
+#[derive(Debug, Clone, Default)]
+pub struct Beside {
+    /// The references.
+    pub references: Vec<Vec<HostTensor>>,
+    /// The masked image, and behind its tensors the mask in pixels, `[1, 1, height, width]`.
+    pub masked: Option<Vec<HostTensor>>,
 }
 
 impl Cache {
@@ -58,9 +95,9 @@ impl Cache {
     ///
     /// # Errors
     /// An image that cannot be decoded, an encoder that cannot be loaded, a full disk.
-    pub fn build<F: Family>(
+    pub fn build<'s, F: Family>(
         folder: &Path,
-        samples: &[Sample],
+        samples: &'s [Sample],
         config: &DatasetSection,
         prompts: &[String],
         family: &F,
@@ -75,42 +112,69 @@ impl Cache {
         digests.save()?;
         let all_buckets = buckets(config.resolution, config.bucket_step);
 
+        let masked_names = [F::LATENTS, &[MASK]].concat();
+        let names = |source: Source| match source.mask {
+            Some(_) => masked_names.clone(),
+            None => F::LATENTS.to_vec(),
+        };
         let mut cached = Vec::with_capacity(samples.len());
         let mut missing = Vec::new();
         for sample in samples {
-            let bucket = nearest_bucket(&all_buckets, sample.width_px, sample.height_px);
-            let key = |mirrored| latents_key(sample, bucket, mirrored, &encoders, backend);
-            let entry = CachedSample {
-                bucket,
-                latents: key(false),
-                flipped: config.random_flip.then(|| key(true)),
+            let mut picture = |source: Source<'s>, width_px, height_px| {
+                let bucket = nearest_bucket(&all_buckets, width_px, height_px);
+                let key = |mirrored| latents_key(source, bucket, mirrored, &encoders, backend);
+                let picture = CachedPicture {
+                    bucket,
+                    latents: key(false),
+                    flipped: config.random_flip.then(|| key(true)),
+                };
+                let names = names(source);
+                let is_missing = |key: &&String| read_entry(folder, key, &names).is_none();
+                let plain = Some(&picture.latents).filter(is_missing).cloned();
+                let mirrored = picture.flipped.as_ref().filter(is_missing).cloned();
+                if plain.is_some() || mirrored.is_some() {
+                    missing.push((source, bucket, plain, mirrored));
+                }
+                picture
+            };
+            let image = (sample.image.as_path(), sample.image_sha256.as_str());
+            let (width, height) = (sample.width_px, sample.height_px);
+            cached.push(CachedSample {
+                image: picture(Source { image, mask: None }, width, height),
+                references: of_references(sample)
+                    .map(|(source, width, height)| picture(source, width, height))
+                    .collect(),
+                masked: sample.mask.as_ref().map(|mask| {
+                    let mask = Some((mask.path.as_path(), mask.sha256.as_str()));
+                    picture(Source { image, mask }, width, height)
+                }),
                 text: text_key(
                     &sample.caption,
                     config.max_sequence_length,
                     &encoders,
                     backend,
                 ),
-            };
-            let is_missing = |key: &&String| read_entry(folder, key, F::LATENTS).is_none();
-            let plain = Some(&entry.latents).filter(is_missing).cloned();
-            let mirrored = entry.flipped.as_ref().filter(is_missing).cloned();
-            if plain.is_some() || mirrored.is_some() {
-                missing.push((sample, bucket, plain, mirrored));
-            }
-            cached.push(entry);
+            });
         }
         if !missing.is_empty() {
             let autoencoder = family.autoencoder(device).context("load the autoencoder")?;
-            let encode = |image: &RgbImage| F::encode_image(&autoencoder, tensor(image, device));
             let bar = progress::bar("encode images", missing.len() as u64);
-            for (sample, bucket, plain, mirrored) in missing {
-                let mut image = resize_and_crop(&load_unchanged(sample)?, bucket);
-                if let Some(key) = plain {
-                    write_entry(folder, &key, F::LATENTS, encode(&image))?;
-                }
-                if let Some(key) = mirrored {
-                    imageops::flip_horizontal_in_place(&mut image);
-                    write_entry(folder, &key, F::LATENTS, encode(&image))?;
+            for (source, bucket, plain, mirrored) in missing {
+                let (path, sha256) = source.image;
+                let mut image = resize_and_crop(&load_unchanged(path, sha256)?, bucket);
+                let mask = source.mask;
+                let mut mask = mask
+                    .map(|(path, sha256)| load_unchanged(path, sha256))
+                    .transpose()?
+                    .map(|mask| resize_and_crop(&mask, bucket));
+                for (key, flip) in [(plain, false), (mirrored, true)] {
+                    let Some(key) = key else { continue };
+                    if flip {
+                        imageops::flip_horizontal_in_place(&mut image);
+                        mask.as_mut().map(imageops::flip_horizontal_in_place);
+                    }
+                    let parts = encode::<F>(&autoencoder, &image, mask.as_ref(), device);
+                    write_entry(folder, &key, &names(source), parts)?;
                 }
                 bar.inc(1);
             }
@@ -171,7 +235,33 @@ impl Cache {
 
     /// Size each sample is trained at.
     pub fn bucket(&self, sample: usize) -> Bucket {
-        self.samples[sample].bucket
+        self.samples[sample].image.bucket
+    }
+
+    /// Sizes of its references.
+    pub fn reference_buckets(&self, sample: usize) -> Vec<Bucket> {
+        let references = self.samples[sample].references.iter();
+        references.map(|reference| reference.bucket).collect()
+    }
+
+    /// What the autoencoder said about the pictures beside a sample, mirrored as it is.
+    ///
+    /// # Errors
+    /// As [`latents`](Self::latents).
+    pub fn beside(&self, sample: usize, flipped: bool) -> anyhow::Result<Beside> {
+        let sample = &self.samples[sample];
+        let references = sample.references.iter();
+        let masked_names = [self.latents, &[MASK]].concat();
+        Ok(Beside {
+            references: references
+                .map(|reference| self.entry(reference.entry(flipped), self.latents))
+                .collect::<Result<_, _>>()?,
+            masked: sample
+                .masked
+                .as_ref()
+                .map(|masked| self.entry(masked.entry(flipped), &masked_names))
+                .transpose()?,
+        })
     }
 
     /// What the autoencoder said about a sample, mirrored if asked for: the tensors [`Family::LATENTS`] names.
@@ -179,12 +269,7 @@ impl Cache {
     /// # Errors
     /// An entry that has vanished or was damaged since the run started.
     pub fn latents(&self, sample: usize, flipped: bool) -> anyhow::Result<Vec<HostTensor>> {
-        let entry = &self.samples[sample];
-        let key = if flipped {
-            entry.flipped.as_ref().unwrap_or(&entry.latents)
-        } else {
-            &entry.latents
-        };
+        let key = self.samples[sample].image.entry(flipped);
         self.entry(key, self.latents)
     }
 
@@ -223,26 +308,56 @@ impl Cache {
     }
 }
 
-/// The pixels of an image that is still what it was when the dataset was read: its entry is named by what it was then.
-fn load_unchanged(sample: &Sample) -> anyhow::Result<RgbImage> {
-    let limits = ImageLimits::default();
-    let bytes = read_image(&sample.image, &limits)?;
-    ensure!(
-        sha256_hex(&bytes) == sample.image_sha256,
-        "image `{}` was changed while the run started: start it again",
-        sample.image.display()
-    );
-    Ok(decode_image(&sample.image, &bytes, &limits)?)
+/// The references of a sample, and their sizes.
+fn of_references(sample: &Sample) -> impl Iterator<Item = (Source<'_>, u32, u32)> {
+    sample.references.iter().map(|picture| {
+        let source = Source {
+            image: (&picture.path, &picture.sha256),
+            mask: None,
+        };
+        (source, picture.width_px, picture.height_px)
+    })
 }
 
-/// `[1, 3, height, width]`.
-fn tensor(image: &RgbImage, device: &Device) -> Tensor<4> {
-    let shape = [1, 3, image.height() as usize, image.width() as usize];
-    Tensor::from_data(TensorData::new(to_chw_f32(image), shape), device)
+/// The pixels of an image that is still what it was when the dataset was read: its entry is named by what it was then.
+fn load_unchanged(path: &Path, sha256: &str) -> anyhow::Result<RgbImage> {
+    let limits = ImageLimits::default();
+    let bytes = read_image(path, &limits)?;
+    ensure!(
+        sha256_hex(&bytes) == sha256,
+        "image `{}` was changed while the run started: start it again",
+        path.display()
+    );
+    Ok(decode_image(path, &bytes, &limits)?)
+}
+
+/// An image as the tensors [`Family::LATENTS`] names. With a mask of its size, of the image with 0 where the mask is white, and
+/// the mask behind them.
+pub fn encode<F: Family>(
+    autoencoder: &F::Autoencoder,
+    image: &RgbImage,
+    mask: Option<&RgbImage>,
+    device: &Device,
+) -> Vec<HostTensor> {
+    let (width, height) = (image.width() as usize, image.height() as usize);
+    let mut values = to_chw_f32(image);
+    let mask: Option<Vec<f32>> = mask.map(|mask| {
+        let luma = imageops::grayscale(mask);
+        luma.iter().map(|&byte| f32::from(byte >= 128)).collect()
+    });
+    if let Some(mask) = &mask {
+        for (value, mask) in values.iter_mut().zip(mask.iter().cycle()) {
+            *value *= 1.0 - mask;
+        }
+    }
+    let image = Tensor::from_data(TensorData::new(values, [1, 3, height, width]), device);
+    let mut parts = F::encode_image(autoencoder, image);
+    parts.extend(mask.map(|mask| HostTensor::from_f32([1, 1, height, width], &mask)));
+    parts
 }
 
 fn latents_key(
-    sample: &Sample,
+    source: Source<'_>,
     bucket: Bucket,
     mirrored: bool,
     encoders: &str,
@@ -250,10 +365,11 @@ fn latents_key(
 ) -> String {
     let size = bucket.to_string();
     let mirrored = if mirrored { "mirrored" } else { "" };
-    entry_key(
-        "latents",
-        &[&sample.image_sha256, &size, mirrored, encoders, backend],
-    )
+    let (_, image) = source.image;
+    match source.mask {
+        None => entry_key("latents", &[image, &size, mirrored, encoders, backend]),
+        Some((_, mask)) => entry_key("masked", &[image, mask, &size, mirrored, encoders, backend]),
+    }
 }
 
 fn text_key(text: &str, max_sequence_length: usize, encoders: &str, backend: &str) -> String {

@@ -114,6 +114,8 @@ mod tests {
             width_px,
             height_px,
             caption: String::new(),
+            references: Vec::new(),
+            mask: None,
         }
     }
 

@@ -19,6 +19,9 @@ pub struct SampleDigest {
     pub image_sha256: String,
     /// SHA-256 of the caption, in hex.
     pub caption_sha256: String,
+    /// SHA-256 of its references, in hex, then of its mask.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub beside_sha256: Vec<String>,
 }
 
 /// Digests of all samples, in their order.
@@ -27,16 +30,21 @@ pub fn sample_digests(samples: &[Sample]) -> Vec<SampleDigest> {
         name: sample.name.clone(),
         image_sha256: sample.image_sha256.clone(),
         caption_sha256: sha256_hex(sample.caption.as_bytes()),
+        beside_sha256: {
+            let pictures = sample.references.iter().chain(&sample.mask);
+            pictures.map(|picture| picture.sha256.clone()).collect()
+        },
     };
     samples.iter().map(digest).collect()
 }
 
-/// One digest for the whole dataset: equal only if names, image files, captions and their order are.
+/// One digest for the whole dataset: equal only if names, image files, captions, the pictures beside them and their order are.
 pub fn dataset_digest(samples: &[SampleDigest]) -> String {
     let mut all = Vec::new();
     for sample in samples {
         // the length in front keeps one name and the next field apart
-        for field in [&sample.name, &sample.image_sha256, &sample.caption_sha256] {
+        let fields = [&sample.name, &sample.image_sha256, &sample.caption_sha256];
+        for field in fields.into_iter().chain(&sample.beside_sha256) {
             all.extend((field.len() as u64).to_le_bytes());
             all.extend(field.as_bytes());
         }
@@ -64,6 +72,9 @@ pub fn changes(old: &[SampleDigest], new: &[SampleDigest]) -> Vec<String> {
                 }
                 if old.caption_sha256 != new.caption_sha256 {
                     lines.push(format!("changed caption of {shown}"));
+                }
+                if old.beside_sha256 != new.beside_sha256 {
+                    lines.push(format!("changed references or mask of {shown}"));
                 }
             }
             (None, _) => lines.push(format!("added {shown}")),
@@ -134,6 +145,7 @@ mod tests {
                 name: name.into(),
                 image_sha256: image.into(),
                 caption_sha256: String::new(),
+                beside_sha256: Vec::new(),
             }])
         };
         assert_ne!(digest("ab", "c"), digest("a", "bc"));

@@ -185,6 +185,38 @@ pub enum DatasetError {
         /// The image.
         image: PathBuf,
     },
+    /// An image without the picture that belongs to it.
+    #[error("image `{}` has no {what}: {expected}{more}", shown(image))]
+    NoPicture {
+        /// The first such image.
+        image: PathBuf,
+        /// Reference or mask.
+        what: &'static str,
+        /// What was looked for.
+        expected: String,
+        /// How many more there are, or nothing.
+        more: String,
+    },
+    /// Two pictures of one name.
+    #[error(
+        "`{}` and `{second}` have the same name for the image they belong to: remove one",
+        shown(first)
+    )]
+    TwoPictures {
+        /// The first.
+        first: PathBuf,
+        /// The second, from the folder.
+        second: String,
+    },
+    /// References in a list and in a folder.
+    #[error(
+        "image `{}` has references in its list, and `dataset.reference` names a folder of them: remove one",
+        shown(image)
+    )]
+    TwoReferences {
+        /// The first such image.
+        image: PathBuf,
+    },
     /// An image that cannot be what it should be.
     #[error("image `{}` {problem}", shown(path))]
     Image {

@@ -1,6 +1,6 @@
 //! Lists of images and captions, as Hugging Face's `imagefolder` keeps them: `metadata.jsonl`, an object a line, or
-//! `metadata.csv` with a line of column names. Both have `file_name`, a path from the list's folder, and `text`; other columns
-//! are passed over.
+//! `metadata.csv` with a line of column names. Both have `file_name`, a path from the list's folder, and `text`, and may have
+//! `reference`, another such path, or `references`, a list of them (in a table, as JSON); other columns are passed over.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -33,6 +33,8 @@ pub(super) struct Row {
     pub(super) quoted: String,
     /// The caption, without surrounding white space.
     pub(super) caption: String,
+    /// Paths of the pictures it belongs to, from the list's folder.
+    pub(super) references: Vec<String>,
 }
 
 /// The list in a folder, if there is one.
@@ -69,6 +71,8 @@ fn read_jsonl(path: &Path) -> Result<Vec<Row>, DatasetError> {
     struct Object {
         file_name: String,
         text: String,
+        reference: Option<String>,
+        references: Option<Vec<String>>,
     }
 
     let mut file = BufReader::new(open(path)?);
@@ -92,7 +96,10 @@ fn read_jsonl(path: &Path) -> Result<Vec<Row>, DatasetError> {
         }
         let object: Object =
             parse_json(text.as_bytes()).map_err(|error| wrong(json_problem(&error)))?;
-        rows.push(row(&object.file_name, &object.text, line).map_err(wrong)?);
+        let references = object.reference.into_iter();
+        let references = references.chain(object.references.into_iter().flatten());
+        let references = references.collect();
+        rows.push(row(&object.file_name, &object.text, references, line).map_err(wrong)?);
     }
     Ok(rows)
 }
@@ -145,6 +152,13 @@ fn read_csv(path: &Path) -> Result<Vec<Row>, DatasetError> {
         }
     };
     let (file_name, caption) = (column("file_name")?, column("text")?);
+    let optional = |wanted: &str| columns.iter().any(|name| name == wanted);
+    let reference = optional("reference")
+        .then(|| column("reference"))
+        .transpose()?;
+    let several = optional("references")
+        .then(|| column("references"))
+        .transpose()?;
     let mut rows = Vec::new();
     for record in reader.records() {
         let record = match record {
@@ -155,8 +169,19 @@ fn read_csv(path: &Path) -> Result<Vec<Row>, DatasetError> {
             }
         };
         let line = line_at(record.position());
-        let checked = row(&record[file_name], &record[caption], line);
-        rows.push(checked.map_err(|problem| wrong_line(path, line, problem))?);
+        let wrong = |problem: String| wrong_line(path, line, problem);
+        let cell = |column: Option<usize>| column.map_or("", |column| record[column].trim());
+        let mut references: Vec<String> = match cell(several) {
+            "" => Vec::new(),
+            list => serde_json::from_str(list).map_err(|_| {
+                wrong(r#"references is no JSON list, such as ["a.png", "b.png"]"#.into())
+            })?,
+        };
+        if !cell(reference).is_empty() {
+            references.insert(0, cell(reference).into());
+        }
+        let checked = row(&record[file_name], &record[caption], references, line);
+        rows.push(checked.map_err(wrong)?);
     }
     Ok(rows)
 }
@@ -170,7 +195,7 @@ fn record_problem(error: &csv::Error) -> String {
     }
 }
 
-fn row(file_name: &str, text: &str, line: usize) -> Result<Row, String> {
+fn row(file_name: &str, text: &str, references: Vec<String>, line: usize) -> Result<Row, String> {
     let quoted = one_line(file_name);
     let Some(name) = inner_path(file_name) else {
         return Err(format!(
@@ -181,11 +206,21 @@ fn row(file_name: &str, text: &str, line: usize) -> Result<Row, String> {
         return Err("text is larger than 64 KiB".into());
     }
     check_characters(text).map_err(|problem| format!("text {problem}"))?;
+    let inner = |reference: String| {
+        inner_path(&reference).ok_or_else(|| {
+            let quoted = one_line(&reference);
+            format!("reference `{quoted}` leads out of the dataset folder")
+        })
+    };
     Ok(Row {
         line,
         name,
         quoted,
         caption: text.trim().to_owned(),
+        references: references
+            .into_iter()
+            .map(inner)
+            .collect::<Result<_, _>>()?,
     })
 }
 

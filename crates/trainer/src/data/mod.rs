@@ -1,6 +1,7 @@
 //! From a folder of pictures to micro-batches.
 
 pub mod batch;
+pub mod beside;
 pub mod bucket;
 pub mod cache;
 mod colour;

@@ -20,6 +20,7 @@ use std::path::PathBuf;
 use lora_core::files::digest::sha256_hex;
 
 use crate::config::DatasetSection;
+use crate::data::beside::{self, Picture};
 use crate::data::error::{DatasetError, read_error};
 use crate::data::image::{ImageLimits, inspect, read_image};
 use crate::progress;
@@ -27,7 +28,8 @@ use crate::progress;
 use pair::Pair;
 use tree::Tree;
 
-pub(super) use names::{counted, named};
+pub(super) use names::{counted, key, more, named, split};
+pub(super) use tree::entries;
 
 /// One image and the text that describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,6 +46,10 @@ pub struct Sample {
     pub height_px: u32,
     /// The caption, without surrounding white space; may be empty.
     pub caption: String,
+    /// Pictures that the caption says what to do with.
+    pub references: Vec<Picture>,
+    /// Where the image is to be painted: the white of this one.
+    pub mask: Option<Picture>,
 }
 
 /// A dataset, and what its owner should know of it.
@@ -77,7 +83,9 @@ pub fn scan(config: &DatasetSection) -> Result<Scan, DatasetError> {
         }
         Err(error) => return Err(read_error(folder, error)),
     }
-    let mut tree = Tree::new(folder, &config.caption_extension);
+    let aside = [&config.reference, &config.mask].into_iter().flatten();
+    let aside = aside.filter_map(|folder| fs::canonicalize(folder).ok());
+    let mut tree = Tree::new(folder, &config.caption_extension, aside.collect());
     tree.walk(String::new(), None)?;
     let mut pairs = tree.pairs()?;
     if pairs.is_empty() {
@@ -99,10 +107,12 @@ pub fn scan(config: &DatasetSection) -> Result<Scan, DatasetError> {
     let (mut several, mut profiles) = (Vec::new(), Vec::new());
     let bar = progress::bar("read images", pairs.len() as u64);
     let mut samples = Vec::with_capacity(pairs.len());
+    let mut listed = Vec::with_capacity(pairs.len());
     for Pair {
         name,
         image,
         caption,
+        references,
     } in pairs
     {
         let bytes = read_image(&image, &limits)?;
@@ -120,10 +130,14 @@ pub fn scan(config: &DatasetSection) -> Result<Scan, DatasetError> {
             width_px: header.width_px,
             height_px: header.height_px,
             caption,
+            references: Vec::new(),
+            mask: None,
         });
+        listed.push(references);
         bar.inc(1);
     }
     bar.finish_and_clear();
+    warnings.extend(beside::find(&mut samples, &listed, config)?);
     if !several.is_empty() {
         warnings.push(format!(
             "only the first picture is used of {} that hold several (an animation, or pages): {}",

@@ -64,11 +64,19 @@ fn cache<F: Family>(config: &RunConfig, family: &F, samples: &[Sample]) -> anyho
     let side = config.dataset.resolution as usize;
     let latents: usize = family.latent_shape(side, side).iter().product();
     let copies = if config.dataset.random_flip { 2 } else { 1 };
-    let image = F::LATENTS.len() * copies * latents;
-    let width = F::shape(family.folder())?.t5.map_or(0, |t5| t5.d_model);
+    let of_image = F::LATENTS.len() * copies * latents;
+    let shape = F::shape(family.folder())?;
+    let t5 = shape.t5.map(|t5| t5.d_model);
+    let flux2 = shape.flux2.map(|flux2| flux2.joint_attention_dim);
+    let width = t5.or(flux2).unwrap_or(0);
     let text = width * config.dataset.max_sequence_length;
     let captions: BTreeSet<&str> = samples.iter().map(|s| s.caption.as_str()).collect();
-    Ok(4 * (samples.len() * image + captions.len() * text) as u64)
+    let masked = of_image + copies * side * side;
+    let images = samples.iter().map(|sample| {
+        let beside = sample.references.len() * of_image;
+        of_image + beside + sample.mask.as_ref().map_or(0, |_| masked)
+    });
+    Ok(4 * (images.sum::<usize>() + captions.len() * text) as u64)
 }
 
 /// Adapters and what the optimizer keeps of them, as often as checkpoints are there at once.

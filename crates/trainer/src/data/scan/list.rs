@@ -1,6 +1,6 @@
 //! Images whose captions are in a list.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -29,6 +29,7 @@ pub(super) fn listed(
     }
     let mut first_lines: BTreeMap<String, usize> = BTreeMap::new();
     let mut pairs = Vec::new();
+    let mut references: BTreeSet<String> = BTreeSet::new();
     for row in read_list(&list.path)? {
         let Row { line, quoted, .. } = &row;
         let wrong = |problem: String| wrong_line(&list.path, *line, problem);
@@ -56,15 +57,26 @@ pub(super) fn listed(
             }
             Err(error) => return Err(read_error(&image, error)),
         }
+        for reference in &row.references {
+            if !base.join(reference).is_file() {
+                let problem = format!("reference `{}` does not exist", one_line(reference));
+                return Err(wrong(problem));
+            }
+            references.insert(key(reference));
+        }
+        let own = row.references.iter().map(|reference| base.join(reference));
         pairs.push(Pair {
             name: format!("{}{name}", list.prefix),
             image,
             caption: row.caption,
+            references: own.collect(),
         });
     }
     let list_name = file_name(list.path.to_str().unwrap_or_default());
     let all = there.values().flatten();
-    let missing: Vec<&String> = all.filter(|it| !first_lines.contains_key(*it)).collect();
+    let missing: Vec<&String> = all
+        .filter(|it| !first_lines.contains_key(*it) && !references.contains(&key(it)))
+        .collect();
     if let Some(first) = missing.iter().min() {
         return Err(DatasetError::Unlisted {
             image: root.join(&list.prefix).join(first),

@@ -25,29 +25,29 @@ pub(in crate::data) fn named(names: &[String]) -> String {
 }
 
 /// A name without its extension, and the extension; no extension if there is no dot in the file name.
-pub(super) fn split(name: &str) -> (&str, &str) {
+pub(in crate::data) fn split(name: &str) -> (&str, &str) {
     match name.rsplit_once('.') {
         Some((stem, extension)) if !extension.contains('/') => (stem, extension),
         _ => (name, ""),
     }
 }
 
-pub(super) fn file_name(path: &str) -> &str {
+pub(in crate::data) fn file_name(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or(path)
 }
 
 /// A name in Unicode's composed form: macOS stores accents apart from their letters.
-pub(super) fn composed(name: &str) -> String {
+pub(in crate::data) fn composed(name: &str) -> String {
     name.nfc().collect()
 }
 
 /// What two spellings of one name have in common.
-pub(super) fn key(name: &str) -> String {
+pub(in crate::data) fn key(name: &str) -> String {
     composed(name).to_lowercase()
 }
 
 /// ` (and 3 more images)`, or nothing.
-pub(super) fn more(count: usize, what: &str) -> String {
+pub(in crate::data) fn more(count: usize, what: &str) -> String {
     match count {
         0 => String::new(),
         1 => format!(" (and 1 more {what})"),

@@ -15,6 +15,8 @@ pub(super) struct Pair {
     pub(super) name: String,
     pub(super) image: PathBuf,
     pub(super) caption: String,
+    /// As a list tells them.
+    pub(super) references: Vec<PathBuf>,
 }
 
 /// One folder of a dataset, its files by kind.
@@ -91,6 +93,7 @@ impl Folder {
                             image: path.join(image),
                             caption: read_caption(&path.join(caption))?,
                             name,
+                            references: Vec::new(),
                         });
                     }
                     [first, second, ..] => {

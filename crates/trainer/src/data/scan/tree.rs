@@ -34,6 +34,8 @@ const FEW_NOTES: usize = 3;
 pub(super) struct Tree<'a> {
     root: &'a Path,
     caption_extension: &'a str,
+    /// Folders of pictures that belong to samples, as the system calls them.
+    aside: Vec<PathBuf>,
     folders: Vec<Folder>,
     /// Folders that were walked, as the system calls them: links may lead to one again, or to one above.
     walked: BTreeSet<PathBuf>,
@@ -47,10 +49,11 @@ pub(super) struct Tree<'a> {
 }
 
 impl<'a> Tree<'a> {
-    pub(super) fn new(root: &'a Path, caption_extension: &'a str) -> Self {
+    pub(super) fn new(root: &'a Path, caption_extension: &'a str, aside: Vec<PathBuf>) -> Self {
         Self {
             root,
             caption_extension,
+            aside,
             folders: Vec::new(),
             walked: BTreeSet::new(),
             again: Vec::new(),
@@ -67,6 +70,9 @@ impl<'a> Tree<'a> {
             None => self.root.to_path_buf(),
         };
         let real = fs::canonicalize(&path).map_err(|error| read_error(&path, error))?;
+        if self.aside.contains(&real) {
+            return Ok(());
+        }
         if !self.walked.insert(real) {
             self.again.push(prefix);
             return Ok(());
@@ -260,7 +266,7 @@ impl<'a> Tree<'a> {
 }
 
 /// Names in a folder, sorted, without hidden ones and what systems leave there.
-fn entries(folder: &Path) -> Result<Vec<String>, DatasetError> {
+pub(in crate::data) fn entries(folder: &Path) -> Result<Vec<String>, DatasetError> {
     let cannot_read = |error| read_error(folder, error);
     let mut names = Vec::new();
     for entry in fs::read_dir(folder).map_err(cannot_read)? {

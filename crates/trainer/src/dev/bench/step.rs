@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use burn::optim::AdamWConfig;
 use burn::tensor::{Device, Tensor, TensorData};
 use flux_model::families::{self, Visitor};
-use flux_model::family::{Family, Network};
+use flux_model::family::{Condition, Family, Network};
 use lora_core::files::host::HostTensor;
 use lora_core::ops::composed;
 use lora_core::peft::{InitLoraWeights, Targets};
@@ -186,6 +186,7 @@ fn draw<F: Family>(device: &Device) -> Drawn<<F::Network as Network>::Input> {
         F::text(text, device),
         vec![0.6],
         vec![3.5],
+        Condition::default(),
     );
     Drawn {
         batch: MicroBatch {

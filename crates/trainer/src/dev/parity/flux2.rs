@@ -5,7 +5,7 @@ use burn::tensor::{Device, Tensor};
 use flux_model::family::Family;
 use flux_model::flux2::Flux2;
 use flux_model::flux2::config::Flux2AutoencoderConfig;
-use flux_model::flux2::latent::{Position, image_positions, text_positions};
+use flux_model::flux2::latent::{Position, image_positions, reference_positions, text_positions};
 use flux_model::flux2::load::load_autoencoder;
 use flux_model::pipeline::PipelineFolder;
 use flux_model::sampler::Denoise;
@@ -15,6 +15,7 @@ use lora_core::files::host::HostTensor;
 use lora_core::state::host_tensor;
 
 use super::case::{Case, Tensors};
+use super::pictures;
 use super::pipeline::with_image_bytes;
 use super::report::Report;
 use super::schedule::vector;
@@ -140,6 +141,7 @@ pub(super) fn pipeline(case: &Case, device: &Device) -> anyhow::Result<Report> {
     let prompts = case.strings("/call/prompt")?;
 
     let mut out = Tensors::new();
+    let (condition, grids) = pictures::of_pipeline(case, &family, prompts.len(), device, &mut out)?;
     let mut put = |name: &str, tensor: HostTensor| {
         out.insert(name.to_string(), tensor);
     };
@@ -170,6 +172,10 @@ pub(super) fn pipeline(case: &Case, device: &Device) -> anyhow::Result<Report> {
         "latent_image_ids",
         positions(image_positions(rows, columns)),
     );
+    let references = grids.iter().enumerate();
+    let references =
+        references.flat_map(|(i, [rows, columns])| reference_positions(i, *rows, *columns));
+    put("reference_ids", positions(references.collect()));
     let sigmas = family.sigmas(steps, latents.dims()[1]);
     put(
         "timesteps",
@@ -182,6 +188,7 @@ pub(super) fn pipeline(case: &Case, device: &Device) -> anyhow::Result<Report> {
         network: &family.network(device)?,
         text: &text,
         negative: negative.as_ref(),
+        condition: &condition,
         grid: [rows, columns],
         steps,
         guidance_scale,

@@ -9,6 +9,7 @@ mod flux2;
 mod lora;
 mod network;
 mod optimizer;
+mod pictures;
 mod pipeline;
 mod report;
 mod schedule;

@@ -4,7 +4,7 @@ use anyhow::{Context, bail};
 use burn::tensor::{Device, Tensor};
 use flux_model::family::{Family, Network, TextEncoders};
 use flux_model::flux1::Flux1;
-use flux_model::flux1::latent::{Position, image_positions, text_positions};
+use flux_model::flux1::latent::{Position, image_positions, reference_positions, text_positions};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::sampler::Denoise;
 use lora_core::files::host::HostTensor;
@@ -12,13 +12,18 @@ use lora_core::files::safetensors::TensorFile;
 use lora_core::state::host_tensor;
 
 use super::case::{Case, Tensors};
+use super::pictures;
 use super::report::{Line, Report};
 use super::schedule::vector;
 use crate::data::batch::stacked;
 
 /// `pipeline`.
 pub(super) fn compute(case: &Case, device: &Device) -> anyhow::Result<Report> {
-    let family = Flux1::open(PipelineFolder::open(&case.path("/model/path")?)?)?;
+    let mut folder = PipelineFolder::open(&case.path("/model/path")?)?;
+    if case.optional("/model/transformer").is_some() {
+        folder = folder.with_transformer(&case.path("/model/transformer")?);
+    }
+    let family = Flux1::open(folder)?;
     let (height_px, width_px) = (case.usize("/call/height")?, case.usize("/call/width")?);
     let [_, height, width] = family.latent_shape(height_px, width_px);
     let steps = case.usize("/call/num_inference_steps")?;
@@ -30,6 +35,8 @@ pub(super) fn compute(case: &Case, device: &Device) -> anyhow::Result<Report> {
     }
 
     let mut out = Tensors::new();
+    let batch = latents.dims()[0];
+    let (condition, grids) = pictures::of_pipeline(case, &family, batch, device, &mut out)?;
     let positions = |p: Vec<Position>| HostTensor::from_f32([p.len(), 3], &p.concat());
     let mut put = |name: &str, tensor: HostTensor| {
         out.insert(name.to_string(), tensor);
@@ -42,6 +49,10 @@ pub(super) fn compute(case: &Case, device: &Device) -> anyhow::Result<Report> {
         "latent_image_ids",
         positions(image_positions(height, width)),
     );
+    let references = grids.iter().enumerate();
+    let references =
+        references.flat_map(|(i, [height, width])| reference_positions(i, *height, *width));
+    put("reference_ids", positions(references.collect()));
     put("prompt_embeds", host_tensor(text.sequence.clone()));
     put("pooled_prompt_embeds", host_tensor(text.pooled.clone()));
     let sigmas = family.sigmas(steps, latents.dims()[1]);
@@ -56,6 +67,7 @@ pub(super) fn compute(case: &Case, device: &Device) -> anyhow::Result<Report> {
         network: &network,
         text: &text,
         negative: None,
+        condition: &condition,
         grid: [height, width],
         steps,
         guidance_scale: match network.reads_guidance() {

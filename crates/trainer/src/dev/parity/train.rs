@@ -12,6 +12,7 @@ use lora_core::{PathOptimizer, Training, attach};
 
 use super::case::{Case, Tensors};
 use super::lora::adapter;
+use super::pictures;
 use super::report::{Line, Report, relative_error, tensor_error};
 use super::schedule::weighting;
 use crate::backward::MicroBatch;
@@ -205,21 +206,28 @@ struct Data<F> {
     family: std::marker::PhantomData<F>,
     tensors: Tensors,
     train: TrainSection,
+    /// Which of the tensors are pictures.
+    pictures: Vec<String>,
 }
 
 impl<F: Family> Data<F> {
     fn read(case: &Case, network: &F::Network) -> anyhow::Result<Self> {
+        let pictures = pictures::names(case);
         let mut names = vec!["model_input", "noise", "timesteps", "sigmas"];
         names.extend(embeds::<F>());
         names.extend(network.reads_guidance().then_some("guidance"));
-        let read = |name: &str| Ok((name.to_string(), case.input(name)?));
+        let names = names.into_iter().map(String::from);
+        let read = |name: String| Ok((name.clone(), case.input(&name)?));
+        let tensors: anyhow::Result<Tensors> =
+            names.chain(pictures.iter().cloned()).map(read).collect();
         Ok(Self {
             family: std::marker::PhantomData,
-            tensors: names.into_iter().map(read).collect::<anyhow::Result<_>>()?,
+            tensors: tensors?,
             train: TrainSection {
                 loss_weighting: weighting(case, "/optimizer/weighting_scheme")?,
                 ..TrainSection::default()
             },
+            pictures,
         })
     }
 
@@ -273,6 +281,7 @@ impl<F: Family> Data<F> {
                 true => self.row("guidance", micro)?.to_f32(),
                 false => vec![0.0; batch], // not read
             },
+            pictures::of_micro_batch::<F>(&self.pictures, |name| self.row(name, micro), device)?,
         );
         Ok(Drawn {
             loss_of_zero: loss_of_zero(&target, &weights, Penalty::Square),
