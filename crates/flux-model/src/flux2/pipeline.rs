@@ -135,6 +135,20 @@ impl Family for Flux2 {
         ))
     }
 
+    fn distilled_from(&self) -> Option<String> {
+        if !self.is_distilled() {
+            return None;
+        }
+        let size = match transformer_config::<Flux2Config>(&self.folder)
+            .ok()?
+            .hidden_size()
+        {
+            4096 => "9B",
+            _ => "4B",
+        };
+        Some(format!("FLUX.2-klein-base-{size}"))
+    }
+
     fn sampling(&self) -> Sampling {
         match self.is_distilled() {
             true => Sampling {
