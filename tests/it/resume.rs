@@ -279,7 +279,7 @@ fn assert_restored_to_the_byte(checkpoint: &Path, device: &str) {
     let (state, config) = (opened.state.clone(), opened.config.clone());
     let lora = config.lora.config();
     let device = open(device).unwrap();
-    let model = Flux1::open(pipeline(&config).unwrap())
+    let model = Flux1::open(pipeline(&config, true).unwrap())
         .unwrap()
         .network(&device.device.clone().autodiff())
         .unwrap();

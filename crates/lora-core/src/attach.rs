@@ -370,7 +370,6 @@ impl Reparameterizer for Apply<'_> {
         }
         let adapters = adapter.map(|adapter| Adapters {
             adapters: vec![adapter],
-            frozen: None,
         });
         (param, adapters)
     }
@@ -418,7 +417,7 @@ fn initial_magnitudes<M: Module>(
         let (Some(a), Some(b)) = (factors.get(LORA_A), factors.get(LORA_B)) else {
             return;
         };
-        let (values, shape) = found.values();
+        let (values, shape) = found.param().values();
         let weight: Tensor<2> = values.reshape([shape[0] as i32, -1]);
         let weight = match site.layout {
             WeightLayout::InOut | WeightLayout::Table => weight,

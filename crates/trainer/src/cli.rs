@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::output::Output;
+
 /// Fine-tune FLUX image models with LoRA; a stopped run resumes to the same bits.
 #[derive(Debug, Parser)]
 #[command(
@@ -15,22 +17,51 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+    /// Say warnings and the result alone
+    #[arg(long, short, global = true, conflicts_with = "json")]
+    pub quiet: bool,
+    /// For programs: everything that is said is a JSON object, one a line, on stdout
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+impl Cli {
+    /// To whom the program speaks.
+    pub fn output(&self) -> Output {
+        match (self.quiet, self.json) {
+            (true, _) => Output::Quiet,
+            (_, true) => Output::Json,
+            _ => Output::Person,
+        }
+    }
 }
 
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Train a LoRA from a folder of pictures with captions
+    #[command(
+        after_help = "Examples:\n  flux-lora check cats.toml\n  flux-lora train cats.toml --output runs/cats\n  flux-lora train cats.toml --output runs/cats --resume\n  flux-lora train cats.toml --set optimizer.learning_rate=2e-4 --json | jq .loss"
+    )]
     Train(TrainArgs),
     /// Make an image from a prompt, with adapters
+    #[command(
+        after_help = "Examples:\n  flux-lora sample --model /models/FLUX.1-dev --lora runs/cats/lora.safetensors=0.8 --prompt \"a cat\" --out cat.png\n  flux-lora sample --model black-forest-labs/FLUX.1-schnell --steps 4 --prompt \"a cat\" --out cat.png"
+    )]
     Sample(SampleArgs),
     /// Write a LoRA in another format
+    #[command(
+        after_help = "Examples:\n  flux-lora convert lora.safetensors lora-kohya.safetensors --to kohya\n  flux-lora convert runs/cats cats.safetensors --to all --dtype bf16"
+    )]
     Convert(ConvertArgs),
     /// Add LoRAs to a pipeline on disk
     Merge {
-        /// Diffusers pipeline folder
+        /// Pipeline folder, or a Hub repository, OWNER/NAME[@REVISION]
         #[arg(long)]
         model: PathBuf,
+        /// Never touch the network: a Hub repository must be in the cache
+        #[arg(long)]
+        offline: bool,
         /// LoRA file or PEFT folder, with an optional weight
         #[arg(long, value_name = "FILE[=WEIGHT]", required = true)]
         lora: Vec<String>,
@@ -42,6 +73,50 @@ pub enum Command {
     Inspect {
         /// A .safetensors file or a folder
         path: PathBuf,
+    },
+    /// Check a run without starting it: data, targets, sizes, disk; exits with 0 if it would train
+    Check(CheckArgs),
+    /// Write a run as one HTML page: curves, samples, configuration
+    Report {
+        /// Run folder
+        run: PathBuf,
+        /// File to write (default: report.html in the run folder)
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
+    /// Serve the same page on this machine, live while the run goes
+    #[command(after_help = "Examples:\n  flux-lora watch runs/cats")]
+    Watch {
+        /// Run folder
+        run: PathBuf,
+        /// Port on 127.0.0.1 (default: 8765, or any that is free)
+        #[arg(long)]
+        port: Option<u16>,
+    },
+    /// Show in what two runs differ: settings, data, curves, result
+    Compare {
+        /// Run folder
+        a: PathBuf,
+        /// Another run folder
+        b: PathBuf,
+    },
+    /// Make a folder to upload of a finished run: LoRA, samples and a model card
+    #[command(
+        after_help = "Examples:\n  flux-lora export runs/cats --name cats --trigger \"sks cat\" --to diffusers,kohya"
+    )]
+    Export(ExportArgs),
+    /// Print what completes commands in a shell
+    #[command(
+        after_help = "Examples:\n  flux-lora completions bash > ~/.local/share/bash-completion/completions/flux-lora\n  flux-lora completions zsh > ~/.zfunc/_flux-lora"
+    )]
+    Completions {
+        /// Shell
+        shell: clap_complete::Shell,
+    },
+    /// Write manual pages, one for each command
+    Man {
+        /// Folder to write to
+        folder: PathBuf,
     },
     /// Run reference cases made with diffusers and PEFT, and compare
     #[command(hide = true)]
@@ -102,14 +177,64 @@ pub struct TrainArgs {
     /// Train on a model that was distilled to few steps
     #[arg(long)]
     pub yes_distilled: bool,
+    /// Never touch the network: a Hub repository must be in the cache
+    #[arg(long)]
+    pub offline: bool,
+}
+
+/// `flux-lora check`
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// Run configuration (TOML)
+    pub config: PathBuf,
+    /// Device, as for train
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Run folder, as for train
+    #[arg(long)]
+    pub output: Option<PathBuf>,
+    /// Override one configuration value
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Never touch the network: a Hub repository must be in the cache
+    #[arg(long)]
+    pub offline: bool,
+}
+
+/// `flux-lora export`
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// Run folder
+    pub run: PathBuf,
+    /// Folder to write (default: export in the run folder)
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+    /// Formats: diffusers, peft, kohya, comfyui or all
+    #[arg(long, value_delimiter = ',', default_values = ["diffusers", "kohya"])]
+    pub to: Vec<String>,
+    /// Name of the files (default: the run folder's)
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Word in the captions that stands for what was learned
+    #[arg(long)]
+    pub trigger: Option<String>,
+    /// Repository of the base model, OWNER/NAME (default: as the configuration names it)
+    #[arg(long)]
+    pub base: Option<String>,
+    /// Write into a folder that exists
+    #[arg(long)]
+    pub overwrite: bool,
 }
 
 /// `flux-lora sample`
 #[derive(Debug, Args)]
 pub struct SampleArgs {
-    /// Diffusers pipeline folder
+    /// Pipeline folder, a single transformer file in one, or a Hub repository, OWNER/NAME[@REVISION]
     #[arg(long)]
     pub model: PathBuf,
+    /// A single transformer file in place of the model's
+    #[arg(long, value_name = "FILE")]
+    pub transformer: Option<PathBuf>,
     /// LoRA file, with an optional weight
     #[arg(long, value_name = "FILE[=WEIGHT]")]
     pub lora: Vec<String>,
@@ -157,6 +282,9 @@ pub struct SampleArgs {
     /// Device, as for train
     #[arg(long)]
     pub device: Option<String>,
+    /// Never touch the network: a Hub repository must be in the cache
+    #[arg(long)]
+    pub offline: bool,
 }
 
 /// `flux-lora convert`
@@ -178,9 +306,12 @@ pub struct ConvertArgs {
     /// Overwrite an output that exists
     #[arg(long, alias = "force")]
     pub overwrite: bool,
-    /// Pipeline folder the LoRA is for (default: sizes are taken from the file)
+    /// Model the LoRA is for, as for sample (default: sizes are taken from the file)
     #[arg(long)]
     pub model: Option<PathBuf>,
+    /// Never touch the network: a Hub repository must be in the cache
+    #[arg(long)]
+    pub offline: bool,
 }
 
 /// `flux-lora parity`

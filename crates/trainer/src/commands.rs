@@ -1,5 +1,6 @@
 //! From command line to library: one function a command. The only file of the library that prints.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -7,43 +8,88 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, bail};
 use burn::module::Module;
+use clap::CommandFactory;
 use flux_model::families::{self, Visitor};
 use flux_model::family::{Family, TextEncoders};
 use flux_model::lora::Component;
 use flux_model::pipeline::PipelineFolder;
+use serde_json::{Value, json};
 
 use crate::adapters::{self, AttachLoras};
-use crate::cli::{Command, SampleArgs, TrainArgs, UsageError};
+use crate::cli::{CheckArgs, Cli, Command, SampleArgs, TrainArgs, UsageError};
 use crate::config::{ConfigError, RunConfig};
-use crate::convert::{convert, load_loras};
+use crate::convert::{convert, load_loras, make_parent};
 use crate::dev::{bench, parity, random_weights};
 use crate::device::{self, BACKENDS, DeviceError};
 use crate::generate::{ImageSettings, decode, generate_latents};
 use crate::given::GivenPictures;
 use crate::image_file::ImagePlace;
+use crate::models::open_pipeline;
+use crate::nearest::printable;
+use crate::output::Output;
 use crate::run::checkpoint::is_checkpoint_folder;
 use crate::run::resume::{Accepted, Resume};
 use crate::train::{Outcome, TrainOptions};
-use crate::{inspect, merge, progress};
+use crate::{check, compare, export, hub, inspect, merge, progress, report};
 
 /// Runs one command.
 ///
 /// # Errors
 /// Whatever went wrong, as one chain to print.
-pub fn run(command: Command) -> anyhow::Result<ExitCode> {
+pub fn run(command: Command, output: Output) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Train(args) => train(args)?,
-        Command::Sample(args) => sample(&args)?,
+        Command::Train(args) => train(args, output)?,
+        Command::Sample(args) => sample(&args, output)?,
         Command::Convert(args) => convert(&args)?,
-        Command::Merge { model, lora, out } => {
+        Command::Merge {
+            model,
+            offline,
+            lora,
+            out,
+        } => {
+            let model = hub::folder_of(&model, hub::Replaced::default(), offline)?;
             let loras = load_loras(&lora, &PipelineFolder::open(&model)?)?;
             let changed = merge::merge(&model, loras, &out)?;
-            println!(
-                "merged model: {} ({changed} tensors changed)",
-                out.display()
-            );
+            let fields = [
+                ("merged_model", json!(out)),
+                ("tensors_changed", json!(changed)),
+            ];
+            output.result("merged", &fields);
         }
         Command::Inspect { path } => print!("{}", inspect::describe(&path)?),
+        Command::Check(args) => return check_run(&args, output),
+        Command::Compare { a, b } => compare_runs(&a, &b, output)?,
+        Command::Export(args) => {
+            let exported = export::export(&args)?;
+            let fields = [
+                ("folder", json!(exported.folder)),
+                ("file", json!(exported.files)),
+                ("note", json!(exported.notes)),
+            ];
+            output.result("exported", &fields);
+        }
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "flux-lora", &mut io::stdout());
+        }
+        Command::Man { folder } => {
+            std::fs::create_dir_all(&folder)
+                .and_then(|()| clap_mangen::generate_to(Cli::command(), &folder))
+                .with_context(|| format!("write into {}", folder.display()))?;
+            output.result("man", &[("manual", json!(folder.join("flux-lora.1")))]);
+        }
+        Command::Report { run, out } => {
+            let run = report::open_run(&run)?;
+            let out = out.unwrap_or_else(|| run.path().join("report.html"));
+            let page = report::page(&run)?;
+            make_parent(&out)?;
+            std::fs::write(&out, page).with_context(|| format!("write {}", out.display()))?;
+            output.result("report", &[("report", json!(out))]);
+        }
+        Command::Watch { run, port } => {
+            let server = report::watch::Server::bind(report::open_run(&run)?, port)?;
+            output.result("watch", &[("watch", json!(server.address()))]);
+            server.serve();
+        }
         Command::Parity(args) => return parity::run(&args),
         Command::Devices => devices(),
         Command::Bench(command) => bench::run(&command)?,
@@ -63,16 +109,11 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
     if is_usage { 2 } else { 1 }
 }
 
-fn train(args: TrainArgs) -> anyhow::Result<()> {
+fn train(args: TrainArgs, say: Output) -> anyhow::Result<()> {
     let mut overrides = args.set.clone();
     overrides.extend(args.steps.map(|steps| format!("train.steps={steps}")));
     let config = RunConfig::load(&args.config, &overrides)?;
-    let name = args
-        .config
-        .file_stem()
-        .map(|stem| stem.to_os_string())
-        .unwrap_or_default();
-    let mut output = args.output.unwrap_or_else(|| Path::new("runs").join(name));
+    let mut output = run_folder(args.output, &args.config);
     let resume = match args.resume {
         None => Resume::No,
         Some(None) => Resume::Newest,
@@ -105,15 +146,21 @@ fn train(args: TrainArgs) -> anyhow::Result<()> {
             config: args.adopt_config,
         },
         distilled: args.yes_distilled,
+        offline: args.offline,
         stop: stop_on_signals()?,
     };
     match crate::train::train(&config, &options)? {
         Outcome::Finished { lora } => {
-            println!("LoRA:    {}", lora.display());
+            let mut fields = vec![("LoRA", json!(lora))];
             if config.sample.is_some() {
-                println!("samples: {}", output.join("samples").display());
+                fields.push(("samples", json!(output.join("samples"))));
             }
-            println!("metrics: {}", output.join("metrics.jsonl").display());
+            fields.push(("metrics", json!(output.join("metrics.jsonl"))));
+            say.result("finished", &fields);
+        }
+        Outcome::Stopped { step } if say == Output::Json => {
+            let fields = [("step", json!(step)), ("run", json!(output))];
+            say.result("stopped", &fields);
         }
         Outcome::Stopped { step } => {
             println!(
@@ -123,6 +170,57 @@ fn train(args: TrainArgs) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+fn compare_runs(a: &Path, b: &Path, output: Output) -> anyhow::Result<()> {
+    let found = compare::compare(&report::open_run(a)?, &report::open_run(b)?)?;
+    if output == Output::Json {
+        let fields: Vec<(&str, Value)> = found
+            .iter()
+            .map(|(of, lines)| (*of, json!(lines)))
+            .collect();
+        output.result("compared", &fields);
+        return Ok(());
+    }
+    for (of, lines) in found {
+        if lines.is_empty() {
+            println!("{of}: the same");
+            continue;
+        }
+        println!("{of}:");
+        for line in lines {
+            println!("  {}", printable(&line));
+        }
+    }
+    Ok(())
+}
+
+/// `--output`, or the folder named like the configuration.
+fn run_folder(output: Option<PathBuf>, config: &Path) -> PathBuf {
+    let name = config.file_stem().unwrap_or_default();
+    output.unwrap_or_else(|| Path::new("runs").join(name))
+}
+
+fn check_run(args: &CheckArgs, say: Output) -> anyhow::Result<ExitCode> {
+    let config = RunConfig::load(&args.config, &args.set)?;
+    let output = run_folder(args.output.clone(), &args.config);
+    let device = args.device.as_deref().unwrap_or(device::default_name());
+    let report = check::check(&config, &output, device, args.offline)?;
+    let rows = report
+        .rows
+        .iter()
+        .map(|(name, value)| (*name, json!(value)));
+    let mut fields: Vec<(&str, Value)> = rows.collect();
+    let ok = report.problems.is_empty();
+    fields.push(("note", json!(report.notes)));
+    fields.push(("problem", json!(report.problems)));
+    fields.push(("would_train", json!(ok)));
+    say.result("check", &fields);
+    Ok(if ok {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// The first SIGINT or SIGTERM lets the step finish and saves; the second ends the program at once, which a checkpoint
@@ -137,23 +235,25 @@ fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-fn sample(args: &SampleArgs) -> anyhow::Result<()> {
-    struct Sample<'a>(PipelineFolder, &'a SampleArgs, &'a ImagePlace);
+fn sample(args: &SampleArgs, output: Output) -> anyhow::Result<()> {
+    struct Sample<'a>(PipelineFolder, &'a SampleArgs, &'a ImagePlace, Output);
     impl Visitor for Sample<'_> {
         type Output = anyhow::Result<()>;
         fn visit<F: Family>(self) -> Self::Output {
-            sample_family(&F::open(self.0)?, self.1, self.2)
+            sample_family(&F::open(self.0)?, self.1, self.2, self.3)
         }
     }
     let place = ImagePlace::new(&args.out, args.overwrite)?;
-    let folder = PipelineFolder::open(&args.model)?;
-    families::of_folder(&folder.clone(), Sample(folder, args, &place))?
+    let transformer = args.transformer.as_deref();
+    let folder = open_pipeline(&args.model, transformer, None, args.offline)?;
+    families::of_folder(&folder.clone(), Sample(folder, args, &place, output))?
 }
 
 fn sample_family<F: Family>(
     family: &F,
     args: &SampleArgs,
     place: &ImagePlace,
+    output: Output,
 ) -> anyhow::Result<()> {
     let device = device::open(args.device.as_deref().unwrap_or(device::default_name()))?.device;
     let smallest = family.pixel_step();
@@ -217,11 +317,10 @@ fn sample_family<F: Family>(
         .context("load the autoencoder")?;
     let image = decode::<F>(&autoencoder, latents);
     place.write(&image)?;
-    println!(
-        "image: {} ({} x {})",
-        args.out.display(),
-        image.width(),
-        image.height()
+    let size = format!("{} x {}", image.width(), image.height());
+    output.result(
+        "image",
+        &[("image", json!(args.out)), ("size", json!(size))],
     );
     Ok(())
 }

@@ -13,6 +13,7 @@ use lora_core::files::host::Dtype;
 use crate::adapters::{self, LoadedLora};
 use crate::cli::ConvertArgs;
 use crate::cli::UsageError;
+use crate::models::open_pipeline;
 
 /// Writes one LoRA in another format, or in all.
 ///
@@ -48,7 +49,7 @@ pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
         check_output(args, *format, out)?;
     }
     let shape = match &args.model {
-        Some(model) => families::shape(&PipelineFolder::open(model)?)?,
+        Some(model) => families::shape(&open_pipeline(model, None, None, args.offline)?)?,
         None => ModelShape::default(),
     };
     let set = read(&args.input, &shape)?;

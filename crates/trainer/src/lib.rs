@@ -5,6 +5,7 @@
 //! | file | idea |
 //! |---|---|
 //! | `cli`, `commands` | the command line; one function a command |
+//! | `check` | what can be known of a run before it starts |
 //! | `config`, `nearest` | the run configuration, strictly read |
 //! | `data/` | images and captions, their sizes, every sample encoded once, micro-batches as a function of the step |
 //! | `loss`, `backward` | noise levels and loss weights; loss and gradients, block by block |
@@ -17,35 +18,45 @@
 //! | `generate`, `previews` | text to image, and previews during training |
 //! | `condition`, `given` | pictures beside the prompt as the network reads them; those that `sample` is given |
 //! | `image_file` | the place of an image, tried before the work |
+//! | `models`, `hub/` | models by name; repositories of the Hugging Face Hub, downloaded once |
 //! | `inspect` | what a file or folder is |
+//! | `compare`, `export` | two runs side by side; a finished LoRA as a folder to upload |
+//! | `report/` | a run as one page, written or served |
 //! | `dev/` | reference cases, benchmarks, random weights |
 //! | `device` | the only file that names a backend |
-//! | `progress` | bars and lines |
+//! | `progress`, `output` | bars, lines and events; what is said to whom |
 //! | `canary` | known faults for the fault suite; not in what ships |
 
 pub mod adapters;
 pub mod backward;
 #[cfg(feature = "canary")]
 mod canary;
+mod check;
 pub mod cli;
 pub mod commands;
+mod compare;
 pub mod condition;
 pub mod config;
 mod convert;
 pub mod data;
 pub mod dev;
 pub mod device;
+mod export;
 pub mod fingerprint;
 pub mod generate;
 mod given;
+pub mod hub;
 mod image_file;
 pub mod inspect;
 pub mod loss;
 pub mod lr_schedule;
 pub mod merge;
+pub mod models;
 pub mod nearest;
+pub mod output;
 pub mod previews;
 pub mod progress;
+mod report;
 pub mod run;
 mod step;
 pub mod train;

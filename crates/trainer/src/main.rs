@@ -9,18 +9,12 @@ use flux_lora::nearest::{printable, sentence};
 
 fn main() -> ExitCode {
     let cli = Cli::parse(); // exits with 2 on bad usage
-    let filter = tracing_subscriber::EnvFilter::new("warn,flux_lora=info");
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_target(false)
-        .without_time()
-        .init();
-    match commands::run(cli.command) {
+    let output = cli.output();
+    output.init();
+    match commands::run(cli.command, output) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {}", printable(&sentence(&error)));
+            output.error(&printable(&sentence(&error)));
             ExitCode::from(commands::exit_code(&error))
         }
     }

@@ -95,6 +95,7 @@ impl<'a, F: Family> Previews<'a, F> {
         else {
             return Ok(());
         };
+        report.doing("making samples");
         let average = training.optimizer.averaged(&training.model);
         let model = average.as_ref().unwrap_or(&training.model).valid();
         let text = |parts: &Vec<HostTensor>| F::text(parts.clone(), &device.device);

@@ -30,6 +30,7 @@ use crate::data::file_digests::FileDigests;
 use crate::data::scan::{Sample, Scan, scan};
 use crate::device::{self, NamedDevice};
 use crate::fingerprint::Fingerprint;
+use crate::models::open_pipeline;
 use crate::previews::{Previews, prompts_of};
 use crate::progress;
 use crate::run::checkpoint::{Opened, Progress, RunTraining, State, restore};
@@ -37,6 +38,7 @@ use crate::run::folder::RunDir;
 use crate::run::resume::{Accepted, Resume, check_resume, find_checkpoint};
 use crate::run::save::Saver;
 use crate::run::space;
+use crate::run::timings::Timing;
 use crate::run::vfs::{RealFs, create_dir_durably};
 use crate::step::{Rule, check_update, step};
 
@@ -53,6 +55,8 @@ pub struct TrainOptions {
     pub accepted: Accepted,
     /// Train a network that was distilled to few steps.
     pub distilled: bool,
+    /// Never touch the network.
+    pub offline: bool,
     /// Set from outside to stop after the present step.
     pub stop: Arc<AtomicBool>,
 }
@@ -66,6 +70,7 @@ impl TrainOptions {
             resume: Resume::No,
             accepted: Accepted::default(),
             distilled: false,
+            offline: false,
             stop: Arc::default(),
         }
     }
@@ -104,7 +109,7 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
             train_family(F::open(self.0)?, self.1, self.2)
         }
     }
-    let folder = pipeline(config)?;
+    let folder = pipeline(config, options.offline)?;
     families::of_folder(&folder.clone(), Train(folder, config, options))?
 }
 
@@ -142,7 +147,8 @@ fn train_family<F: Family>(
         )?,
         None => Vec::new(),
     };
-    let outline = check_start(config, &family, &run, &samples, &device)?;
+    run.check_places()?;
+    let outline = check_start(config, &family, &samples, &device)?;
     let begin = match opened {
         Some(opened) => Begin::Resumed(Box::new(opened)),
         None => {
@@ -210,6 +216,9 @@ fn train_family<F: Family>(
 
     let autodiff = device.device.clone().autodiff();
     let mut report = progress::TrainReport::new(training.progress.step, config.train.steps);
+    if training.progress.step == 0 && config.sample.as_ref().is_some_and(|sample| sample.at_start) {
+        previews.render_if_due(&training, &report, &device)?;
+    }
     while training.progress.step < config.train.steps {
         let started = Instant::now();
         let rule = rule(config, training.progress.step);
@@ -228,8 +237,9 @@ fn train_family<F: Family>(
             d: training.optimizer.found_step_size(),
         };
         drop(stepped);
-        saver.metrics.append(&RealFs, &metrics)?;
-        report.step(metrics.step, metrics.loss, metrics.lr, started.elapsed());
+        let timing = Timing::of_step(metrics.step, started.elapsed());
+        saver.log(&metrics, Some(&timing))?;
+        report.step(metrics.loss, metrics.grad_norm, metrics.lr, &timing);
 
         let stopped = options.stop.load(Ordering::SeqCst);
         let last = training.progress.step == config.train.steps;
@@ -243,18 +253,21 @@ fn train_family<F: Family>(
             let last_micro_step = first_micro_step(config, training.progress.step) - 1;
             let drawn = data.draw(config, last_micro_step, &device.device)?;
             let (model, step) = (&training.model, training.progress.step);
+            report.doing("saving");
             check_update(model, step, drawn, rule.divergence_factor)?;
             saver.save(&training)?;
         }
         previews.render_if_due(&training, &report, &device)?;
         if stopped && !last {
             report.finish();
+            saver.finish_logs();
             return Ok(Outcome::Stopped {
                 step: training.progress.step,
             });
         }
     }
     report.finish();
+    saver.finish_logs();
     let lora = saver.export(&training)?;
     Ok(Outcome::Finished { lora })
 }
@@ -309,7 +322,7 @@ fn first_micro_step(config: &RunConfig, step: u64) -> u64 {
 }
 
 /// Refuses a network that was distilled to few steps.
-fn refuse_distilled<F: Family>(family: &F) -> Result<(), UsageError> {
+pub(crate) fn refuse_distilled<F: Family>(family: &F) -> Result<(), UsageError> {
     let Some(base) = family.distilled_from() else {
         return Ok(());
     };
@@ -326,17 +339,15 @@ enum Begin {
 }
 
 /// Finds what would go wrong later and can be known from configurations and headers; the model without its weights.
-fn check_start<F: Family>(
+pub(crate) fn check_start<F: Family>(
     config: &RunConfig,
     family: &F,
-    run: &RunDir,
     samples: &[Sample],
     device: &NamedDevice,
 ) -> anyhow::Result<F::Network> {
     for warning in config.warnings() {
         warn!("{warning}");
     }
-    run.check_places()?;
     let outline = family
         .outline(&device.device)
         .context("open the transformer")?;
@@ -367,7 +378,7 @@ fn check_start<F: Family>(
 
 /// The same for what only a run that begins needs: layers and ranks, the file it continues from, room on the disk. (A
 /// checkpoint fits its model, and a save takes the place of another.)
-fn check_new<F: Family>(
+pub(crate) fn check_new<F: Family>(
     config: &RunConfig,
     family: &F,
     run: &RunDir,
@@ -423,15 +434,18 @@ fn start<N: Network>(
 }
 
 /// The pipeline folder, with the single files that the configuration puts in place of its components.
-pub fn pipeline(config: &RunConfig) -> anyhow::Result<PipelineFolder> {
-    let mut pipeline = PipelineFolder::open(&config.model.path).context("open `model.path`")?;
-    if let Some(file) = &config.model.transformer {
-        pipeline = pipeline.with_transformer(file);
-    }
-    if let Some(file) = &config.model.vae {
-        pipeline = pipeline.with_autoencoder(file);
-    }
-    Ok(pipeline)
+///
+/// # Errors
+/// See [`open_pipeline`].
+pub fn pipeline(config: &RunConfig, offline: bool) -> anyhow::Result<PipelineFolder> {
+    let model = &config.model;
+    open_pipeline(
+        &model.path,
+        model.transformer.as_deref(),
+        model.vae.as_deref(),
+        offline,
+    )
+    .context("open `model.path`")
 }
 
 /// What is about to happen; most mis-set runs show here.

@@ -24,6 +24,7 @@ use self::read::{
     parse_override, set_error, value_error,
 };
 use self::rules::Invalid;
+use crate::hub::HubId;
 use crate::nearest::{one_line, shown};
 
 mod number_or;
@@ -48,7 +49,7 @@ const MAX_SEQUENCE_LENGTH: usize = 512;
 ///
 /// Steps already taken keep their meaning. Any other change would silently make the resumed run differ from one that was
 /// never stopped.
-const MAY_CHANGE_ON_RESUME: [&str; 14] = [
+const MAY_CHANGE_ON_RESUME: [&str; 15] = [
     // Where things are; what they hold is compared by digest.
     "model.path",
     "model.transformer",
@@ -65,6 +66,7 @@ const MAY_CHANGE_ON_RESUME: [&str; 14] = [
     "lr_scheduler.",
     "checkpoint.",
     "export.",
+    "logging.",
     "sample.",
 ];
 
@@ -109,6 +111,8 @@ pub struct RunConfig {
     pub checkpoint: CheckpointSection,
     /// What the finished LoRA is written as.
     pub export: ExportSection,
+    /// What is written for other programs while the run goes.
+    pub logging: LoggingSection,
     /// Preview images; without this section none are made.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample: Option<SampleSection>,
@@ -119,7 +123,8 @@ pub struct RunConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct ModelSection {
     /// Folder of a diffusers pipeline (`transformer`, `vae`, `text_encoder`, `tokenizer`; FLUX.1 has `text_encoder_2` and
-    /// `tokenizer_2` too). Required.
+    /// `tokenizer_2` too), a single transformer file in such a folder, or a repository of the Hugging Face Hub,
+    /// "owner/name" or "owner/name@revision", which is downloaded once. Required.
     pub path: PathBuf,
     /// A single `.safetensors` file, in Black Forest Labs' layout, to use for the transformer instead of the folder's.
     /// Default: none.
@@ -548,6 +553,8 @@ pub struct SampleSection {
     pub prompts: Vec<String>,
     /// Make previews each time this many optimizer steps are done. Default 100.
     pub every: u64,
+    /// Make previews before the first step too, to compare with. Default true.
+    pub at_start: bool,
     /// Denoising steps for an image. Default 20.
     pub num_inference_steps: usize,
     /// Guidance strength told to a guidance-distilled model. Default 3.5.
@@ -565,11 +572,31 @@ impl Default for SampleSection {
         Self {
             prompts: Vec::new(),
             every: 100,
+            at_start: true,
             num_inference_steps: 20,
             guidance_scale: 3.5,
             height: 512,
             width: 512,
             seed: 42,
+        }
+    }
+}
+
+/// What is written beside `metrics.jsonl`, for programs that show curves.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoggingSection {
+    /// Write TensorBoard's event files, in `tensorboard` in the run folder. Default true.
+    pub tensorboard: bool,
+    /// Write `metrics.csv` in the run folder. Default true.
+    pub csv: bool,
+}
+
+impl Default for LoggingSection {
+    fn default() -> Self {
+        Self {
+            tensorboard: true,
+            csv: true,
         }
     }
 }
@@ -728,7 +755,11 @@ impl RunConfig {
         };
         let folder = fs::canonicalize(folder).map_err(cannot_read)?;
         for (key, path) in config.paths_mut() {
-            *path = absolute(&folder, path);
+            let written = absolute(&folder, path);
+            if key == "model.path" && is_repository(path) && !written.exists() {
+                continue;
+            }
+            *path = written;
             if path.to_str().is_none() {
                 let problem = format!("the path `{}` is not UTF-8", shown(path));
                 return Err(value_error(key, "", problem));
@@ -873,8 +904,14 @@ impl RunConfig {
     }
 }
 
+/// Whether a path has the form of a repository of the Hub.
+fn is_repository(path: &Path) -> bool {
+    path.to_str()
+        .is_some_and(|text| HubId::parse(text).is_some())
+}
+
 /// Whether a run may take another value for `key` (`section.key`) on resume and still be exact.
-fn may_change_on_resume(key: &str) -> bool {
+pub(crate) fn may_change_on_resume(key: &str) -> bool {
     MAY_CHANGE_ON_RESUME
         .iter()
         .any(|entry| key == *entry || (entry.ends_with('.') && key.starts_with(entry)))

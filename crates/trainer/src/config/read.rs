@@ -154,7 +154,7 @@ pub(super) fn insert(table: &mut Table, keys: &[String], value: Value) -> Result
 }
 
 /// The sections and their keys.
-pub(super) fn sections() -> [(&'static str, Vec<&'static str>); 9] {
+pub(super) fn sections() -> [(&'static str, Vec<&'static str>); 10] {
     [
         ("model", fields_of::<ModelSection>().to_vec()),
         ("dataset", fields_of::<DatasetSection>().to_vec()),
@@ -164,6 +164,7 @@ pub(super) fn sections() -> [(&'static str, Vec<&'static str>); 9] {
         ("train", fields_of::<TrainSection>().to_vec()),
         ("checkpoint", fields_of::<CheckpointSection>().to_vec()),
         ("export", fields_of::<ExportSection>().to_vec()),
+        ("logging", fields_of::<LoggingSection>().to_vec()),
         ("sample", fields_of::<SampleSection>().to_vec()),
     ]
 }

@@ -98,9 +98,14 @@ divergence_factor = "none"
 every = 5
 keep = 3
 
+[logging]
+tensorboard = false
+csv = false
+
 [sample]
 prompts = ["a cat", "two\ncats, \"ü\""]
 every = 4
+at_start = false
 num_inference_steps = 8
 guidance_scale = 0
 height = 768
@@ -147,6 +152,7 @@ fn every_key_is_read() {
     );
     assert_eq!(config.train.shift, TimestepShift::Flux);
     assert_eq!(config.train.loss_weighting, LossWeighting::SigmaSqrt);
+    assert!(!config.logging.tensorboard && !config.logging.csv);
     assert_eq!(
         config.sample.expect("a section").prompts[1],
         "two\ncats, \"ü\""
@@ -194,6 +200,7 @@ fn every_default_is_written_out() {
             let optional = [
                 "transformer",
                 "vae",
+                "target_modules", // the family's
                 "exclude_modules",
                 "rank_pattern",
                 "alpha_pattern",

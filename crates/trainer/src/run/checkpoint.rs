@@ -176,10 +176,7 @@ impl Opened {
     /// A checkpoint of another format, or one that contradicts itself.
     pub fn read(verified: Verified) -> anyhow::Result<Self> {
         let path = verified.path(STATE)?;
-        let length = std::fs::metadata(&path).map_or(0, |metadata| metadata.len());
-        let bytes = read_file(&path, length).with_context(|| format!("read {}", path.display()))?;
-        let state: State =
-            parse_json(&bytes).with_context(|| format!("`{}` is not valid", path.display()))?;
+        let state = read_state(&verified.dir)?;
         if state.progress.step != verified.manifest.step {
             bail!(
                 "`{}` says step {}, the folder step {}",
@@ -225,6 +222,17 @@ impl Opened {
             self.state.progress,
         ))
     }
+}
+
+/// `state.json` of a checkpoint folder, to be shown; what is resumed is verified first.
+///
+/// # Errors
+/// A file that is not there, or not valid.
+pub(crate) fn read_state(dir: &Path) -> anyhow::Result<State> {
+    let path = dir.join(STATE);
+    let length = std::fs::metadata(&path).map_or(0, |metadata| metadata.len());
+    let bytes = read_file(&path, length).with_context(|| format!("read {}", path.display()))?;
+    parse_json(&bytes).with_context(|| format!("`{}` is not valid", path.display()))
 }
 
 /// Restores adapters, then optimizer, then progress.

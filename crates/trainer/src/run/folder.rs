@@ -6,6 +6,7 @@
 //!   run.lock                          locked while a process trains here; never deleted
 //!   LATEST                            folder name, newline, SHA-256 of its MANIFEST.json, newline
 //!   metrics.jsonl                     one JSON object a line, each with its `step`
+//!   timings.jsonl  metrics.csv  tensorboard/   see `timings`, `logs`
 //!   ckpt-0000000120/                  a checkpoint (see `transaction`)
 //!   ckpt-0000000120.old-<pid>-<n>/    one that is being replaced; still a checkpoint
 //!   ckpt-0000000160.aside-<pid>-<n>/  later than a step that was gone back to; kept, not resumed
@@ -49,6 +50,9 @@ use crate::run::vfs::{
 pub(crate) const LATEST: &str = "LATEST";
 pub(crate) const LOCK: &str = "run.lock";
 pub(crate) const METRICS: &str = "metrics.jsonl";
+const TIMINGS: &str = "timings.jsonl";
+const CSV: &str = "metrics.csv";
+const TENSORBOARD: &str = "tensorboard";
 pub(crate) const CONFIG: &str = "config.toml";
 pub(crate) const CACHE: &str = "cache";
 pub(crate) const SAMPLES: &str = "samples";
@@ -97,6 +101,25 @@ impl RunDir {
         }
     }
 
+    /// The folder as a run would find it, which need not be there yet and is not made.
+    ///
+    /// # Errors
+    /// A folder that is no run's and holds something.
+    pub(crate) fn planned(path: &Path) -> Result<Self, CheckpointError> {
+        if path.exists() {
+            return Self::open_or_create(path); // there is nothing to create
+        }
+        let path = path.to_path_buf();
+        Ok(Self { path })
+    }
+
+    /// The folder itself, or the nearest above it that is there.
+    pub(crate) fn nearest_existing(&self) -> PathBuf {
+        let absolute = std::path::absolute(&self.path).unwrap_or_else(|_| self.path.clone());
+        let there = absolute.ancestors().find(|folder| folder.exists());
+        there.unwrap_or(&absolute).to_path_buf()
+    }
+
     /// The first thing in the folder, if nothing there shows that it is a run's. What a run never writes, hidden files and
     /// the `lost+found` of a disk, is in no danger and does not count.
     fn stranger(&self) -> Result<Option<String>, CheckpointError> {
@@ -136,14 +159,17 @@ impl RunDir {
     /// A folder that cannot be written to, a file where a folder belongs, or the reverse.
     pub(crate) fn check_places(&self) -> Result<(), CheckpointError> {
         let kind = |path: PathBuf, expected| Err(CheckpointError::Kind { path, expected });
-        for name in [CONFIG, METRICS, LATEST, LORA] {
+        if !self.path.exists() {
+            return writable(&self.nearest_existing());
+        }
+        for name in [CONFIG, METRICS, TIMINGS, CSV, LATEST, LORA] {
             let path = self.path.join(name);
             if path.is_dir() {
                 return kind(path, "file");
             }
         }
         writable(&self.path)?;
-        for name in [CACHE, SAMPLES, PEFT] {
+        for name in [CACHE, SAMPLES, TENSORBOARD, PEFT] {
             let path = self.path.join(name);
             match fs::symlink_metadata(&path) {
                 Ok(_) if !path.is_dir() => return kind(path, "folder"),
@@ -196,6 +222,21 @@ impl RunDir {
         self.path.join(METRICS)
     }
 
+    /// Where the times of the steps are.
+    pub fn timings_path(&self) -> PathBuf {
+        self.path.join(TIMINGS)
+    }
+
+    /// Where the metrics are as a table.
+    pub fn csv_path(&self) -> PathBuf {
+        self.path.join(CSV)
+    }
+
+    /// Where TensorBoard's event files are.
+    pub fn tensorboard_path(&self) -> PathBuf {
+        self.path.join(TENSORBOARD)
+    }
+
     /// Takes the lock, or fails at once if another process has it. A lock file left by a dead
     /// process is no obstacle.
     pub fn lock(&self) -> Result<RunLock, CheckpointError> {
@@ -219,6 +260,17 @@ impl RunDir {
             file,
             before: RefCell::new(before),
         })
+    }
+
+    /// Whether a process trains here just now, for people: the lock is tried for an instant.
+    pub fn is_locked(&self) -> bool {
+        let Ok(file) = File::open(self.path.join(LOCK)) else {
+            return false;
+        };
+        matches!(
+            FileExt::try_lock_shared(&file),
+            Err(TryLockError::WouldBlock)
+        )
     }
 
     /// The folders named like checkpoints, newest first, not verified.
@@ -340,7 +392,7 @@ impl RunDir {
             let path = entry.path();
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            let temporary = ["ckpt-", LATEST, METRICS, CONFIG, "lora"]
+            let temporary = ["ckpt-", LATEST, METRICS, TIMINGS, CONFIG, "lora"]
                 .iter()
                 .any(|kind| name.starts_with(kind));
             if temporary && name.contains(".tmp-") {

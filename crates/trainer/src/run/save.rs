@@ -8,6 +8,7 @@ use flux_model::family::Network;
 use flux_model::lora::{Component, LoraFormat, LoraSet, WriteOptions, write};
 use lora_core::LoraConfig;
 use lora_core::peft::PeftType;
+use serde::Serialize;
 use tracing::info;
 
 use crate::config::{ExportFormat, RunConfig};
@@ -17,7 +18,10 @@ use crate::run::checkpoint::{
     RunTraining, Snapshot, State, TRANSFORMER_PREFIX, adapter_file, manifest_fields,
 };
 use crate::run::folder::{RunDir, RunLock};
+use crate::run::header::header;
+use crate::run::logs::Logs;
 use crate::run::metrics::MetricsLog;
+use crate::run::timings::{Timing, TimingLog};
 use crate::run::transaction;
 use crate::run::vfs::{RealFs, replace_file};
 
@@ -29,7 +33,9 @@ pub(crate) struct Saver<'a> {
     order: &'a Order,
     run: &'a RunDir,
     lock: &'a RunLock,
-    pub(crate) metrics: MetricsLog,
+    metrics: MetricsLog,
+    timings: TimingLog,
+    logs: Logs,
     config_digest: String,
     dataset_digest: String,
 }
@@ -45,6 +51,12 @@ impl<'a> Saver<'a> {
         resumed: Option<u64>,
     ) -> anyhow::Result<Self> {
         let metrics = MetricsLog::open(&RealFs, lock, resumed)?;
+        let mut timings = TimingLog::open(&RealFs, run.timings_path(), resumed);
+        timings.append(&Timing::of_start(
+            resumed.unwrap_or(0),
+            &state.fingerprint.device,
+        ));
+        let logs = Logs::open(&config.logging, run);
         replace_file(&RealFs, &run.config_path(), &|out| {
             out.write_all(state.config.as_bytes())
         })?;
@@ -57,9 +69,30 @@ impl<'a> Saver<'a> {
             run,
             lock,
             metrics,
+            timings,
+            logs,
             config_digest,
             dataset_digest,
         })
+    }
+
+    /// Adds a line to the metrics log, and to what is made of it; `timing` if it is that of a step.
+    pub(crate) fn log(
+        &mut self,
+        line: &impl Serialize,
+        timing: Option<&Timing>,
+    ) -> anyhow::Result<()> {
+        self.metrics.append(&RealFs, line)?;
+        if let Some(timing) = timing {
+            self.timings.append(timing);
+        }
+        self.logs.append(&serde_json::to_value(line)?, timing);
+        Ok(())
+    }
+
+    /// Completes what is made of the metrics log, when no line follows.
+    pub(crate) fn finish_logs(&mut self) {
+        self.logs.finish();
     }
 
     pub(crate) fn save<M: Module>(&mut self, training: &RunTraining<M>) -> anyhow::Result<()> {
@@ -92,7 +125,17 @@ impl<'a> Saver<'a> {
         let adapter = adapter_file(model, self.lora)?;
         let lycoris = (adapter.peft_type() != PeftType::Lora).then(|| adapter.clone().fold_scale());
         let source = lycoris.as_ref().unwrap_or(&adapter);
-        let set = LoraSet::from_adapter(source, Component::Transformer, training.model.shape());
+        let shape = training.model.shape();
+        let steps = training.progress.step;
+        let header = header(
+            self.config,
+            &self.state,
+            &self.dataset_digest,
+            steps,
+            &shape,
+        )?;
+        let mut set = LoraSet::from_adapter(source, Component::Transformer, shape);
+        set.metadata.extend(header);
         let path = self.run.lora_path();
         match &lycoris {
             Some(lycoris) => {

@@ -13,9 +13,11 @@ use crate::run::folder::RunDir;
 
 /// Bytes that a run needs on its disk, from sizes alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Need {
-    cache: u64,
-    checkpoints: u64,
+pub(crate) struct Need {
+    /// Encoded samples that are not there yet.
+    pub(crate) cache: u64,
+    /// Checkpoints, as many as are there at once.
+    pub(crate) checkpoints: u64,
 }
 
 /// Refuses a run that surely does not fit on its disk; `layers` are those that get adapters, with inputs and outputs.
@@ -29,6 +31,21 @@ pub(crate) fn check<F: Family>(
     samples: &[Sample],
     layers: &BTreeMap<String, [usize; 2]>,
 ) -> anyhow::Result<()> {
+    let (need, free) = need(config, family, run, samples, layers)?;
+    judge(need, free, run.path())
+}
+
+/// What a run needs, and what is free.
+///
+/// # Errors
+/// A disk that does not say how much is free.
+pub(crate) fn need<F: Family>(
+    config: &RunConfig,
+    family: &F,
+    run: &RunDir,
+    samples: &[Sample],
+    layers: &BTreeMap<String, [usize; 2]>,
+) -> anyhow::Result<(Need, u64)> {
     let mut need = Need {
         cache: cache(config, family, samples)?,
         checkpoints: checkpoints(config, layers),
@@ -38,9 +55,9 @@ pub(crate) fn check<F: Family>(
     if fs::symlink_metadata(&cache).is_ok_and(|cache| cache.is_symlink()) {
         need.cache = 0; // on another disk
     }
-    let free = fs4::available_space(run.path())
+    let free = fs4::available_space(run.nearest_existing())
         .with_context(|| format!("ask for the free space of {}", run.path().display()))?;
-    judge(need, free, run.path())
+    Ok((need, free))
 }
 
 /// Sizes are known to about a tenth.
@@ -98,7 +115,8 @@ fn size_of(folder: &Path) -> u64 {
         .sum()
 }
 
-fn shown(bytes: u64) -> String {
+/// Bytes for people.
+pub(crate) fn shown(bytes: u64) -> String {
     match bytes {
         0..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
         _ => format!("{:.1} GB", bytes as f64 / 1e9),

@@ -1,0 +1,306 @@
+//! `flux-lora check`: what can be known of a run before it starts, in seconds, without a weight being read.
+//!
+//! What is refused here is refused by `train` and the other way round: both call the same functions. The rest is counted from
+//! configurations, headers and the pictures themselves; what is only estimated says so.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use anyhow::Context;
+use flux_model::families::{self, Visitor};
+use flux_model::family::{Family, Network};
+use flux_model::lora::{Component, LoraFormat, LoraSet, WriteOptions, write};
+use flux_model::pipeline::PipelineFolder;
+use lora_core::attach::{DEFAULT_ADAPTER, targeted};
+use lora_core::peft::{InitLoraWeights, PeftType};
+use lora_core::state::count_parameters;
+use lora_core::{AdapterFile, LoraConfig, attach};
+
+use crate::config::RunConfig;
+use crate::data::bucket::{Bucket, buckets, nearest_bucket};
+use crate::data::degradation::{cropped_and_enlarged, cut_texts};
+use crate::data::scan::{Sample, Scan, scan};
+use crate::device::{self, NamedDevice};
+use crate::nearest::sentence;
+use crate::previews::prompts_of;
+use crate::run::folder::RunDir;
+use crate::run::resume::{Resume, find_checkpoint};
+use crate::run::space;
+use crate::train::{check_new, check_start, pipeline, refuse_distilled};
+
+/// What was found: a table, and what would keep `train` from starting.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    /// Name and value.
+    pub(crate) rows: Vec<(&'static str, String)>,
+    /// What is allowed and hardly meant, or lost of the data.
+    pub(crate) notes: Vec<String>,
+    /// Why the run would not start.
+    pub(crate) problems: Vec<String>,
+}
+
+impl Report {
+    fn row(&mut self, name: &'static str, value: impl Into<String>) {
+        self.rows.push((name, value.into()));
+    }
+
+    /// The value, or a problem.
+    fn take<T>(&mut self, result: anyhow::Result<T>) -> Option<T> {
+        result
+            .map_err(|error| self.problems.push(sentence(&error)))
+            .ok()
+    }
+}
+
+/// Checks a run of `config` in the folder `output`.
+///
+/// # Errors
+/// A model that cannot be opened: nothing else can be known then.
+pub(crate) fn check(
+    config: &RunConfig,
+    output: &Path,
+    device: &str,
+    offline: bool,
+) -> anyhow::Result<Report> {
+    struct Check<'a>(PipelineFolder, &'a RunConfig, &'a Path, NamedDevice);
+    impl Visitor for Check<'_> {
+        type Output = anyhow::Result<Report>;
+        fn visit<F: Family>(self) -> Self::Output {
+            check_family(&F::open(self.0)?, self.1, self.2, &self.3)
+        }
+    }
+    let device = device::open(device)?;
+    let folder = pipeline(config, offline)?;
+    families::of_folder(&folder.clone(), Check(folder, config, output, device))?
+}
+
+fn check_family<F: Family>(
+    family: &F,
+    config: &RunConfig,
+    output: &Path,
+    device: &NamedDevice,
+) -> anyhow::Result<Report> {
+    let config = &{
+        let mut config = config.clone();
+        config.lora.name_targets::<F>();
+        config
+    };
+    let mut report = Report::default();
+    report.row(
+        "model",
+        format!("{}, {}", F::NAME, family.folder().root().display()),
+    );
+    report.row("device", format!("{} ({})", device.name, device.hardware));
+
+    let run = report.take(RunDir::planned(output).map_err(Into::into));
+    if let Some(run) = &run {
+        report.take(run.check_places().map_err(Into::into));
+        if run.path().exists() {
+            report.take(find_checkpoint(run, &Resume::No));
+        }
+    }
+    report.take(refuse_distilled(family).map_err(Into::into));
+    let samples = match report.take(scan(&config.dataset).map_err(Into::into)) {
+        Some(Scan { samples, warnings }) => {
+            report.notes.extend(warnings);
+            samples
+        }
+        None => Vec::new(),
+    };
+    let outline = report.take(check_start(config, family, &samples, device));
+    if !samples.is_empty() {
+        data(&mut report, config, family, &samples);
+    }
+    if let (Some(outline), Some(run)) = (outline, run) {
+        let started = check_new(config, family, &run, &samples, &outline);
+        if report.take(started).is_some() {
+            adapter(&mut report, config, &outline)?;
+            disk(&mut report, config, family, &run, &samples, &outline)?;
+        }
+        if config.lora.peft_type == PeftType::Lora {
+            let formats = formats(outline, &config.lora.config());
+            if let Some(formats) = report.take(formats.context("the formats it can be written in"))
+            {
+                report.rows.extend(formats);
+            }
+        }
+    }
+    report.notes.extend(config.warnings());
+    Ok(report)
+}
+
+/// Pictures, captions, sizes, and how they make steps.
+fn data<F: Family>(report: &mut Report, config: &RunConfig, family: &F, samples: &[Sample]) {
+    let captions: BTreeSet<&str> = samples
+        .iter()
+        .map(|sample| sample.caption.as_str())
+        .collect();
+    let empty = samples
+        .iter()
+        .filter(|sample| sample.caption.trim().is_empty());
+    report.row("pictures", samples.len().to_string());
+    report.row(
+        "captions",
+        format!("{} different, {} empty", captions.len(), empty.count()),
+    );
+    let texts = cut_texts(
+        samples,
+        &prompts_of(config, family),
+        &config.dataset,
+        family,
+    );
+    if let Some(texts) = report.take(texts) {
+        report.row(
+            "texts cut",
+            if texts.cut.is_some() {
+                "yes, see below"
+            } else {
+                "none"
+            },
+        );
+        report
+            .notes
+            .extend(texts.cut.into_iter().chain(texts.pooled));
+    }
+
+    let all = buckets(config.dataset.resolution, config.dataset.bucket_step);
+    let mut sizes: BTreeMap<Bucket, usize> = BTreeMap::new();
+    let mut cropped = 0.0;
+    for sample in samples {
+        let bucket = nearest_bucket(&all, sample.width_px, sample.height_px);
+        cropped += bucket.cropped(sample.width_px, sample.height_px);
+        *sizes.entry(bucket).or_default() += 1;
+    }
+    let listed: Vec<String> = sizes
+        .iter()
+        .map(|(bucket, count)| format!("{count} of {bucket}"))
+        .collect();
+    report.row("sizes", listed.join(", "));
+    let mean = 100.0 * cropped / samples.len() as f64;
+    report.row("cropped away", format!("{mean:.1} % of the pictures' area"));
+    report
+        .notes
+        .extend(cropped_and_enlarged(samples, &config.dataset));
+
+    let train = &config.train;
+    let batches: usize = sizes
+        .values()
+        .map(|count| count.div_ceil(train.batch_size))
+        .sum();
+    let per_epoch = batches as f64 / train.gradient_accumulation_steps as f64;
+    report.row(
+        "steps",
+        format!(
+            "{} of {} x {} pictures; {per_epoch:.1} steps an epoch, {:.1} epochs",
+            train.steps,
+            train.gradient_accumulation_steps,
+            train.batch_size,
+            train.steps as f64 / per_epoch
+        ),
+    );
+}
+
+/// What is trained.
+fn adapter<N: Network>(report: &mut Report, config: &RunConfig, outline: &N) -> anyhow::Result<()> {
+    let lora = config.lora.config();
+    let layers = targeted(outline, &lora)?;
+    let total = count_parameters(outline).total;
+    report.row(
+        "parameters",
+        format!("{:.1} million, frozen", total as f64 / 1e6),
+    );
+    report.row("layers adapted", layers.len().to_string());
+    // Splitting the base weight and DoRA's magnitudes read weights, of which there are none here; the first doubles the rank in
+    // files only.
+    let plain = LoraConfig {
+        use_dora: false,
+        lora_dropout: 0.0,
+        init_lora_weights: match lora.init_lora_weights.splits_base() {
+            true => InitLoraWeights::Gaussian,
+            false => lora.init_lora_weights,
+        },
+        ..lora.clone()
+    };
+    let attached = count_parameters(&attach(outline.clone(), plain.fresh(0))?);
+    let mut trainable = attached.total - total;
+    if lora.use_dora {
+        trainable += layers.values().map(|[_, outputs]| outputs).sum::<usize>();
+    }
+    report.row(
+        "trainable",
+        format!(
+            "{:.3} million, {} as a file",
+            trainable as f64 / 1e6,
+            space::shown(4 * trainable as u64)
+        ),
+    );
+    Ok(())
+}
+
+fn disk<F: Family>(
+    report: &mut Report,
+    config: &RunConfig,
+    family: &F,
+    run: &RunDir,
+    samples: &[Sample],
+    outline: &F::Network,
+) -> anyhow::Result<()> {
+    let layers = targeted(outline, &config.lora.config())?;
+    let (need, free) = space::need(config, family, run, samples, &layers)?;
+    report.row(
+        "disk",
+        format!(
+            "about {} for encoded samples, {} for checkpoints; {} free",
+            space::shown(need.cache),
+            space::shown(need.checkpoints),
+            space::shown(free)
+        ),
+    );
+    Ok(())
+}
+
+/// How much of the LoRA each format holds: it is written in each, at rank 1.
+fn formats<N: Network>(
+    outline: N,
+    lora: &LoraConfig,
+) -> anyhow::Result<Vec<(&'static str, String)>> {
+    let small = LoraConfig {
+        r: 1,
+        rank_pattern: Default::default(),
+        alpha_pattern: Default::default(),
+        use_dora: false,
+        lora_dropout: 0.0,
+        init_lora_weights: InitLoraWeights::Default,
+        ..lora.clone()
+    };
+    let shape = outline.shape();
+    let model = attach(outline, small.clone().fresh(0))?;
+    let file = AdapterFile::from_model(&model, DEFAULT_ADAPTER, Some(&small))?;
+    let set = LoraSet::from_adapter(&file, Component::Transformer, shape);
+    let folder = tempfile::tempdir().context("make a temporary folder")?;
+    let options = WriteOptions {
+        lossy: true,
+        ..WriteOptions::default()
+    };
+    let rows = [
+        ("for diffusers", LoraFormat::Diffusers),
+        ("for PEFT", LoraFormat::Peft),
+        ("for kohya, Forge", LoraFormat::Kohya),
+        ("for ComfyUI", LoraFormat::ComfyUi),
+    ];
+    let row = |(name, format)| {
+        let path = folder.path().join(format!("{format}"));
+        let value = match write(&set, format, &path, &options) {
+            Ok(written) if written.losses.is_empty() => format!("all {} layers", set.len()),
+            Ok(written) => format!(
+                "{} of {} layers; not {}",
+                set.len() - written.losses.len(),
+                set.len(),
+                written.losses[0].module
+            ),
+            Err(error) => format!("no: {error}"),
+        };
+        (name, value)
+    };
+    Ok(rows.map(row).to_vec())
+}

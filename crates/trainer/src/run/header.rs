@@ -1,0 +1,192 @@
+//! What the header of a finished LoRA says about how it was made, for programs that show it (`ss_*` as sd-scripts writes
+//! them, `modelspec.*` of the Stability model specification) and for whoever wants to make it again (`flux_lora.*`).
+//!
+//! Nothing here depends on time or place: a resumed run writes the same header. No path and no name of a person is in it.
+
+use std::collections::BTreeMap;
+
+use anyhow::Context;
+use flux_model::lora::ModelShape;
+use toml::{Table, Value};
+
+use crate::config::{RunConfig, may_change_on_resume};
+use crate::run::checkpoint::State;
+
+/// Keys of our own.
+pub(crate) const VERSION: &str = "flux_lora.version";
+pub(crate) const CONFIG: &str = "flux_lora.config";
+pub(crate) const BASE: &str = "flux_lora.base_model_sha256";
+pub(crate) const DATA: &str = "flux_lora.dataset_sha256";
+pub(crate) const STEPS: &str = "flux_lora.steps";
+
+/// The header's entries for a run that has made `steps` steps.
+///
+/// # Errors
+/// A configuration that TOML cannot hold.
+pub(crate) fn header(
+    config: &RunConfig,
+    state: &State,
+    dataset_digest: &str,
+    steps: u64,
+    shape: &ModelShape,
+) -> anyhow::Result<BTreeMap<String, String>> {
+    let train = &config.train;
+    let settings = without_paths(config)?;
+    let setting = |section: &str, key: &str| {
+        let value = settings.get(section).and_then(|section| section.get(key));
+        match value {
+            Some(Value::String(text)) => text.clone(),
+            Some(value) => value.to_string(),
+            None => String::new(),
+        }
+    };
+    let side = config.dataset.resolution;
+    let mut entries = vec![
+        (VERSION, env!("CARGO_PKG_VERSION").to_string()),
+        (
+            CONFIG,
+            toml::to_string(&settings).context("write the settings")?,
+        ),
+        (BASE, state.base_model.clone()),
+        (DATA, dataset_digest.to_string()),
+        (STEPS, steps.to_string()),
+        ("ss_steps", steps.to_string()),
+        ("ss_max_train_steps", train.steps.to_string()),
+        ("ss_num_train_images", state.samples.len().to_string()),
+        (
+            "ss_total_batch_size",
+            (train.batch_size * train.gradient_accumulation_steps).to_string(),
+        ),
+        (
+            "ss_gradient_accumulation_steps",
+            train.gradient_accumulation_steps.to_string(),
+        ),
+        ("ss_seed", train.seed.to_string()),
+        ("ss_learning_rate", setting("optimizer", "learning_rate")),
+        ("ss_optimizer", setting("optimizer", "name")),
+        ("ss_max_grad_norm", setting("optimizer", "max_grad_norm")),
+        ("ss_lr_scheduler", setting("lr_scheduler", "name")),
+        (
+            "ss_lr_warmup_steps",
+            setting("lr_scheduler", "warmup_steps"),
+        ),
+        ("ss_resolution", format!("({side}, {side})")),
+        (
+            "ss_caption_dropout_rate",
+            setting("dataset", "caption_dropout"),
+        ),
+        ("ss_network_dropout", setting("lora", "lora_dropout")),
+        ("ss_guidance_scale", setting("train", "guidance")),
+        (
+            "ss_timestep_sampling",
+            setting("train", "timestep_sampling"),
+        ),
+        ("ss_discrete_flow_shift", setting("train", "shift")),
+        ("ss_weighting_scheme", setting("train", "loss_weighting")),
+        ("modelspec.sai_model_spec", "1.0.1".into()),
+        ("modelspec.resolution", format!("{side}x{side}")),
+    ];
+    if let Some(transformer) = &shape.transformer {
+        let (version, architecture) = match transformer.guidance_embeds {
+            true => ("flux1", "flux-1-dev/lora"),
+            false => ("flux1", "flux-1-schnell/lora"),
+        };
+        entries.extend([
+            ("ss_base_model_version", version.into()),
+            ("modelspec.architecture", architecture.into()),
+            (
+                "modelspec.implementation",
+                "https://github.com/black-forest-labs/flux".into(),
+            ),
+        ]);
+    }
+    let named = entries
+        .into_iter()
+        .map(|(key, value)| (key.to_string(), value));
+    Ok(named.filter(|(_, value)| !value.is_empty()).collect())
+}
+
+/// The settings that decide the bits, and no path: what may change on a resume is another way to the same ones, or where
+/// something is, but for the steps and the learning rate.
+fn without_paths(config: &RunConfig) -> anyhow::Result<Table> {
+    let mut table = Table::try_from(config).context("write the settings")?;
+    for (section, keys) in &mut table {
+        if let Value::Table(keys) = keys {
+            keys.retain(|key, value| {
+                let name = format!("{section}.{key}");
+                let decides = !may_change_on_resume(&name)
+                    || name == "train.steps"
+                    || ["optimizer", "lr_scheduler"].contains(&section.as_str());
+                decides && !is_place(key, value)
+            });
+        }
+    }
+    table.retain(|_, keys| keys.as_table().is_none_or(|keys| !keys.is_empty()));
+    Ok(table)
+}
+
+/// Whether a value is a path: by its key, or by looking like one.
+fn is_place(key: &str, value: &Value) -> bool {
+    let texts: Vec<&str> = match value {
+        Value::String(text) => vec![text],
+        Value::Array(values) => values.iter().filter_map(Value::as_str).collect(),
+        _ => Vec::new(),
+    };
+    let looks_like_one =
+        |text: &&str| std::path::Path::new(text).is_absolute() || text.starts_with('~');
+    ["path", "init_from"].contains(&key) || texts.iter().any(looks_like_one)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fingerprint::Fingerprint;
+    use crate::run::checkpoint::Progress;
+
+    #[test]
+    fn the_header_says_how_it_was_made_and_not_where() {
+        let mut config = RunConfig::default();
+        config.model.path = "/home/anna/models/FLUX.1-dev".into();
+        config.dataset.path = "/home/anna/pictures".into();
+        config.lora.init_from = Some("/home/anna/first.safetensors".into());
+        config.train.steps = 1000;
+        let state = State {
+            progress: Progress { step: 400 },
+            epoch: 3,
+            config: String::new(),
+            base_model: "b".repeat(64),
+            samples: Vec::new(),
+            fingerprint: Fingerprint {
+                binary: String::new(),
+                version: String::new(),
+                device: String::new(),
+                hardware: "anna's machine".into(),
+                cpu_features: String::new(),
+                kernels: String::new(),
+            },
+            events: Vec::new(),
+            optimizer: Default::default(),
+        };
+        let header =
+            header(&config, &state, "d", 400, &ModelShape::default()).expect("TOML holds it");
+        assert!(
+            header.values().all(|value| !value.contains("anna")),
+            "{header:#?}"
+        );
+        assert_eq!(header["ss_steps"], "400");
+        assert_eq!(header["ss_learning_rate"], "0.0001");
+        assert_eq!(header["ss_optimizer"], "adamw");
+        assert_eq!(header[BASE], "b".repeat(64));
+        assert_eq!(header[DATA], "d");
+        assert!(
+            header[CONFIG].contains("lora_alpha = 16.0"),
+            "{}",
+            header[CONFIG]
+        );
+        assert!(!header[CONFIG].contains("path"), "{}", header[CONFIG]);
+        assert!(
+            !header[CONFIG].contains("recompute"),
+            "another way to the same bits"
+        );
+    }
+}
