@@ -15,6 +15,7 @@ use crate::layers::{linear_layer, packed};
 use crate::ops::attention::attention;
 use crate::ops::silu::silu;
 use crate::sizes::out_of_range;
+use crate::tiles::{TILE_PX, by_tiles};
 
 /// Of every group norm in this network.
 const EPS: f64 = 1e-6;
@@ -183,11 +184,13 @@ impl Autoencoder {
     /// - `image`: `[batch, 3, height, width]` in `[-1, 1]`; returns `[batch, 2 * latent_channels, height / 8, width / 8]`,
     ///   mean and log-variance
     pub fn moments(&self, image: Tensor<4>) -> Tensor<4> {
-        let moments = self.encoder.forward(image);
-        match &self.quant_conv {
-            Some(conv) => conv.forward(moments),
-            None => moments,
-        }
+        by_tiles(image, TILE_PX, TILE_PX / self.config.downscale(), |tile| {
+            let moments = self.encoder.forward(tile);
+            match &self.quant_conv {
+                Some(conv) => conv.forward(moments),
+                None => moments,
+            }
+        })
     }
 
     /// Encodes an image, as [`moments`](Self::moments), and splits the result.
@@ -198,11 +201,13 @@ impl Autoencoder {
     /// # Shapes
     /// - `z`: `[batch, latent_channels, h, w]`; returns `[batch, 3, 8 h, 8 w]`, roughly in `[-1, 1]`
     pub fn decode(&self, z: Tensor<4>) -> Tensor<4> {
-        let z = match &self.post_quant_conv {
-            Some(conv) => conv.forward(z),
-            None => z,
-        };
-        self.decoder.forward(z)
+        by_tiles(z, TILE_PX / self.config.downscale(), TILE_PX, |tile| {
+            let tile = match &self.post_quant_conv {
+                Some(conv) => conv.forward(tile),
+                None => tile,
+            };
+            self.decoder.forward(tile)
+        })
     }
 
     /// From the autoencoder's latents to those the transformer sees: `(z - shift) * scale`.
