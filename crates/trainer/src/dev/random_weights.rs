@@ -23,6 +23,19 @@ use lora_core::random::{Stream, name_hash};
 /// # Errors
 /// A folder that lacks a configuration, one that describes no network, a file that cannot be written.
 pub fn fill(folder: &Path, out: &Path, seed: u64) -> anyhow::Result<()> {
+    let files = files_of(folder)?;
+    copy_folder(folder, out)?;
+    for (file, tensors) in files {
+        write(out, file, tensors, seed)?;
+    }
+    Ok(())
+}
+
+/// The files of weights that the configurations in `folder` describe.
+///
+/// # Errors
+/// A folder that lacks a configuration, or one that describes no network.
+pub(super) fn files_of(folder: &Path) -> anyhow::Result<Vec<ComponentFile>> {
     struct Weights<'a>(&'a PipelineFolder, &'a Device);
     impl Visitor for Weights<'_> {
         type Output = Result<Vec<ComponentFile>, WeightsError>;
@@ -32,12 +45,10 @@ pub fn fill(folder: &Path, out: &Path, seed: u64) -> anyhow::Result<()> {
     }
     let pipeline = PipelineFolder::open(folder)?;
     let device = crate::device::open(crate::device::default_name())?.device; // nothing is allocated on it
-    let files = families::of_folder(&pipeline, Weights(&pipeline, &device))??;
-    copy_folder(folder, out)?;
-    for (file, tensors) in files {
-        write(out, file, tensors, seed)?;
-    }
-    Ok(())
+    Ok(families::of_folder(
+        &pipeline,
+        Weights(&pipeline, &device),
+    )??)
 }
 
 fn write(
@@ -56,36 +67,45 @@ fn write(
         .with_context(|| format!("write {}", path.display()))
 }
 
+/// What a tensor of the random model consists of.
+pub(super) enum Fill {
+    /// Normals of this standard deviation.
+    Normal(f32),
+    /// One number throughout.
+    Constant(f32),
+}
+
+/// By a tensor's name and shape.
+pub(super) fn fill_of(name: &str, shape: &[usize]) -> Fill {
+    let is_one = ["weight", "scale", "running_var"];
+    match shape {
+        [_, inputs @ ..] if !inputs.is_empty() => {
+            let fan_in = inputs.iter().product::<usize>();
+            let is_embedding = name.contains("embedding") || name.starts_with("shared");
+            Fill::Normal(match is_embedding {
+                true => 1.0,
+                false => 0.7 / (fan_in as f32).sqrt(),
+            })
+        }
+        _ if is_one.iter().any(|end| name.ends_with(end)) => Fill::Constant(1.0),
+        _ => Fill::Constant(0.0),
+    }
+}
+
 /// One tensor of the random model.
 pub fn random_tensor(name: &str, shape: Vec<usize>, seed: u64) -> HostTensor {
     let count = shape.iter().product::<usize>();
-    let values = match shape.as_slice() {
-        [_, inputs @ ..] if !inputs.is_empty() => {
-            let fan_in = inputs.iter().product::<usize>();
-            let embedding = name.contains("embedding") || name.starts_with("shared");
-            let std = if embedding {
-                1.0
-            } else {
-                0.7 / (fan_in as f32).sqrt()
-            };
-            Stream::new(seed, "random_weights", 0, name_hash(name))
-                .normals(count)
-                .into_iter()
-                .map(|v| v * std)
-                .collect()
+    let values = match fill_of(name, &shape) {
+        Fill::Normal(std) => {
+            let normals = Stream::new(seed, "random_weights", 0, name_hash(name)).normals(count);
+            normals.into_iter().map(|v| v * std).collect()
         }
-        _ if ["weight", "scale", "running_var"]
-            .iter()
-            .any(|end| name.ends_with(end)) =>
-        {
-            vec![1.0; count]
-        }
-        _ => vec![0.0; count],
+        Fill::Constant(value) => vec![value; count],
     };
     HostTensor::from_f32(shape, &values)
 }
 
-fn copy_folder(from: &Path, to: &Path) -> anyhow::Result<()> {
+pub(super) fn copy_folder(from: &Path, to: &Path) -> anyhow::Result<()> {
     fs::create_dir_all(to).with_context(|| format!("create {}", to.display()))?;
     for entry in fs::read_dir(from).with_context(|| format!("read {}", from.display()))? {
         let (source, target) = {

@@ -1,5 +1,6 @@
 //! `flux-lora bench`: what the numbers in docs/benchmarks.md are measured with.
 
+mod full_size;
 mod lora;
 mod ops;
 mod step;
@@ -20,6 +21,7 @@ pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Step(args) => step::run(args),
         BenchCommand::Ops(args) => ops::run(args),
         BenchCommand::Lora(args) => lora::run(args),
+        BenchCommand::FullSize(args) => full_size::run(args),
     }
 }
 

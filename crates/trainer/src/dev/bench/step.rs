@@ -123,7 +123,7 @@ impl Visitor for TimeSteps<'_> {
         let count = count_parameters(&training.model);
         let rule = Rule {
             accumulation: 1,
-            recompute: self.recompute,
+            recomputed: if self.recompute { usize::MAX } else { 0 },
             seed: 1234,
             max_grad_norm: Some(1.0),
             lr: 1e-4,

@@ -11,6 +11,7 @@ use flux_model::pipeline::PipelineFolder;
 use flux_model::sampler::Denoise;
 use flux_model::text::qwen3::{Qwen3Config, Qwen3Encoder};
 use flux_model::text::tokenizer::{QwenTokenizer, QwenTokens};
+use flux_model::weights::Base;
 use lora_core::files::host::HostTensor;
 use lora_core::state::host_tensor;
 
@@ -185,7 +186,7 @@ pub(super) fn pipeline(case: &Case, device: &Device) -> anyhow::Result<Report> {
 
     let denoise = Denoise {
         family: &family,
-        network: &family.network(device)?,
+        network: &family.network(Base::default(), device)?,
         text: &text,
         negative: negative.as_ref(),
         condition: &condition,

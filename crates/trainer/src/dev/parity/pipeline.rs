@@ -7,6 +7,7 @@ use flux_model::flux1::Flux1;
 use flux_model::flux1::latent::{Position, image_positions, reference_positions, text_positions};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::sampler::Denoise;
+use flux_model::weights::Base;
 use lora_core::files::host::HostTensor;
 use lora_core::files::safetensors::TensorFile;
 use lora_core::state::host_tensor;
@@ -28,7 +29,7 @@ pub(super) fn compute(case: &Case, device: &Device) -> anyhow::Result<Report> {
     let [_, height, width] = family.latent_shape(height_px, width_px);
     let steps = case.usize("/call/num_inference_steps")?;
     let text = prompts(case, &family, device)?;
-    let network = family.network(device)?;
+    let network = family.network(Base::default(), device)?;
     let latents: Tensor<3> = case.tensor("latents_packed", device)?;
     if latents.dims()[0] != text.sequence.dims()[0] {
         bail!("`latents_packed` has not one row a prompt");

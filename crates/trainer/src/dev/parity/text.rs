@@ -32,7 +32,7 @@ pub(super) fn clip_tensors(output: ClipOutput) -> [HostTensor; 2] {
 /// `t5_encoder`.
 pub(super) fn t5(case: &Case, device: &Device) -> anyhow::Result<Report> {
     let t5 = load_t5(&case.path("/model/path")?, device)?;
-    let output = host_tensor(t5.forward(&id_rows(case)?, device));
+    let output = host_tensor(t5.forward(&id_rows(case)?, device)?);
     Report::by_tensor(case, Tensors::from([("last_hidden_state".into(), output)]))
 }
 

@@ -55,7 +55,7 @@ pub(super) fn compute<F: Family>(case: &Case, device: &Device) -> anyhow::Result
     };
     let rule = Rule {
         accumulation: count("gradient_accumulation_steps")?,
-        recompute: true,
+        recomputed: usize::MAX,
         seed: 0, // cases have no dropout
         max_grad_norm: Some(setting("max_grad_norm")?),
         lr: 0.0,
