@@ -10,6 +10,7 @@ use flux_model::flux1::latent::{image_positions, text_positions};
 use flux_model::flux1::transformer::{FluxInput, FluxTransformer};
 use flux_model::lora::{Component, ModelShape, delta, read};
 use flux_model::network_config::NetworkConfig;
+use flux_model::weights::Base;
 use lora_core::AdapterFile;
 use lora_core::peft::PeftType;
 use lora_core::random::Stream;
@@ -96,7 +97,7 @@ fn loha_and_lokr_resume_exactly_and_every_export_means_the_same() {
 /// The workbench's network, which no run writes to.
 fn base() -> FluxTransformer {
     let path = root().join("tests/fixtures/parity/pipeline_dev/model/transformer");
-    FluxConfig::load(&path, None, &Device::flex()).expect("the fixture")
+    FluxConfig::load(&path, None, Base::default(), &Device::flex()).expect("the fixture")
 }
 
 fn with(file: AdapterFile) -> FluxTransformer {

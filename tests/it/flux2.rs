@@ -96,7 +96,7 @@ fn klein_resumes_exactly_and_recompute_changes_no_bit() {
         let what = format!("klein, resumed after step {step}");
         bench.result(&run).assert_same(&expected, &what);
     }
-    train(&bench, "plain", &["--set", "train.recompute=false"]);
+    train(&bench, "plain", &["--set", "memory.recompute=none"]);
     let plain = bench.result("plain");
     plain.assert_same(&expected, "klein, without recompute");
 }

@@ -20,7 +20,7 @@ use flux_lora::{
 use flux_lora_tests::last_checkpoint;
 use flux_lora_tests::{RunResult, Workbench, checkpoints};
 #[cfg(feature = "ndarray")]
-use flux_model::{family::Family, flux1::Flux1};
+use flux_model::{family::Family, flux1::Flux1, weights::Base};
 use lora_core::files::safetensors::TensorFile;
 use lora_core::random::Stream;
 
@@ -172,8 +172,9 @@ fn sigterm_saves_and_a_second_resume_is_as_good_as_the_first() {
     found.assert_same(&expected, "stopped by signals");
 }
 
-/// Kills a run `kills` times, while it starts or some steps after, resumes it each time, and lets it finish.
-fn kills_change_nothing(device: &str, kills: usize, settings: &[&str]) {
+/// Kills a run `kills` times, while it starts or some steps after, resumes it each time, and lets it finish. It has the settings
+/// `own` besides those of the run that it is compared with.
+fn kills_change_nothing(device: &str, kills: usize, settings: &[&str], own: &[&str]) {
     let bench = Workbench::new();
     let started = Instant::now();
     bench.train_ok("straight", device, settings);
@@ -182,6 +183,7 @@ fn kills_change_nothing(device: &str, kills: usize, settings: &[&str]) {
     let steps = expected.metrics.lines().count() as u64;
     let args = [
         settings,
+        own,
         &["--resume", "--set=checkpoint.every=2"],
         &["--set=checkpoint.keep=2"],
     ]
@@ -231,13 +233,24 @@ fn kills_change_nothing(device: &str, kills: usize, settings: &[&str]) {
 
 #[test]
 fn twenty_kills_change_nothing_on_flex() {
-    kills_change_nothing("flex", 20, &[]);
+    kills_change_nothing("flex", 20, &[], &[]);
+}
+
+#[test]
+fn a_run_whose_blocks_are_on_disk_is_killed_and_ends_in_the_bits_of_one_in_memory() {
+    let in_memory = ["--set=memory.base=resident", "--set=memory.recompute=none"];
+    kills_change_nothing(
+        "flex",
+        5,
+        &in_memory,
+        &["--set=memory.base=stream", "--set=memory.recompute=all"],
+    );
 }
 
 #[cfg(feature = "ndarray")]
 #[test]
 fn five_kills_change_nothing_on_ndarray() {
-    kills_change_nothing("ndarray", 5, &[]);
+    kills_change_nothing("ndarray", 5, &[], &[]);
 }
 
 #[cfg(feature = "wgpu")]
@@ -248,7 +261,7 @@ fn three_kills_change_nothing_on_wgpu() {
         "--set=lr_scheduler.warmup_steps=2",
         "--set=train.gradient_accumulation_steps=1",
     ];
-    kills_change_nothing("wgpu", 3, &few);
+    kills_change_nothing("wgpu", 3, &few, &[]);
 }
 
 #[test]
@@ -264,11 +277,16 @@ fn recompute_and_plain_autodiff_train_to_the_same_bits() {
             recompute,
         ]
     };
-    bench.train_ok("recomputed", "flex", &args("train.recompute=true"));
-    bench.train_ok("plain", "flex", &args("train.recompute=false"));
-    bench
-        .result("plain")
-        .assert_same(&bench.result("recomputed"), "recompute");
+    bench.train_ok("recomputed", "flex", &args("memory.recompute=all"));
+    let expected = bench.result("recomputed");
+    for recompute in [
+        "memory.recompute=none",
+        "memory.recompute=1",
+        "memory.recompute=3",
+    ] {
+        bench.train_ok(recompute, "flex", &args(recompute));
+        bench.result(recompute).assert_same(&expected, recompute);
+    }
 }
 
 /// Restores a checkpoint on a device and takes it again: every file must have the bytes it had.
@@ -281,7 +299,7 @@ fn assert_restored_to_the_byte(checkpoint: &Path, device: &str) {
     let device = open(device).unwrap();
     let model = Flux1::open(pipeline(&config, true).unwrap())
         .unwrap()
-        .network(&device.device.clone().autodiff())
+        .network(Base::default(), &device.device.clone().autodiff())
         .unwrap();
     let (record, optimizer) = (opened.record().unwrap(), AdamWConfig::new().build());
     let training = restore(record, model, &lora, optimizer, &device.device).unwrap();

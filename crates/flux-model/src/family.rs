@@ -18,6 +18,7 @@ use crate::lora::{Component, ModelShape};
 use crate::network_config::NetworkConfig;
 use crate::pipeline::PipelineFolder;
 use crate::scheduler::SchedulerConfig;
+use crate::weights::{Base, BaseDtype, Sizes, Stream};
 
 /// A velocity network: enter, the blocks one after the other, leave.
 pub trait Network: Module + Blocks<Error = WeightsError> {
@@ -29,6 +30,16 @@ pub trait Network: Module + Blocks<Error = WeightsError> {
 
     /// What the last block gave, as the velocity of the image tokens, `[batch, img_tokens, out_channels]`.
     fn leave(&self, carry: Self::Carry, shared: &Self::Shared) -> Tensor<3>;
+
+    /// Width of a token between blocks.
+    fn width(&self) -> usize;
+
+    /// How many streams of tokens block `index` keeps apart, each with layers of its own.
+    fn streams(&self, index: usize) -> usize;
+
+    /// The same with its blocks in `stream`, which it then gets them from.
+    #[must_use]
+    fn with_stream(self, stream: Stream) -> Self;
 
     /// Its architecture, which LoRA files are read against.
     fn shape(&self) -> ModelShape;
@@ -98,7 +109,10 @@ pub type TokenCounter = Box<dyn Fn(&str) -> Result<TokenCount, WeightsError>>;
 /// A change of a network of any type, such as attaching a LoRA.
 pub trait Adapt {
     /// Why it cannot be made.
-    type Error;
+    type Error: From<WeightsError>;
+
+    /// Whether it changes the weights of `component` themselves, which have to be in memory for that.
+    fn changes_weights(&self, component: Component) -> bool;
 
     /// The network of `component`, changed.
     ///
@@ -207,13 +221,13 @@ pub trait Family: Sized + Debug {
     /// As [`shape`](Self::shape).
     fn describe(&self) -> Result<String, WeightsError>;
 
-    /// Loads the velocity network.
+    /// Loads the velocity network, its base weights held as `base` says.
     ///
     /// # Errors
     /// A malformed file, or a tensor that is missing, left over or of another shape.
-    fn network(&self, device: &Device) -> Result<Self::Network, WeightsError> {
+    fn network(&self, base: Base, device: &Device) -> Result<Self::Network, WeightsError> {
         let path = self.folder().transformer_path();
-        Self::Config::load(path, self.stated().as_ref(), device)
+        Self::Config::load(path, self.stated().as_ref(), base, device)
     }
 
     /// What the folder states of the velocity network, where it does.
@@ -232,6 +246,16 @@ pub trait Family: Sized + Debug {
         Ok(config.network(device))
     }
 
+    /// Sizes of the velocity network, its base weights kept as `base` says.
+    ///
+    /// # Errors
+    /// As [`outline`](Self::outline).
+    fn sizes(&self, base: BaseDtype, device: &Device) -> Result<Sizes, WeightsError> {
+        let path = self.folder().transformer_path();
+        let (checkpoint, layout, config) = Self::Config::open(path, self.stated().as_ref())?;
+        Ok(checkpoint.sizes(&config.network(device), layout, base, device))
+    }
+
     /// The network of an architecture as `config.json` says it, with lazily initialised weights.
     ///
     /// # Errors
@@ -241,7 +265,7 @@ pub trait Family: Sized + Debug {
     }
 
     /// Loads a velocity network from a component folder or a single file, whose tensors must be those of the architecture
-    /// that `config` states.
+    /// that `config` states; all of it, as it is stored.
     ///
     /// # Errors
     /// As [`network`](Self::network), or tensors of another architecture.
@@ -259,7 +283,7 @@ pub trait Family: Sized + Debug {
         let (checkpoint, layout, found) = Self::Config::open(path, stated.as_ref())?;
         match stated.and_then(|stated| stated.difference(&found)) {
             Some(reason) => Err(mismatch(reason)),
-            None => checkpoint.load(found.network(device), layout, device),
+            None => checkpoint.load(found.network(device), layout, BaseDtype::AsStored, device),
         }
     }
 

@@ -8,7 +8,7 @@
 //! | `flux2/` | FLUX.2 likewise, with its autoencoder and schedule |
 //! | `bfl` | names in BFL's single files |
 //! | `blocks` | the blocks of a network, one at a time |
-//! | `autoencoder` | pixels to latents and back |
+//! | `autoencoder`, `tiles` | pixels to latents and back; of large images a tile at a time |
 //! | `text/` | CLIP, T5, Qwen3 and their tokenizers |
 //! | `scheduler` | noise levels and the Euler step |
 //! | `pipeline`, `found` | a diffusers folder and its components; what is there in its place |
@@ -18,7 +18,7 @@
 //! | `ops/` | attention, norms, activations: operations with handwritten gradients and CPU kernels |
 //! | `sizes` | what a configuration may say |
 //! | `lora` | LoRA files of every format, read and written |
-//! | `weights` | loading, each tensor used or named in an error |
+//! | `weights/` | loading, each tensor used or named in an error; what a stored tensor becomes in memory; blocks that stay on disk |
 //!
 //! Every linear layer is computed by [`lora_core::linear`], so adapters run without a dense sum.
 
@@ -42,6 +42,7 @@ pub mod sampler;
 pub mod scheduler;
 mod sizes;
 pub mod text;
+mod tiles;
 pub mod weights;
 
 pub use error::WeightsError;

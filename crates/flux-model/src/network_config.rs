@@ -2,21 +2,21 @@
 
 use std::path::Path;
 
-use burn::module::Module;
 use burn::tensor::Device;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::error::WeightsError;
+use crate::family::Network;
 use crate::pipeline::read_config;
 use crate::sizes::differences;
-use crate::weights::{Checkpoint, Layout};
+use crate::weights::{Base, Checkpoint, Layout};
 
 /// The configuration of a family's velocity network, as its `config.json` has it.
 pub trait NetworkConfig: Clone + PartialEq + Serialize + DeserializeOwned {
     /// The network that it describes.
-    type Network: Module;
+    type Network: Network;
 
     /// What is wrong with it, if anything.
     fn problem(&self) -> Option<String>;
@@ -80,16 +80,17 @@ pub trait NetworkConfig: Clone + PartialEq + Serialize + DeserializeOwned {
         }
     }
 
-    /// Loads a network from a component folder or a single file in either layout.
+    /// Loads a network from a component folder or a single file in either layout, its base weights held as `base` says.
     ///
     /// # Errors
     /// As [`open`](Self::open), or a tensor that is missing or left over.
     fn load(
         path: &Path,
         stated: Option<&Self>,
+        base: Base,
         device: &Device,
     ) -> Result<Self::Network, WeightsError> {
         let (checkpoint, layout, config) = Self::open(path, stated)?;
-        checkpoint.load(config.network(device), layout, device)
+        checkpoint.load_network(config.network(device), layout, base, device)
     }
 }

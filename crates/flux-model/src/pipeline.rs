@@ -12,7 +12,7 @@ use crate::error::WeightsError;
 use crate::found::check_pipeline;
 use crate::text::clip::{ClipConfig, ClipText};
 use crate::text::t5::{T5Config, T5Encoder};
-use crate::weights::{Checkpoint, Layout};
+use crate::weights::{BaseDtype, Checkpoint, Layout};
 
 /// Largest `config.json` read, in bytes; real ones stay below 10 KiB.
 const MAX_CONFIG: u64 = 1 << 20;
@@ -116,7 +116,8 @@ pub fn load_autoencoder(
     };
     let checkpoint = Checkpoint::open(path)?;
     let (layout, config) = checkpoint.autoencoder(own.as_ref().or(config))?;
-    checkpoint.load(Autoencoder::new(&config, device), layout, device)
+    let autoencoder = Autoencoder::new(&config, device);
+    checkpoint.load(autoencoder, layout, BaseDtype::F32, device)
 }
 
 /// Loads a CLIP text encoder from a component folder.
@@ -125,16 +126,17 @@ pub fn load_autoencoder(
 /// A malformed file, or a tensor that is missing, left over or of another shape.
 pub fn load_clip(folder: &Path, device: &Device) -> Result<ClipText, WeightsError> {
     let config = read_config(&folder.join("config.json"), ClipConfig::problem)?;
-    Checkpoint::open(folder)?.load(ClipText::new(&config, device), Layout::Clip, device)
+    let clip = ClipText::new(&config, device);
+    Checkpoint::open(folder)?.load(clip, Layout::Clip, BaseDtype::AsStored, device)
 }
 
-/// Loads a T5 encoder from a component folder.
+/// Opens a T5 encoder in a component folder.
 ///
 /// # Errors
 /// A malformed file, or a tensor that is missing, left over or of another shape.
 pub fn load_t5(folder: &Path, device: &Device) -> Result<T5Encoder, WeightsError> {
     let config = read_config(&folder.join("config.json"), T5Config::problem)?;
-    Checkpoint::open(folder)?.load(T5Encoder::new(&config, device), Layout::T5, device)
+    T5Encoder::open(&config, Checkpoint::open(folder)?, device)
 }
 
 /// Parses a small JSON file.

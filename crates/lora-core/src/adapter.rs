@@ -3,7 +3,7 @@
 //! Factors are kept as files store them, `lora_A: [r, in]` and `lora_B: [out, r]`, while Burn's linear weight is `[in, out]`.
 
 use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 
 use crate::kinds::factors::{Factor, Factors, Layer};
 use crate::kinds::lora;
@@ -45,6 +45,12 @@ impl Adapter {
     /// Whether it takes part in the forward pass.
     pub fn is_active(&self) -> bool {
         self.active
+    }
+
+    /// The type of its factors.
+    pub(crate) fn dtype(&self) -> DType {
+        let first = self.factors.iter().next();
+        first.map_or(DType::F32, |(_, factor)| factor.dtype())
     }
 
     /// Whether it is a parameter trained in full, in place of the model's own.

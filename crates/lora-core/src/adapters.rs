@@ -235,8 +235,9 @@ impl Reparameterization for Adapters {
         let Some(first) = changes().next() else {
             return base;
         };
-        let shape = base.shape();
+        let (shape, dtype) = (base.shape(), base.dtype());
         let rows = shape[0] as i32;
+        let base = base.cast(first.dtype()); // the sum is rounded once
         let base: Tensor<2> = match first.site.layout {
             WeightLayout::InOut | WeightLayout::Table => base.reshape([rows, -1]),
             WeightLayout::OutIn => base.reshape([rows, -1]).transpose(),
@@ -247,9 +248,10 @@ impl Reparameterization for Adapters {
             }
             adapter.apply(weight, &base)
         });
-        match first.site.layout {
+        let weight = match first.site.layout {
             WeightLayout::InOut | WeightLayout::Table => weight.reshape(shape),
             WeightLayout::OutIn => weight.transpose().reshape(shape),
-        }
+        };
+        weight.cast(dtype)
     }
 }

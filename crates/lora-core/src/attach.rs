@@ -432,7 +432,10 @@ fn initial_magnitudes<M: Module>(
             delta = delta - factor(b).matmul(factor(a));
         }
         let delta = delta.mul_scalar(module.spec.scale());
-        let norm = (weight + delta.transpose()).square().sum_dim(0).sqrt();
+        let norm = (weight.cast(delta.dtype()) + delta.transpose())
+            .square()
+            .sum_dim(0)
+            .sqrt();
         norms.insert(path, host_tensor(norm.flatten::<1>(0, 1)));
     });
     norms

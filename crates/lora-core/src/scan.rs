@@ -23,6 +23,8 @@ pub(crate) struct Layer {
     pub(crate) site: Site,
     pub(crate) module: ModuleAdapter,
     pub(crate) device: Device,
+    /// Of the weight, as [`Parameter::dtype`].
+    dtype: Option<DType>,
 }
 
 impl Layer {
@@ -34,6 +36,21 @@ impl Layer {
     /// Refuses what the way in which the model computes the layer cannot do.
     pub(crate) fn check_path(&self, layer: &str, fast: bool) -> Result<(), LoraError> {
         let fast = fast && self.site.layout == WeightLayout::InOut;
+        let is_half = matches!(self.dtype, Some(DType::BF16 | DType::F16));
+        if let Some(dtype) = self.dtype.filter(|dtype| *dtype != DType::F32)
+            && !(fast && is_half)
+        {
+            return Err(LoraError::Leftover {
+                key: format!(
+                    "{}.{}",
+                    self.site.key,
+                    self.module.factors.kind().parts()[0].name
+                ),
+                reason: format!(
+                    "the layer's weight is {dtype:?}, and adapters need F32: load the model as f32"
+                ),
+            });
+        }
         // PEFT's embeddings know no dropout.
         if self.module.spec.dropout > 0.0 && !fast && self.site.layout != WeightLayout::Table {
             return Err(LoraError::Config(format!(
@@ -408,11 +425,6 @@ impl Scan {
             .weights
             .get(path)
             .ok_or_else(|| leftover("the model has no such layer"))?;
-        if let Some(dtype) = weight.dtype.filter(|dtype| *dtype != DType::F32) {
-            return Err(leftover(&format!(
-                "the layer's weight is {dtype:?}, and adapters need F32: load the model as f32"
-            )));
-        }
         let site = weight.site(path).ok_or_else(|| {
             leftover(&format!(
                 "its layer cannot be adapted: {}",
@@ -458,6 +470,7 @@ impl Scan {
             site,
             module,
             device: weight.device.clone(),
+            dtype: weight.dtype,
         })
     }
 }

@@ -49,6 +49,10 @@ pub struct AttachLoras<'a>(pub &'a [LoadedLora]);
 impl Adapt for AttachLoras<'_> {
     type Error = anyhow::Error;
 
+    fn changes_weights(&self, component: Component) -> bool {
+        changes_weights(component, self.0)
+    }
+
     fn adapt<M: Module>(&self, component: Component, module: M) -> anyhow::Result<M> {
         attach(module, component, self.0)
     }
@@ -113,6 +117,12 @@ pub fn to_train_on(
         module.spec = wanted;
     }
     Ok(AdapterFile::new(modules).with_dropout(config.lora_dropout))
+}
+
+/// Whether a LoRA changes weights of `component` by more than low-rank factors, which then have to be in memory.
+pub fn changes_weights(component: Component, loras: &[LoadedLora]) -> bool {
+    let mut adapters = loras.iter().map(|lora| lora.set.to_adapter(component));
+    adapters.any(|adapter| adapter.is_ok_and(|(_, residuals)| !residuals.is_empty()))
 }
 
 /// Puts one component of every LoRA on its network: low-rank parts as named adapters, the rest into the base weights.

@@ -1,4 +1,4 @@
-//! Loss and gradients of one micro-batch, with per-block recompute or without; the bits are the same.
+//! Loss and gradients of one micro-batch, with per-block recompute of some blocks, of all or of none; the bits are the same.
 
 use burn::tensor::{Tensor, TensorData};
 use flux_model::WeightsError;
@@ -25,7 +25,8 @@ pub struct MicroBatch<I> {
 
 /// Weighted mean error, and its gradients scaled by `1 / accumulation`.
 ///
-/// `model` and `batch` are on an autodiff device. With `recompute` only each block's input is kept.
+/// `model` and `batch` are on an autodiff device. Of the first `recomputed` blocks only the input is kept, all others stay in
+/// the graph.
 ///
 /// # Errors
 /// A block that cannot be read.
@@ -33,12 +34,11 @@ pub fn loss_and_gradients<N: Network>(
     model: &N,
     batch: MicroBatch<N::Input>,
     accumulation: usize,
-    recompute: bool,
+    recomputed: usize,
 ) -> Result<(f32, Gradients), WeightsError> {
-    if recompute {
-        by_blocks(model, batch, accumulation)
-    } else {
-        at_once(model, batch, accumulation)
+    match recomputed.min(model.count()) {
+        0 => at_once(model, batch, accumulation),
+        recomputed => by_blocks(model, batch, accumulation, recomputed),
     }
 }
 
@@ -80,14 +80,19 @@ fn by_blocks<N: Network>(
     model: &N,
     batch: MicroBatch<N::Input>,
     accumulation: usize,
+    recomputed: usize,
 ) -> Result<(f32, Gradients), WeightsError> {
     let (entered, shared) = model.enter(batch.input);
     let plain = shared.clone().inner();
-    let (chain, last) = Chain::run(model, entered.clone().inner(), plain.clone())?;
+    let (chain, last) = Chain::run(model, recomputed, entered.clone().inner(), plain.clone())?;
 
     let mut gradients = Gradients::default();
     let (carry, shared_leaf) = (last.leaf(), plain.leaf());
-    let velocity = model.leave(carry.clone(), &shared_leaf);
+    let mut kept = carry.clone();
+    for index in recomputed..model.count() {
+        kept = N::apply(&model.block(index)?, kept, &shared_leaf);
+    }
+    let velocity = model.leave(kept, &shared_leaf);
     let loss = loss(velocity, batch.target, &batch.weights, batch.penalty);
     let value = loss.clone().into_scalar();
     let mut found = (loss / accumulation as f64).backward();

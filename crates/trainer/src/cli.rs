@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::output::Output;
 
@@ -340,6 +340,8 @@ pub enum BenchCommand {
     Ops(OpsBenchArgs),
     /// Inspect and convert a LoRA file of 2 GB, beside a plain copy of it
     Lora(LoraBenchArgs),
+    /// A whole training, killed and resumed too, of a model of real dimensions with random weights
+    FullSize(FullSizeArgs),
 }
 
 /// `flux-lora bench step`
@@ -369,6 +371,57 @@ pub struct OpsBenchArgs {
     /// Heads of 64 channels
     #[arg(long, default_value_t = 12)]
     pub heads: usize,
+}
+
+/// `flux-lora bench full-size`
+#[derive(Debug, Args)]
+pub struct FullSizeArgs {
+    /// The model whose dimensions are taken
+    #[arg(long, value_enum, default_value_t = FullSizeModel::Dev)]
+    pub model: FullSizeModel,
+    /// Where to write it: 35 GB for dev, 16 GB for klein-4b; removed at the end
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub dir: PathBuf,
+    /// Side of the pictures in pixels
+    #[arg(long, default_value_t = 256)]
+    pub resolution: u32,
+    /// Text tokens
+    #[arg(long, default_value_t = 512)]
+    pub tokens: usize,
+    /// Steps of the run, 2 at least: one is saved, one is killed
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(2..))]
+    pub steps: u64,
+    /// Memory that the run is made to fit into
+    #[arg(long, default_value = "4GiB")]
+    pub limit: String,
+    /// Leave everything where it is, and use a pipeline that is there
+    #[arg(long)]
+    pub keep: bool,
+    /// At most so many blocks of each kind, for trying the benchmark out
+    #[arg(long, hide = true)]
+    pub layers: Option<usize>,
+}
+
+/// A published model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FullSizeModel {
+    /// FLUX.1-dev.
+    Dev,
+    /// FLUX.1-schnell.
+    Schnell,
+    /// FLUX.2 klein base 4B.
+    #[value(name = "klein-4b")]
+    Klein4b,
+}
+
+impl std::fmt::Display for FullSizeModel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Dev => "dev",
+            Self::Schnell => "schnell",
+            Self::Klein4b => "klein-4b",
+        })
+    }
 }
 
 /// `flux-lora bench lora`

@@ -24,6 +24,7 @@ use crate::device::{self, BACKENDS, DeviceError};
 use crate::generate::{ImageSettings, decode, generate_latents};
 use crate::given::GivenPictures;
 use crate::image_file::ImagePlace;
+use crate::memory;
 use crate::models::open_pipeline;
 use crate::nearest::printable;
 use crate::output::Output;
@@ -255,7 +256,8 @@ fn sample_family<F: Family>(
     place: &ImagePlace,
     output: Output,
 ) -> anyhow::Result<()> {
-    let device = device::open(args.device.as_deref().unwrap_or(device::default_name()))?.device;
+    let named = device::open(args.device.as_deref().unwrap_or(device::default_name()))?;
+    let device = named.device.clone();
     let smallest = family.pixel_step();
     let usual = family.sampling();
     let steps = args.steps.unwrap_or(usual.num_inference_steps);
@@ -289,7 +291,11 @@ fn sample_family<F: Family>(
     let negative = texts.next();
     let size = [height, width].map(|side| side / smallest * smallest);
     let condition = given.encode(family, size, &device)?;
-    let network = family.network(&device).context("load the transformer")?;
+    let must_be_resident = adapters::changes_weights(Component::Transformer, &loras);
+    let base = memory::base_for_sampling(family, must_be_resident, &named)?;
+    let network = family
+        .network(base, &device)
+        .context("load the transformer")?;
     let network = adapters::attach(network, Component::Transformer, &loras)?.no_grad();
 
     let settings = ImageSettings {

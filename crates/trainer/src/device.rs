@@ -86,6 +86,16 @@ impl NamedDevice {
     pub fn backend(&self) -> &str {
         self.name.split(':').next().unwrap_or_default()
     }
+
+    /// Whether it computes in the machine's own memory.
+    pub fn is_cpu(&self) -> bool {
+        matches!(self.backend(), "flex" | "ndarray")
+    }
+
+    /// Whether a small tensor that is expanded stays small.
+    pub fn keeps_views(&self) -> bool {
+        self.backend() != "ndarray"
+    }
 }
 
 /// The backend used where none is asked for: the first this binary contains.

@@ -24,6 +24,7 @@
 //! | `report/` | a run as one page, written or served |
 //! | `dev/` | reference cases, benchmarks, random weights |
 //! | `device` | the only file that names a backend |
+//! | `memory` | how much a run takes, and how it is made to fit |
 //! | `progress`, `output` | bars, lines and events; what is said to whom |
 //! | `canary` | known faults for the fault suite; not in what ships |
 
@@ -50,6 +51,7 @@ mod image_file;
 pub mod inspect;
 pub mod loss;
 pub mod lr_schedule;
+pub mod memory;
 pub mod merge;
 pub mod models;
 pub mod nearest;

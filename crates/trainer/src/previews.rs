@@ -78,7 +78,7 @@ impl<'a, F: Family> Previews<'a, F> {
         })
     }
 
-    /// Renders every prompt if this step is one to do so.
+    /// Renders every prompt if this step is one to do so; says whether it was.
     ///
     /// # Errors
     /// An autoencoder that cannot be loaded, a full disk.
@@ -87,13 +87,13 @@ impl<'a, F: Family> Previews<'a, F> {
         training: &RunTraining<F::Network>,
         report: &TrainReport,
         device: &NamedDevice,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<bool> {
         let step = training.progress.step;
         let Some(section) = self
             .section
             .filter(|section| step.is_multiple_of(section.every))
         else {
-            return Ok(());
+            return Ok(false);
         };
         report.doing("making samples");
         let average = training.optimizer.averaged(&training.model);
@@ -144,6 +144,6 @@ impl<'a, F: Family> Previews<'a, F> {
                 .with_context(|| format!("write {}", path.display()))?;
             report.suspend(|| tracing::debug!(path = %path.display(), "sample"));
         }
-        Ok(())
+        Ok(true)
     }
 }

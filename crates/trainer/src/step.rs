@@ -29,8 +29,8 @@ pub struct Drawn<I> {
 pub struct Rule {
     /// Micro-batches.
     pub accumulation: usize,
-    /// Keep only each block's input.
-    pub recompute: bool,
+    /// Blocks, from the first on, of which only the input is kept.
+    pub recomputed: usize,
     /// Seed of the dropout masks.
     pub seed: u64,
     /// Norm that all gradients together are clipped to.
@@ -77,7 +77,7 @@ pub fn step<N: Network>(
             &training.model,
             drawn.batch,
             rule.accumulation,
-            rule.recompute,
+            rule.recomputed,
         )?;
         scope.finish()?;
         #[cfg(feature = "canary")]

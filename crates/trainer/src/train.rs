@@ -30,6 +30,7 @@ use crate::data::file_digests::FileDigests;
 use crate::data::scan::{Sample, Scan, scan};
 use crate::device::{self, NamedDevice};
 use crate::fingerprint::Fingerprint;
+use crate::memory::{self, MemoryPlan, Peaks};
 use crate::models::open_pipeline;
 use crate::previews::{Previews, prompts_of};
 use crate::progress;
@@ -158,6 +159,7 @@ fn train_family<F: Family>(
             Begin::New(check_new(config, &family, &run, &samples, &outline)?)
         }
     };
+    let plan = memory::plan(config, &family, trained(&outline, config)?, &device)?;
     drop(outline);
     if matches!(begin, Begin::New(_)) || options.accepted.data {
         say_what_is_lost(warnings, &samples, config, &family)?;
@@ -167,6 +169,7 @@ fn train_family<F: Family>(
     lock.begin(&RealFs)?;
     create_dir_durably(&cache_folder)?;
     known.save()?;
+    let mut peaks = Peaks::begin();
     let cache = Cache::build(
         &cache_folder,
         &samples,
@@ -175,11 +178,12 @@ fn train_family<F: Family>(
         &family,
         &device,
     )?;
+    peaks.end("encode");
 
     let lora = config.lora.config();
     let optimizer = UpdateRule::from(&config.optimizer.rule);
     let model = family
-        .network(&device.device.clone().autodiff())
+        .network(plan.base, &device.device.clone().autodiff())
         .context("load the transformer")?;
     let mut training = match &begin {
         Begin::New(adapter) => start(model, adapter.clone(), optimizer)?,
@@ -215,13 +219,14 @@ fn train_family<F: Family>(
     summary(config, &training, &data, &device);
 
     let autodiff = device.device.clone().autodiff();
+    peaks.end("load");
     let mut report = progress::TrainReport::new(training.progress.step, config.train.steps);
     if training.progress.step == 0 && config.sample.as_ref().is_some_and(|sample| sample.at_start) {
         previews.render_if_due(&training, &report, &device)?;
     }
     while training.progress.step < config.train.steps {
         let started = Instant::now();
-        let rule = rule(config, training.progress.step);
+        let rule = rule(config, &plan, training.progress.step);
         let draw = |micro_step| data.draw(config, micro_step, &autodiff);
         let stepped = step(&mut training, &rule, draw)?;
         let accumulation = rule.accumulation as f64;
@@ -257,10 +262,14 @@ fn train_family<F: Family>(
             check_update(model, step, drawn, rule.divergence_factor)?;
             saver.save(&training)?;
         }
-        previews.render_if_due(&training, &report, &device)?;
+        peaks.end("train");
+        if previews.render_if_due(&training, &report, &device)? {
+            peaks.end("preview");
+        }
         if stopped && !last {
             report.finish();
             saver.finish_logs();
+            peaks.say();
             return Ok(Outcome::Stopped {
                 step: training.progress.step,
             });
@@ -269,6 +278,8 @@ fn train_family<F: Family>(
     report.finish();
     saver.finish_logs();
     let lora = saver.export(&training)?;
+    peaks.end("export");
+    peaks.say();
     Ok(Outcome::Finished { lora })
 }
 
@@ -305,10 +316,10 @@ struct StepMetrics {
 }
 
 /// How the step after `step` steps is made.
-fn rule(config: &RunConfig, step: u64) -> Rule {
+fn rule(config: &RunConfig, plan: &MemoryPlan, step: u64) -> Rule {
     Rule {
         accumulation: config.train.gradient_accumulation_steps,
-        recompute: config.train.recompute,
+        recomputed: plan.recomputed,
         seed: config.train.seed,
         max_grad_norm: config.optimizer.max_grad_norm,
         lr: config.learning_rate(step),
@@ -348,6 +359,9 @@ pub(crate) fn check_start<F: Family>(
     for warning in config.warnings() {
         warn!("{warning}");
     }
+    if let Some(problem) = config.model.base_dtype.problem(&device.device) {
+        bail!("`model.base_dtype`: {problem}");
+    }
     let outline = family
         .outline(&device.device)
         .context("open the transformer")?;
@@ -374,6 +388,18 @@ pub(crate) fn check_start<F: Family>(
         }
     }
     Ok(outline)
+}
+
+/// How many numbers the adapter trains, by the layers it is for.
+fn trained<N: Network>(outline: &N, config: &RunConfig) -> anyhow::Result<usize> {
+    let lora = config.lora.config();
+    let layers =
+        targeted(outline, &lora).map_err(|error| explain_targets(error, &lora.target_modules))?;
+    let layers = layers.into_iter().map(|(layer, [inputs, outputs])| {
+        let (rank, _) = lora.resolve(&layer)?;
+        Ok(rank * (inputs + outputs))
+    });
+    layers.sum()
 }
 
 /// The same for what only a run that begins needs: layers and ranks, the file it continues from, room on the disk. (A
@@ -460,7 +486,7 @@ fn summary<F: Family>(
     info!(
         device = device.name,
         hardware = device.hardware,
-        dtype = "f32",
+        base_dtype = %config.model.base_dtype,
         "device"
     );
     if device::reduction_fault(&device.device) {

@@ -33,36 +33,20 @@ pub struct TextEmbedding {
 }
 
 impl ClipAndT5 {
-    fn encode_one(
-        &self,
-        prompt: &str,
-        max_sequence_length: usize,
-        device: &Device,
-    ) -> Result<Vec<HostTensor>, WeightsError> {
-        let positions = self.clip.config().max_position_embeddings.min(CLIP_TOKENS);
-        let clip_ids = self.clip_tokenizer.encode(prompt, positions)?;
-        let t5_ids = self.t5_tokenizer.encode(prompt, max_sequence_length)?;
-        for (name, ids, vocab) in [
-            ("text_encoder", &clip_ids, self.clip.config().vocab_size),
-            ("text_encoder_2", &t5_ids, self.t5.config().vocab_size),
-        ] {
-            if let Some(id) = ids.iter().find(|id| !(0..vocab as i64).contains(id)) {
-                return Err(WeightsError::Config {
-                    path: name.into(),
-                    reason: format!(
-                        "its tokenizer gives id {id}, but the encoder knows only {vocab}"
-                    ),
-                });
-            }
+    /// Refuses ids that an encoder does not know: its tokenizer is another's.
+    fn check(ids: &[i64], encoder: &str, vocab: usize) -> Result<(), WeightsError> {
+        match ids.iter().find(|id| !(0..vocab as i64).contains(id)) {
+            None => Ok(()),
+            Some(id) => Err(WeightsError::Config {
+                path: encoder.into(),
+                reason: format!("its tokenizer gives id {id}, but the encoder knows only {vocab}"),
+            }),
         }
-        let pooled = host_tensor(self.clip.forward(&[clip_ids], device).pooled);
-        let sequence = host_tensor(self.t5.forward(&[t5_ids], device));
-        Ok(vec![sequence, pooled])
     }
 }
 
 impl TextEncoders for ClipAndT5 {
-    const AT_ONCE: usize = 1;
+    const AT_ONCE: usize = 32;
 
     fn encode(
         &self,
@@ -70,15 +54,34 @@ impl TextEncoders for ClipAndT5 {
         max_sequence_length: usize,
         device: &Device,
     ) -> Result<Vec<Vec<HostTensor>>, WeightsError> {
-        let each = prompts.iter();
-        each.map(|prompt| self.encode_one(prompt, max_sequence_length, device))
-            .collect()
+        let clip = self.clip.config();
+        let positions = clip.max_position_embeddings.min(CLIP_TOKENS);
+        let (mut clip_ids, mut t5_ids) = (Vec::new(), Vec::new());
+        for prompt in prompts {
+            let ids = self.clip_tokenizer.encode(prompt, positions)?;
+            Self::check(&ids, "text_encoder", clip.vocab_size)?;
+            clip_ids.push(ids);
+            let ids = self.t5_tokenizer.encode(prompt, max_sequence_length)?;
+            Self::check(&ids, "text_encoder_2", self.t5.config().vocab_size)?;
+            t5_ids.push(ids);
+        }
+        let sequences = self.t5.forward(&t5_ids, device)?;
+        let rows = clip_ids.into_iter().enumerate().map(|(row, ids)| {
+            let pooled = host_tensor(self.clip.forward(&[ids], device).pooled);
+            let sequence = sequences.clone().narrow(0, row, 1);
+            vec![host_tensor(sequence), pooled]
+        });
+        Ok(rows.collect())
     }
 
     fn adapt<C: Adapt>(self, change: &C) -> Result<Self, C::Error> {
+        let t5 = match change.changes_weights(Component::T5) {
+            true => self.t5.resident()?,
+            false => self.t5,
+        };
         Ok(Self {
             clip: change.adapt(Component::ClipL, self.clip)?,
-            t5: change.adapt(Component::T5, self.t5)?,
+            t5: change.adapt(Component::T5, t5)?,
             ..self
         })
     }

@@ -42,6 +42,7 @@ const EPS: f64 = 1e-6;
 const THETA: f64 = 10000.0;
 /// Channels of the sinusoidal embeddings of time and guidance.
 const TIME_CHANNELS: usize = 256;
+use crate::weights::Stream;
 
 /// Inputs of one forward pass.
 #[derive(Debug, Clone)]
@@ -126,6 +127,9 @@ pub struct FluxTransformer {
     proj_out: Linear,
     #[module(skip)]
     config: FluxConfig,
+    /// Where the blocks are, if not in memory.
+    #[module(skip)]
+    stream: Option<Stream>,
 }
 
 impl FluxTransformer {
@@ -151,6 +155,7 @@ impl FluxTransformer {
             norm_out: Modulation::new(hidden, 2, true, device),
             proj_out: linear_layer(hidden, config.out_channels(), true, device),
             config: config.clone(),
+            stream: None,
         }
     }
 
@@ -236,6 +241,24 @@ impl Network for FluxTransformer {
         linear(&self.proj_out, layer_norm_modulate(img, scale, shift, EPS))
     }
 
+    fn width(&self) -> usize {
+        self.config.hidden_size()
+    }
+
+    fn streams(&self, index: usize) -> usize {
+        match index < self.transformer_blocks.len() {
+            true => 2,
+            false => 1,
+        }
+    }
+
+    fn with_stream(self, stream: Stream) -> Self {
+        Self {
+            stream: Some(stream),
+            ..self
+        }
+    }
+
     fn shape(&self) -> ModelShape {
         ModelShape {
             transformer: Some(self.config.clone()),
@@ -284,7 +307,11 @@ impl Blocks for FluxTransformer {
 
     fn block(&self, index: usize) -> Result<Self::Block, WeightsError> {
         let (double, single) = (&self.transformer_blocks, &self.single_transformer_blocks);
-        Ok(Block::at(double, single, index))
+        let block = Block::at(double, single, index);
+        match &self.stream {
+            None => Ok(block),
+            Some(stream) => stream.fill(index, block),
+        }
     }
 
     fn path(&self, index: usize) -> String {

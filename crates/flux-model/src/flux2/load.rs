@@ -10,7 +10,7 @@ use crate::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
 use crate::flux2::transformer::Flux2Transformer;
 use crate::network_config::NetworkConfig;
 use crate::pipeline::read_config;
-use crate::weights::{Checkpoint, Layout};
+use crate::weights::{BaseDtype, Checkpoint, Layout};
 
 impl NetworkConfig for Flux2Config {
     type Network = Flux2Transformer;
@@ -69,6 +69,7 @@ pub fn load_autoencoder(
     checkpoint.load(
         Flux2Autoencoder::new(own.as_ref().unwrap_or(&inferred), device),
         layout,
+        BaseDtype::F32,
         device,
     )
 }
@@ -269,7 +270,7 @@ pub fn autoencoder(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::weights::checkpoint_tensors;
+    use crate::weights::{Base, checkpoint_tensors};
 
     #[test]
     fn a_ratio_gives_its_width_back() {
@@ -446,7 +447,7 @@ mod tests {
     #[test]
     fn a_file_of_another_model_is_named() {
         let error = |path: &str| {
-            let loaded = Flux2Config::load(&case(path), None, &Device::flex());
+            let loaded = Flux2Config::load(&case(path), None, Base::default(), &Device::flex());
             loaded.expect_err("another model").to_string()
         };
         let flux1 = std::fs::read_dir(case("parity/bfl_transformer")).expect("the fixture");
@@ -462,7 +463,8 @@ mod tests {
         assert!(error.to_string().contains("bn.running_mean"), "{error}");
         // The rotary axes of the tiny network's heads are in no tensor.
         let file = "parity/flux2_bfl_transformer/flux2-tiny-klein.safetensors";
-        let error = Flux2Config::load(&case(file), None, &Device::flex()).expect_err("no axes");
+        let error = Flux2Config::load(&case(file), None, Base::default(), &Device::flex())
+            .expect_err("no axes");
         assert!(error.to_string().contains("rotary axes"), "{error}");
     }
 }

@@ -34,6 +34,7 @@ use crate::ops::gate::gated_residual;
 use crate::ops::heads::{norm_rotate, to_heads};
 use crate::ops::layer_norm::layer_norm_modulate;
 use crate::ops::silu::{silu, swiglu};
+use crate::weights::Stream;
 
 /// Inputs of one forward pass.
 #[derive(Debug, Clone)]
@@ -139,6 +140,9 @@ pub struct Flux2Transformer {
     proj_out: Linear,
     #[module(skip)]
     config: Flux2Config,
+    /// Where the blocks are, if not in memory.
+    #[module(skip)]
+    stream: Option<Stream>,
 }
 
 impl Flux2Transformer {
@@ -165,6 +169,7 @@ impl Flux2Transformer {
             norm_out: Modulation::new(hidden, 2, false, device),
             proj_out: linear_layer(hidden, config.out_channels(), false, device),
             config: config.clone(),
+            stream: None,
         }
     }
 
@@ -221,6 +226,24 @@ impl Network for Flux2Transformer {
         linear(&self.proj_out, x)
     }
 
+    fn width(&self) -> usize {
+        self.config.hidden_size()
+    }
+
+    fn streams(&self, index: usize) -> usize {
+        match index < self.transformer_blocks.len() {
+            true => 2,
+            false => 1,
+        }
+    }
+
+    fn with_stream(self, stream: Stream) -> Self {
+        Self {
+            stream: Some(stream),
+            ..self
+        }
+    }
+
     fn shape(&self) -> ModelShape {
         ModelShape {
             flux2: Some(self.config.clone()),
@@ -268,7 +291,11 @@ impl Blocks for Flux2Transformer {
 
     fn block(&self, index: usize) -> Result<Self::Block, WeightsError> {
         let (double, single) = (&self.transformer_blocks, &self.single_transformer_blocks);
-        Ok(Block::at(double, single, index))
+        let block = Block::at(double, single, index);
+        match &self.stream {
+            None => Ok(block),
+            Some(stream) => stream.fill(index, block),
+        }
     }
 
     fn path(&self, index: usize) -> String {

@@ -1,6 +1,7 @@
 //! Text to embeddings: tokenizers and encoders.
 
 pub mod clip;
+mod embedding;
 pub mod qwen3;
 pub mod t5;
 pub mod tokenizer;

@@ -3,17 +3,17 @@
 //! Pre-norm, grouped queries, a norm on every query and key head, rotary positions in half-split form, gated MLP, causal.
 //!
 //! The weights of a layer are needed once per batch and take gigabytes together, so none stays: a layer is read, run and
-//! dropped, layers past the last one asked for are never read, and of the embedding only the rows that occur.
+//! dropped, and of the embedding only the rows that occur are read.
 //!
 //! Source: transformers 4.57 `modeling_qwen3.py`.
 
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::path::Path;
 
 use burn::module::Module;
 use burn::nn::{Embedding, EmbeddingConfig, Linear};
 use burn::tensor::{Device, Tensor, TensorData};
+use lora_core::linear;
 use serde::{Deserialize, Serialize};
 
 use crate::error::WeightsError;
@@ -22,7 +22,8 @@ use crate::ops::attention::attention;
 use crate::ops::silu::silu;
 use crate::pipeline::read_config;
 use crate::sizes::{MAX_LAYERS, out_of_range};
-use crate::weights::{Checkpoint, Layout, checkpoint_tensors};
+use crate::text::embedding::embed;
+use crate::weights::{BaseDtype, Checkpoint, Layout, Stream};
 
 /// Qwen3. Source: transformers `Qwen3Config`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -279,14 +280,14 @@ impl Layer {
         let hidden = hidden + self.self_attn.forward(x, rotary, bias);
         let x = self.post_attention_layernorm.forward(hidden.clone());
         let mlp = &self.mlp;
-        let gated = silu(mlp.gate_proj.forward(x.clone())) * mlp.up_proj.forward(x);
-        hidden + mlp.down_proj.forward(gated)
+        let gated = silu(linear(&mlp.gate_proj, x.clone())) * linear(&mlp.up_proj, x);
+        hidden + linear(&mlp.down_proj, gated)
     }
 }
 
 impl SelfAttention {
     fn forward(&self, x: Tensor<3>, rotary: &HalfSplitRotary, bias: &Tensor<4>) -> Tensor<3> {
-        let head = |layer: &Linear, heads| split_heads(layer.forward(x.clone()), heads);
+        let head = |layer: &Linear, heads| split_heads(linear(layer, x.clone()), heads);
         let q = self.q_norm.forward(head(&self.q_proj, self.heads));
         let k = head(&self.k_proj, self.key_value_heads);
         let k = self.k_norm.forward(k);
@@ -299,7 +300,7 @@ impl SelfAttention {
             scale,
             Some(bias.clone()),
         );
-        self.o_proj.forward(out)
+        linear(&self.o_proj, out)
     }
 
     /// Repeats each head of keys or values for the query heads that share it.
@@ -364,12 +365,15 @@ impl HalfSplitRotary {
 
 /// The encoder on disk.
 pub struct Qwen3Encoder {
-    checkpoint: Checkpoint,
+    /// Without values.
+    network: Qwen3Text,
+    stream: Stream,
     config: Qwen3Config,
     device: Device,
 }
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The layers are the blocks of the stream from this one on.
+const LAYERS: usize = 2;
 
 impl Qwen3Encoder {
     /// Opens a component folder, looks at the name and shape of every tensor, and reads no weight.
@@ -378,43 +382,18 @@ impl Qwen3Encoder {
     /// A malformed file, or a tensor that is missing, left over or of another shape.
     pub fn open(folder: &Path, device: &Device) -> Result<Self, WeightsError> {
         let config = read_config(&folder.join("config.json"), Qwen3Config::problem)?;
-        let checkpoint = Checkpoint::open(folder)?;
-        let path = || checkpoint.path().to_path_buf();
-        let network = Qwen3Text::new(&config, device);
-        let expected = checkpoint_tensors(&network, Layout::Diffusers);
-        for (key, shape) in &expected {
-            match checkpoint.shape(key) {
-                Some(found) if found == shape => {}
-                Some(found) => {
-                    return Err(WeightsError::Shape {
-                        path: path(),
-                        key: key.clone(),
-                        expected: shape.clone(),
-                        found: found.to_vec(),
-                    });
-                }
-                None => {
-                    return Err(WeightsError::Missing {
-                        path: path(),
-                        key: key.clone(),
-                    });
-                }
-            }
-        }
-        let is_known = |name: &str| {
-            let name = checkpoint.owner(name).unwrap_or(name);
-            name == "lm_head.weight" || expected.contains_key(name)
-        };
-        let unused: Vec<&str> = checkpoint.names().filter(|name| !is_known(name)).collect();
-        if let Some(key) = unused.first() {
-            return Err(WeightsError::Leftover {
-                path: path(),
-                key: key.to_string(),
-                count: unused.len(),
-            });
-        }
+        let mut blocks = vec!["model.embed_tokens".to_string(), "model.norm".to_string()];
+        blocks.extend((0..config.num_hidden_layers).map(|i| format!("model.layers.{i}")));
+        let (network, stream) = Checkpoint::open(folder)?.stream(
+            Qwen3Text::new(&config, device),
+            blocks,
+            Layout::Qwen3,
+            BaseDtype::AsStored,
+            device,
+        )?;
         Ok(Self {
-            checkpoint,
+            network,
+            stream,
             config,
             device: device.clone(),
         })
@@ -453,7 +432,10 @@ impl Qwen3Encoder {
         let mut rows = ids
             .iter()
             .zip(mask)
-            .map(|(ids, mask)| Ok((self.embed(ids)?, attention_bias(mask, &self.device))))
+            .map(|(ids, mask)| {
+                let hidden = embed(&self.stream, ids, config.vocab_size, &self.device)?;
+                Ok((hidden, attention_bias(mask, &self.device)))
+            })
             .collect::<Result<Vec<_>, WeightsError>>()?;
         let mut states = BTreeMap::new();
         for done in 0..=last {
@@ -462,9 +444,8 @@ impl Qwen3Encoder {
                 states.insert(done, Tensor::cat(hidden, 0));
             }
             if done < last {
-                let layer = Layer::new(config, &self.device);
-                let path = format!("model.layers.{done}");
-                let layer = self.checkpoint.load_part(layer, &path, &self.device)?;
+                let layer = self.network.model.layers[done].clone();
+                let layer = self.stream.fill(LAYERS + done, layer)?;
                 for (hidden, bias) in &mut rows {
                     *hidden = layer.forward(hidden.clone(), &rotary, bias); // one prompt's scores at a time
                 }
@@ -473,34 +454,9 @@ impl Qwen3Encoder {
         Ok(layers.iter().map(|layer| states[layer].clone()).collect())
     }
 
-    /// Rows of the embedding, `[1, tokens, hidden_size]`; each one that occurs is read once.
-    fn embed(&self, ids: &[i64]) -> Result<Tensor<3>, WeightsError> {
-        let width = self.config.hidden_size;
-        let mut rows = BTreeMap::new();
-        let mut values = Vec::with_capacity(ids.len() * width);
-        for &id in ids {
-            let row: &Vec<f32> = match rows.entry(id) {
-                Entry::Occupied(read) => read.into_mut(),
-                Entry::Vacant(unread) => unread.insert(self.embedding_row(id)?),
-            };
-            values.extend_from_slice(row);
-        }
-        let shape = [1, ids.len(), width];
-        let data = TensorData::new(values, shape);
-        Ok(Tensor::from_data(data, &self.device))
-    }
-
-    fn embedding_row(&self, id: i64) -> Result<Vec<f32>, WeightsError> {
-        let known = self.config.vocab_size;
-        match usize::try_from(id) {
-            Ok(index) if index < known => self.checkpoint.row(EMBEDDING, index),
-            _ => Err(self.refuse(format!("it knows {known} tokens, and no id {id}"))),
-        }
-    }
-
     fn refuse(&self, reason: String) -> WeightsError {
         WeightsError::Config {
-            path: self.checkpoint.path().into(),
+            path: self.stream.checkpoint().path().into(),
             reason,
         }
     }
@@ -521,6 +477,7 @@ fn attention_bias(mask: &[i64], device: &Device) -> Tensor<4> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::weights::checkpoint_tensors;
 
     #[test]
     fn full_size_encoders_have_the_parameters_of_the_published_ones() {

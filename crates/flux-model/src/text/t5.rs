@@ -3,6 +3,9 @@
 //! No mask (padding attends and is attended), no `1/sqrt(d)`, a relative position bias that block 0 owns and all blocks
 //! share, RMS norms, gated GELU.
 //!
+//! T5-XXL takes 9.5 GB and is needed once per batch of prompts: its blocks are read one after the other and dropped, and of
+//! the embedding only the rows that occur.
+//!
 //! Source: transformers 4.57 `modeling_t5.py` (`T5Stack`, `T5Attention._relative_position_bucket`).
 
 #![allow(
@@ -13,14 +16,18 @@
 use burn::module::Module;
 use burn::nn::{Embedding, EmbeddingConfig, Linear};
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use lora_core::edit::adapter_names;
 use lora_core::linear;
 use serde::{Deserialize, Serialize};
 
+use crate::error::WeightsError;
 use crate::layers::{RmsNorm, linear_layer, split_heads};
 use crate::ops::attention::attention;
 use crate::ops::gelu::gelu_tanh;
 use crate::sizes::{MAX_LAYERS, out_of_range};
 use crate::text::clip::id_tensor;
+use crate::text::embedding::{EMBEDDING, embed};
+use crate::weights::{BaseDtype, Checkpoint, Layout, Stream};
 
 /// T5 encoder. Source: transformers `T5Config`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -124,7 +131,13 @@ pub struct T5Encoder {
     encoder: Stack,
     #[module(skip)]
     config: T5Config,
+    /// Where embedding and blocks are, if not in memory.
+    #[module(skip)]
+    stream: Option<Stream>,
 }
+
+/// The blocks are those of the stream from this one on.
+const BLOCKS: usize = 1;
 
 #[derive(Module, Debug)]
 struct Stack {
@@ -208,7 +221,44 @@ impl T5Encoder {
                 final_layer_norm: norm(),
             },
             config: config.clone(),
+            stream: None,
         }
+    }
+
+    /// The encoder in a checkpoint, where its blocks and its embedding stay.
+    ///
+    /// # Errors
+    /// A tensor that is missing, left over or of another shape.
+    pub fn open(
+        config: &T5Config,
+        checkpoint: Checkpoint,
+        device: &Device,
+    ) -> Result<Self, WeightsError> {
+        let mut blocks = vec!["shared".to_string()];
+        blocks.extend((0..config.num_layers).map(|i| format!("encoder.block.{i}")));
+        let network = Self::new(config, device);
+        let base = BaseDtype::AsStored;
+        let (network, stream) = checkpoint.stream(network, blocks, Layout::T5, base, device)?;
+        Ok(Self {
+            stream: Some(stream),
+            ..network
+        })
+    }
+
+    /// The same with every weight in memory, so that weights can be changed.
+    ///
+    /// # Errors
+    /// Weights that cannot be read.
+    pub fn resident(mut self) -> Result<Self, WeightsError> {
+        let Some(stream) = self.stream.take() else {
+            return Ok(self);
+        };
+        self.shared = stream.fill(EMBEDDING, self.shared)?;
+        let blocks = self.encoder.block.into_iter().enumerate();
+        self.encoder.block = blocks
+            .map(|(index, block)| stream.fill(BLOCKS + index, block))
+            .collect::<Result<_, _>>()?;
+        Ok(self)
     }
 
     /// The architecture.
@@ -216,57 +266,60 @@ impl T5Encoder {
         &self.config
     }
 
-    /// Encodes `ids`, one row of token ids per prompt, all of one length; returns `[batch, tokens, d_model]`.
+    /// Encodes `ids`, one row of token ids per prompt, all of one length; returns `[batch, tokens, d_model]`. A block's weights
+    /// are read once for all of them.
     ///
+    /// # Errors
+    /// Weights that cannot be read.
     /// # Panics
     /// If rows differ in length or an id is outside the vocabulary.
-    pub fn forward(&self, ids: &[Vec<i64>], device: &Device) -> Tensor<3> {
+    pub fn forward(&self, ids: &[Vec<i64>], device: &Device) -> Result<Tensor<3>, WeightsError> {
         let tokens = ids.first().map_or(0, Vec::len);
-        let heads = self.config.num_heads;
-        let mut hidden = self
-            .shared
-            .forward(id_tensor(ids, self.config.vocab_size, device));
-        let bias = self.position_bias(tokens, device);
-        for Block {
-            layer: (attention_layer, mlp_layer),
-        } in &self.encoder.block
-        {
-            let x = attention_layer.layer_norm.forward(hidden.clone());
-            let attn = &attention_layer.SelfAttention;
-            let head =
-                |layer: &Linear| split_heads(linear(layer, x.clone()), heads).swap_dims(1, 2);
-            let out = attention(
-                head(&attn.q),
-                head(&attn.k),
-                head(&attn.v),
-                1.0,
-                bias.clone(),
-            );
-            hidden = hidden + linear(&attn.o, out);
-
-            let x = mlp_layer.layer_norm.forward(hidden.clone());
-            let mlp = &mlp_layer.DenseReluDense;
-            let gated = gelu_tanh(linear(&mlp.wi_0, x.clone())) * linear(&mlp.wi_1, x);
-            hidden = hidden + linear(&mlp.wo, gated);
+        let mut rows = ids
+            .iter()
+            .map(|ids| self.embed(ids, device))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut bias = None;
+        for index in 0..self.encoder.block.len() {
+            let block = self.block(index)?;
+            if let Some(table) = &block.layer.0.SelfAttention.relative_attention_bias {
+                bias = Some(self.position_bias(table, tokens, device));
+            }
+            for hidden in &mut rows {
+                *hidden = block.forward(hidden.clone(), self.config.num_heads, bias.clone()); // one prompt's scores at a time
+            }
         }
-        self.encoder.final_layer_norm.forward(hidden)
+        let hidden = Tensor::cat(rows, 0);
+        Ok(self.encoder.final_layer_norm.forward(hidden))
+    }
+
+    fn block(&self, index: usize) -> Result<Block, WeightsError> {
+        let block = self.encoder.block[index].clone();
+        match &self.stream {
+            None => Ok(block),
+            Some(stream) => stream.fill(BLOCKS + index, block),
+        }
+    }
+
+    /// `[1, tokens, d_model]`.
+    fn embed(&self, ids: &[i64], device: &Device) -> Result<Tensor<3>, WeightsError> {
+        let vocab = self.config.vocab_size;
+        let table = match &self.stream {
+            None => self.shared.clone(),
+            Some(stream) if adapter_names(&self.shared).is_empty() => {
+                return embed(stream, ids, vocab, device);
+            }
+            Some(stream) => stream.fill(EMBEDDING, self.shared.clone())?,
+        };
+        Ok(table.forward(id_tensor(&[ids.to_vec()], vocab, device)))
     }
 
     /// `[1, heads, tokens, tokens]`: the learned bias of every pair's distance bucket.
-    fn position_bias(&self, tokens: usize, device: &Device) -> Option<Tensor<4>> {
-        let table = self
-            .encoder
-            .block
-            .first()?
-            .layer
-            .0
-            .SelfAttention
-            .relative_attention_bias
-            .as_ref()?;
+    fn position_bias(&self, table: &Embedding, tokens: usize, device: &Device) -> Tensor<4> {
+        let config = &self.config;
         let buckets: Vec<i64> = (0..tokens as i64)
             .flat_map(|query| (0..tokens as i64).map(move |key| key - query))
             .map(|distance| {
-                let config = &self.config;
                 bucket(
                     distance,
                     config.relative_attention_num_buckets,
@@ -276,7 +329,25 @@ impl T5Encoder {
             .collect();
         let buckets =
             Tensor::<2, Int>::from_data(TensorData::new(buckets, [tokens, tokens]), device);
-        Some(table.forward(buckets).permute([2, 0, 1]).unsqueeze::<4>()) // (q, k, heads) -> (1, heads, q, k)
+        table.forward(buckets).permute([2, 0, 1]).unsqueeze::<4>() // (q, k, heads) -> (1, heads, q, k)
+    }
+}
+
+impl Block {
+    /// # Shapes
+    /// - `hidden`: `[batch, tokens, d_model]`, unchanged; `bias`: `[1, heads, tokens, tokens]`
+    fn forward(&self, hidden: Tensor<3>, heads: usize, bias: Option<Tensor<4>>) -> Tensor<3> {
+        let (attention_layer, mlp_layer) = &self.layer;
+        let x = attention_layer.layer_norm.forward(hidden.clone());
+        let attn = &attention_layer.SelfAttention;
+        let head = |layer: &Linear| split_heads(linear(layer, x.clone()), heads).swap_dims(1, 2);
+        let out = attention(head(&attn.q), head(&attn.k), head(&attn.v), 1.0, bias);
+        let hidden = hidden + linear(&attn.o, out);
+
+        let x = mlp_layer.layer_norm.forward(hidden.clone());
+        let mlp = &mlp_layer.DenseReluDense;
+        let gated = gelu_tanh(linear(&mlp.wi_0, x.clone())) * linear(&mlp.wi_1, x);
+        hidden + linear(&mlp.wo, gated)
     }
 }
 

@@ -14,6 +14,8 @@ pub enum Layout {
     T5,
     /// A CLIP text encoder, which may bring parts FLUX does not use.
     Clip,
+    /// A Qwen3 language model, whose output head is not used.
+    Qwen3,
     /// BFL's transformer, of this width.
     BflTransformer {
         /// `hidden_size` of the network.
@@ -78,7 +80,7 @@ impl Layout {
             })
         };
         match self {
-            Self::Diffusers | Self::T5 | Self::Clip | Self::Flux2Autoencoder => {
+            Self::Diffusers | Self::T5 | Self::Clip | Self::Qwen3 | Self::Flux2Autoencoder => {
                 Some(whole(key.into()))
             }
             Self::BflTransformer { hidden } => {
@@ -106,6 +108,7 @@ impl Layout {
                     "text_model.embeddings.position_ids" | "text_projection.weight" | "logit_scale"
                 )
             }
+            Self::Qwen3 => key == "lm_head.weight",
             Self::Flux2Autoencoder | Self::BflFlux2Autoencoder { .. } => {
                 key == "bn.num_batches_tracked"
             }

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 
 use burn::module::{ModuleMapper, Param};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 
+use super::storage::{BaseDtype, Ready};
+use super::stream::{Parameter, placeholder};
 use super::walk::Walk;
 use super::{Checkpoint, Layout};
 use crate::error::WeightsError;
@@ -12,22 +14,32 @@ use crate::error::WeightsError;
 pub(super) struct Load<'a> {
     checkpoint: &'a Checkpoint,
     layout: Layout,
+    base: BaseDtype,
     device: &'a Device,
     pub(super) walk: Walk,
     /// Checkpoint key to the rows that were read.
     used: BTreeMap<String, usize>,
     pub(super) error: Option<WeightsError>,
+    /// Paths of the blocks that are not read, and what was found of each.
+    pub(super) streamed: Vec<(String, Vec<Parameter>)>,
 }
 
 impl<'a> Load<'a> {
-    pub(super) fn new(checkpoint: &'a Checkpoint, layout: Layout, device: &'a Device) -> Self {
+    pub(super) fn new(
+        checkpoint: &'a Checkpoint,
+        layout: Layout,
+        base: BaseDtype,
+        device: &'a Device,
+    ) -> Self {
         Self {
             checkpoint,
             layout,
+            base,
             device,
             walk: Walk::default(),
             used: BTreeMap::new(),
             error: None,
+            streamed: Vec::new(),
         }
     }
 
@@ -41,74 +53,31 @@ impl<'a> Load<'a> {
         self.used.get(key).is_some_and(all) || key == "scaled_fp8" || self.layout.ignores(key)
     }
 
-    fn values(&mut self, shape: &[usize]) -> Result<Vec<f32>, WeightsError> {
-        let key = self.walk.key();
-        let path = || self.checkpoint.path.clone();
-        let mut location = self
-            .layout
-            .locate(&key)
-            .ok_or_else(|| WeightsError::Missing {
-                path: path(),
-                key: key.clone(),
-            })?;
-        if self.layout == Layout::T5
-            && key == "shared.weight"
-            && self.checkpoint.shape(&key).is_none()
-        {
-            location.key = "encoder.embed_tokens.weight".into();
-        }
-        let found = self
-            .checkpoint
-            .shape(&location.key)
-            .ok_or_else(|| WeightsError::Missing {
-                path: path(),
-                key: location.key.clone(),
-            })?
-            .to_vec();
+    /// Finds the parameter that the walk is at in the checkpoint, checks its shape there, and reads it unless it is of a
+    /// block that is streamed.
+    fn read(&mut self, shape: &[usize]) -> Result<Option<Ready>, WeightsError> {
+        let (key, path) = (self.walk.key(), self.walk.path.join("."));
+        let is_linear = self.walk.is_transposed(shape.len());
         let expected = self.walk.stored_shape(shape);
-        let mut available = found.clone();
-        if location.pointwise && found.ends_with(&[1, 1]) && found.len() == 4 {
-            available.truncate(2);
-        }
-        if let (Some(rows), Some(first)) = (&location.rows, available.first_mut()) {
-            if rows.end > *first {
-                return Err(WeightsError::Shape {
-                    path: path(),
-                    key: location.key,
-                    expected,
-                    found,
+        let place = self.checkpoint.find(self.layout, &key, expected)?;
+        let used = self.used.entry(place.location.key.clone());
+        *used.or_default() += place.rows();
+        for (block, parameters) in &mut self.streamed {
+            let within = path.strip_prefix(block.as_str());
+            if let Some(within) = within.and_then(|path| path.strip_prefix('.')) {
+                parameters.push(Parameter {
+                    path: within.into(),
+                    place,
+                    is_linear,
                 });
+                return Ok(None);
             }
-            *first = rows.len();
         }
-        if available != expected {
-            return Err(WeightsError::Shape {
-                path: path(),
-                key: location.key,
-                expected,
-                found,
-            });
-        }
-        let mut tensor = self.checkpoint.read(&location)?;
-        let rows = tensor.shape.first().copied().unwrap_or(1);
-        *self.used.entry(location.key.clone()).or_default() += rows;
-        tensor.shape = expected;
-        if location.swap_halves {
-            let half = tensor.bytes.len() / 2;
-            tensor.bytes.rotate_left(half);
-        }
-        if self.walk.is_transposed(shape.len()) {
-            tensor = tensor.transposed();
-        }
-        let values = tensor.to_f32();
-        match values.iter().position(|v| !v.is_finite()) {
-            None => Ok(values),
-            Some(index) => Err(WeightsError::NotFinite {
-                path: path(),
-                key: location.key,
-                index,
-            }),
-        }
+        let stored = self.checkpoint.stored(&place)?;
+        let ready = Ready::new(stored, is_linear, self.base, self.device);
+        let key = &place.location.key;
+        let ready = ready.map_err(|index| self.checkpoint.not_finite(key, index))?;
+        Ok(Some(ready))
     }
 }
 
@@ -125,11 +94,12 @@ impl ModuleMapper for Load<'_> {
         if self.error.is_some() {
             return param;
         }
-        let shape = param.lazy_shape().to_vec();
-        match self.values(&shape) {
-            Ok(values) => {
-                let tensor = Tensor::from_data(TensorData::new(values, shape), self.device);
-                Param::initialized(param.id, tensor)
+        let shape = param.lazy_shape();
+        match self.read(&shape) {
+            Ok(Some(ready)) => Param::initialized(param.id, ready.on(self.device)),
+            Ok(None) => {
+                let shape = std::array::from_fn(|axis| shape[axis]);
+                Param::initialized(param.id, placeholder(shape, self.device))
             }
             Err(error) => {
                 self.error = Some(error);

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use burn::module::Module;
 use burn::tensor::Device;
-use lora_core::files::host::HostTensor;
+use lora_core::files::host::{Dtype, HostTensor};
 use lora_core::files::quantised::Stored;
 use lora_core::files::safetensors::TensorSet;
 
@@ -18,16 +18,35 @@ pub use self::layout::Layout;
 use self::layout::Location;
 use self::load::Load;
 pub use self::parameters::{change_parameters, checkpoint_tensors, tensors_of};
+pub use self::sizes::{BlockSize, Sizes};
+pub use self::storage::BaseDtype;
+pub use self::stream::Stream;
 use crate::error::WeightsError;
+use crate::family::Network;
 use crate::found;
 
 mod architecture;
+mod find;
 mod layout;
 mod load;
 mod parameters;
+mod sizes;
+mod storage;
+mod stream;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_base;
 mod walk;
+
+/// How the base weights of a network are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Base {
+    /// What the weights of linear layers are kept as.
+    pub dtype: BaseDtype,
+    /// Whether blocks are read from the checkpoint each time they are needed, and not kept.
+    pub is_streamed: bool,
+}
 
 /// A checkpoint opened for one network: its tensors, without the prefix that an all-in-one file puts before them.
 pub struct Checkpoint {
@@ -100,6 +119,13 @@ impl Checkpoint {
         }
     }
 
+    /// What a tensor is stored as, unless in few bits.
+    fn dtype(&self, key: &str) -> Option<Dtype> {
+        let name = format!("{}{key}", self.prefix);
+        let info = self.tensors.info(&name)?;
+        (!self.quantised.contains_key(&name)).then_some(info.dtype)
+    }
+
     fn read(&self, location: &Location) -> Result<HostTensor, WeightsError> {
         let name = format!("{}{}", self.prefix, location.key);
         if let Some(stored) = self.quantised.get(&name) {
@@ -132,7 +158,8 @@ impl Checkpoint {
             .map_or(0, |index| index.saturating_add(1))
     }
 
-    /// Fills `module` with this checkpoint's values as f32 on `device`, without gradients.
+    /// Fills `module` with this checkpoint's values on `device`, without gradients; the weights of linear layers are kept as
+    /// `base` says.
     ///
     /// # Errors
     /// A tensor that is missing, left over, of another shape, or not finite.
@@ -140,11 +167,54 @@ impl Checkpoint {
         &self,
         module: M,
         layout: Layout,
+        base: BaseDtype,
         device: &Device,
     ) -> Result<M, WeightsError> {
-        let mut load = Load::new(self, layout, device);
-        let module = module.map(&mut load);
-        if let Some(error) = load.error {
+        self.fill(module, &mut Load::new(self, layout, base, device))
+    }
+
+    /// As [`load`](Self::load), but the parts of `module` at the paths `blocks` get no values; the stream has them, in this
+    /// order.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); the values in blocks are looked at when they are read.
+    pub(crate) fn stream<M: Module>(
+        self,
+        module: M,
+        blocks: Vec<String>,
+        layout: Layout,
+        base: BaseDtype,
+        device: &Device,
+    ) -> Result<(M, Stream), WeightsError> {
+        let mut load = Load::new(&self, layout, base, device);
+        load.streamed = blocks.into_iter().map(|path| (path, Vec::new())).collect();
+        let module = self.fill(module, &mut load)?;
+        let blocks = load.streamed.into_iter().map(|(_, found)| found).collect();
+        Ok((module, Stream::new(self, base, device, blocks)))
+    }
+
+    /// A network whose blocks are streamed if `base` says so.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load) or [`stream`](Self::stream).
+    pub(crate) fn load_network<N: Network>(
+        self,
+        network: N,
+        layout: Layout,
+        base: Base,
+        device: &Device,
+    ) -> Result<N, WeightsError> {
+        if !base.is_streamed {
+            return self.load(network, layout, base.dtype, device);
+        }
+        let blocks = (0..network.count()).map(|i| network.path(i)).collect();
+        let (network, stream) = self.stream(network, blocks, layout, base.dtype, device)?;
+        Ok(network.with_stream(stream))
+    }
+
+    fn fill<M: Module>(&self, module: M, load: &mut Load<'_>) -> Result<M, WeightsError> {
+        let module = module.map(load);
+        if let Some(error) = load.error.take() {
             return Err(error);
         }
         let unused: Vec<&str> = self.names().filter(|key| !load.is_used(key)).collect();
@@ -155,25 +225,6 @@ impl Checkpoint {
                 key: key.to_string(),
                 count: unused.len(),
             }),
-        }
-    }
-
-    /// Fills `module`, which is the part at `path` of the network in this checkpoint; other tensors are not looked at.
-    ///
-    /// # Errors
-    /// A tensor that is missing, of another shape, or not finite.
-    pub(crate) fn load_part<M: Module>(
-        &self,
-        module: M,
-        path: &str,
-        device: &Device,
-    ) -> Result<M, WeightsError> {
-        let mut load = Load::new(self, Layout::Diffusers, device);
-        load.walk.path.extend(path.split('.').map(String::from));
-        let module = module.map(&mut load);
-        match load.error {
-            None => Ok(module),
-            Some(error) => Err(error),
         }
     }
 

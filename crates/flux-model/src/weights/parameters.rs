@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
 use lora_core::files::host::HostTensor;
 
 use super::Layout;
@@ -125,7 +125,7 @@ pub fn change_parameters<M: Module>(
             } else {
                 values
             };
-            let base = param.base();
+            let base = param.base().cast(DType::F32); // a change is not rounded to what the weight was kept as
             let values =
                 Tensor::<D>::from_data(TensorData::new(values.to_f32(), shape), &base.device());
             let changed = if replace {

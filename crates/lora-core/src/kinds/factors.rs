@@ -3,7 +3,7 @@
 use std::ops::Index;
 
 use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 
 use crate::files::host::HostTensor;
 use crate::kinds::parts::{DIFF, Dim, Kind, LOHA, LORA_A, LORA_B, Part, SIDES, WHOLE};
@@ -308,6 +308,10 @@ impl Factor {
             Self::Matrix(part) => part.val().flatten(0, 1),
             Self::Vector(part) => part.val(),
         }
+    }
+
+    pub(crate) fn dtype(&self) -> DType {
+        each!(self, part => part.val().dtype())
     }
 
     pub(crate) fn set_require_grad(self, required: bool) -> Self {

@@ -50,6 +50,7 @@ pub(super) fn forward<const D: usize>(
         return result + update;
     };
     let delta = delta(factors).mul_scalar(scale);
+    let base = base.cast(delta.dtype());
     let direction = base.clone().inner() + delta.inner().transpose();
     let norm = direction.square().sum_dim(0).sqrt(); // [1, out], a constant for the gradient
     let norm = Tensor::<2>::from_inner(norm).flatten::<1>(0, 1);

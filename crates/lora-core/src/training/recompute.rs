@@ -135,19 +135,21 @@ pub struct Chain<'a, B: Blocks> {
 }
 
 impl<'a, B: Blocks> Chain<'a, B> {
-    /// Runs all blocks without a graph. `carry` and `shared` are off the autodiff device, and so is the result.
+    /// Runs the first `count` blocks without a graph; what follows the chain may be further blocks. `carry` and `shared` are off
+    /// the autodiff device, and so is the result.
     ///
     /// # Errors
     /// A block that cannot be had.
     pub fn run(
         blocks: &'a B,
+        count: usize,
         carry: B::Carry,
         shared: B::Shared,
     ) -> Result<(Self, B::Carry), B::Error> {
         let lifted = shared.clone().lift();
-        let mut inputs = Vec::with_capacity(blocks.count());
+        let mut inputs = Vec::with_capacity(count);
         let mut current = carry;
-        for index in 0..blocks.count() {
+        for index in 0..count {
             let block = blocks.block(index)?.no_grad();
             inputs.push(current.clone());
             current = B::apply(&block, current.lift(), &lifted).inner();

@@ -11,6 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use flux_model::family::Family;
+use flux_model::weights::BaseDtype;
 use lora_core::LoraConfig;
 use lora_core::files::digest::sha256_hex;
 use lora_core::files::strict_json::read_file;
@@ -18,15 +19,17 @@ use lora_core::peft::{InitLoraWeights, OneOrMany, Patterns, PeftType, Targets};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
+pub use self::memory::{BasePlace, Bytes, MemorySection, Recompute};
 pub use self::optimizer::OptimizerSection;
 use self::read::{
-    Origins, absolute, check_keys, check_optimizer, deserialize_error, insert, parse,
-    parse_override, set_error, value_error,
+    Origins, absolute, check_keys, check_optimizer, deserialize_error, insert, move_recompute,
+    parse, parse_override, set_error, value_error,
 };
 use self::rules::Invalid;
 use crate::hub::HubId;
 use crate::nearest::{one_line, shown};
 
+mod memory;
 mod number_or;
 mod optimizer;
 mod read;
@@ -58,7 +61,7 @@ const MAY_CHANGE_ON_RESUME: [&str; 15] = [
     "dataset.reference",
     "dataset.mask",
     // Another way to the same bits.
-    "train.recompute",
+    "memory.",
     // Stops a run, and changes none.
     "train.divergence_factor",
     "train.steps",
@@ -77,7 +80,7 @@ const OTHER_NAMES: [(&str, &str); 17] = [
     ("checkpoints_total_limit", "checkpoint.keep"),
     ("dim", "lora.r"),
     ("discrete_flow_shift", "train.shift"),
-    ("gradient_checkpointing", "train.recompute"),
+    ("gradient_checkpointing", "memory.recompute"),
     ("image_dir", "dataset.path"),
     ("instance_data_dir", "dataset.path"),
     ("lr", "optimizer.learning_rate"),
@@ -107,6 +110,8 @@ pub struct RunConfig {
     pub lr_scheduler: LrSchedulerSection,
     /// The loop and its loss.
     pub train: TrainSection,
+    /// What is in memory, and what is read or computed again instead.
+    pub memory: MemorySection,
     /// When the run is saved.
     pub checkpoint: CheckpointSection,
     /// What the finished LoRA is written as.
@@ -134,6 +139,10 @@ pub struct ModelSection {
     /// Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vae: Option<PathBuf>,
+    /// What the transformer's frozen matrices are kept as in memory: "as-stored" (bf16 and f16 as the file has them, where
+    /// the device has the type; what else a file has becomes f32), "f32" or "bf16" (rounded where the file has more bits).
+    /// Default "as-stored".
+    pub base_dtype: BaseDtype,
 }
 
 /// Images and captions, and how they are brought into shape.
@@ -274,6 +283,14 @@ fn is_minus_one(value: &i64) -> bool {
 }
 
 impl LoraSection {
+    /// Whether it starts from the values of the base weights.
+    pub fn reads_base_weights(&self) -> bool {
+        let splits = self
+            .init_lora_weights
+            .is_some_and(|init| init.splits_base());
+        self.use_dora || splits
+    }
+
     /// Puts what the family `F` adapts where no targets are named, so that a run keeps them by name.
     pub fn name_targets<F: Family>(&mut self) {
         let endings = || F::TARGETS.iter().map(|ending| String::from(*ending));
@@ -425,9 +442,6 @@ pub struct TrainSection {
     /// Bound of "min_snr", above 0. Default 5.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_snr_gamma: Option<f64>,
-    /// Keep only each block's input and compute its activations again in the backward pass: less memory, more time.
-    /// Default true.
-    pub recompute: bool,
     /// The run is stopped as diverged when a loss exceeds this many times the loss of predicting 0 for the same samples, or
     /// every gradient is 0; "none" stops only where a number is not finite. An update about to be saved is tried on its last
     /// micro-batch first, which costs one forward pass a save. Default 10.
@@ -453,7 +467,6 @@ impl Default for TrainSection {
             huber_c: None,
             loss_weighting: LossWeighting::default(),
             min_snr_gamma: None,
-            recompute: true,
             divergence_factor: Some(10.0),
         }
     }
@@ -777,6 +790,7 @@ impl RunConfig {
             origins.set.insert(keys[..2].join("."));
             insert(&mut table, &keys, value).map_err(|problem| set_error(text, &problem))?;
         }
+        move_recompute(&mut table);
         check_keys(&table, &origins)?;
         check_optimizer(&table, &origins)?;
         let mut config: Self = table
@@ -811,7 +825,7 @@ impl RunConfig {
     /// What changes from this configuration, the recorded one, to `new`, in the order of the keys.
     ///
     /// What steps already taken do not depend on is `allowed`: how many there will be, the learning rate and its schedule,
-    /// `checkpoint`, `sample`, where files are and `train.recompute`. Any other change would make the resumed run differ
+    /// `checkpoint`, `memory`, `sample` and where files are. Any other change would make the resumed run differ
     /// silently from one that was never stopped.
     pub fn diff(&self, new: &Self) -> Result<Vec<Change>, ConfigError> {
         let (old, new) = (self.flatten()?, new.flatten()?);
@@ -898,6 +912,7 @@ impl RunConfig {
         self.optimizer.check()?;
         self.lr_scheduler.check(self.optimizer.learning_rate)?;
         self.train.check()?;
+        self.memory.check(&self.lora)?;
         self.checkpoint.check()?;
         self.export.check(self.lora.peft_type)?;
         self.sample.as_ref().map_or(Ok(()), SampleSection::check)

@@ -154,7 +154,7 @@ pub(super) fn insert(table: &mut Table, keys: &[String], value: Value) -> Result
 }
 
 /// The sections and their keys.
-pub(super) fn sections() -> [(&'static str, Vec<&'static str>); 10] {
+pub(super) fn sections() -> [(&'static str, Vec<&'static str>); 11] {
     [
         ("model", fields_of::<ModelSection>().to_vec()),
         ("dataset", fields_of::<DatasetSection>().to_vec()),
@@ -162,11 +162,28 @@ pub(super) fn sections() -> [(&'static str, Vec<&'static str>); 10] {
         ("optimizer", OptimizerSection::keys()),
         ("lr_scheduler", fields_of::<LrSchedulerSection>().to_vec()),
         ("train", fields_of::<TrainSection>().to_vec()),
+        ("memory", fields_of::<MemorySection>().to_vec()),
         ("checkpoint", fields_of::<CheckpointSection>().to_vec()),
         ("export", fields_of::<ExportSection>().to_vec()),
         ("logging", fields_of::<LoggingSection>().to_vec()),
         ("sample", fields_of::<SampleSection>().to_vec()),
     ]
+}
+
+/// `train.recompute`, true or false, is what earlier versions called `memory.recompute`, "all" or "none".
+pub(super) fn move_recompute(table: &mut Table) {
+    let train = table.get_mut("train").and_then(Value::as_table_mut);
+    let Some(Value::Boolean(all)) = train.as_ref().and_then(|train| train.get("recompute")) else {
+        return;
+    };
+    let recompute = if *all { "all" } else { "none" };
+    if let Some(train) = train {
+        train.remove("recompute");
+    }
+    let memory = table.entry("memory").or_insert_with(|| Table::new().into());
+    if let Some(memory) = memory.as_table_mut() {
+        memory.entry("recompute").or_insert(recompute.into());
+    }
 }
 
 /// Refuses sections and keys that do not exist, naming the nearest that does.

@@ -7,10 +7,10 @@ use lora_core::training::optimizers::{OptimizerConfig, SgdOptions};
 use toml::Value;
 
 use super::{
-    CheckpointSection, DatasetSection, ExportFormat, ExportSection, LoraSection, LossType,
-    LossWeighting, LrSchedulerName, LrSchedulerSection, MAX_COUNT, MAX_SEQUENCE_LENGTH,
-    MAX_SIDE_PX, ModelSection, OptimizerSection, SIDE_MULTIPLE_PX, SampleSection, TimestepSampling,
-    TimestepShift, TrainSection,
+    BasePlace, CheckpointSection, DatasetSection, ExportFormat, ExportSection, LoraSection,
+    LossType, LossWeighting, LrSchedulerName, LrSchedulerSection, MAX_COUNT, MAX_SEQUENCE_LENGTH,
+    MAX_SIDE_PX, MemorySection, ModelSection, OptimizerSection, Recompute, SIDE_MULTIPLE_PX,
+    SampleSection, TimestepSampling, TimestepShift, TrainSection,
 };
 use crate::data::image::is_image_extension;
 use crate::nearest::one_line;
@@ -300,6 +300,23 @@ impl TrainSection {
                 |factor| factor > 1.0 && factor.is_finite(),
             );
             rule.check("train.divergence_factor", factor)?;
+        }
+        Ok(())
+    }
+}
+
+impl MemorySection {
+    pub(super) fn check(&self, lora: &LoraSection) -> Result<(), Invalid> {
+        if self.base != BasePlace::Stream {
+            return Ok(());
+        }
+        if let Recompute::First(_) = self.recompute {
+            let problem = "must be \"all\" or \"auto\" with base = \"stream\": what is kept of a block keeps its weights";
+            return Err(("memory.recompute", problem.into()));
+        }
+        if lora.reads_base_weights() {
+            let problem = "cannot be \"stream\": this adapter starts from the base weights, which have to be in memory for that; use \"resident\"";
+            return Err(("memory.base", problem.into()));
         }
         Ok(())
     }

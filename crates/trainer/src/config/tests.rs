@@ -91,8 +91,12 @@ mode_scale = 0.8
 sigmoid_scale = 2.0
 shift = "flux"
 loss_weighting = "sigma_sqrt"
-recompute = false
 divergence_factor = "none"
+
+[memory]
+limit = "8GiB"
+base = "resident"
+recompute = 3
 
 [checkpoint]
 every = 5
@@ -205,6 +209,7 @@ fn every_default_is_written_out() {
                 "rank_pattern",
                 "alpha_pattern",
                 "init_from",
+                "limit",
                 // Written only where they differ: configurations of runs that began before them keep their digest.
                 "peft_type",
                 "layers_to_transform",
@@ -277,7 +282,7 @@ fn what_people_write_for_toml_gets_the_mend() {
         ("[dataset]\npath = \"D:\\my pictures\"", backslash),
         ("[dataset]\npath = \"C:\\pics\\\"\n", backslash),
         (
-            "[train]\nrecompute = True",
+            "[dataset]\nrandom_flip = True",
             "write true or false in lower case",
         ),
         (
@@ -456,8 +461,20 @@ fn wrong_type() {
         "run.toml:2:8: u64 value was too large",
     );
     assert_refused(
+        "[dataset]\nrandom_flip = 1",
+        "`dataset.random_flip` in run.toml:2: invalid type: integer `1`, expected a boolean",
+    );
+    assert_refused(
+        "[memory]\nrecompute = \"some\"",
+        "`memory.recompute` in run.toml:2: invalid value: string \"some\", expected \"auto\", \"all\", \"none\" or a number of blocks",
+    );
+    assert_refused(
+        "[memory]\nlimit = 8",
+        "`memory.limit` in run.toml:2: invalid type: integer `8`, expected a number with its unit, such as \"8GiB\" or \"500 MB\"",
+    );
+    assert_refused(
         "[train]\nrecompute = 1",
-        "`train.recompute` in run.toml:2: invalid type: integer `1`, expected a boolean",
+        "unknown key `train.recompute` in run.toml:2: did you mean `memory.recompute`?",
     );
     assert_refused(
         "[model]\nvae = 1",
@@ -978,5 +995,30 @@ fn changes_name_both_values_and_whether_they_are_allowed() {
         sample
             .iter()
             .all(|change| change.allowed && change.old == "unset")
+    );
+}
+
+#[test]
+fn what_was_called_train_recompute_is_still_read() {
+    let recompute = |text: &str| read(text).expect("a good configuration").memory.recompute;
+    assert_eq!(recompute("[train]\nrecompute = true"), Recompute::All);
+    assert_eq!(recompute("[train]\nrecompute = false"), Recompute::First(0));
+    assert_eq!(
+        recompute("[memory]\nrecompute = \"none\""),
+        Recompute::First(0)
+    );
+    assert_eq!(recompute("[memory]\nrecompute = 7"), Recompute::First(7));
+    assert_eq!(recompute(""), Recompute::Auto);
+}
+
+#[test]
+fn blocks_are_not_streamed_where_their_weights_are_kept_or_needed_at_the_start() {
+    assert_refused(
+        "[memory]\nbase = \"stream\"\nrecompute = \"none\"",
+        "`memory.recompute` in run.toml:3: must be \"all\" or \"auto\" with base = \"stream\": what is kept of a block keeps its weights",
+    );
+    assert_refused(
+        "[memory]\nbase = \"stream\"\n[lora]\nuse_dora = true",
+        "`memory.base` in run.toml:2: cannot be \"stream\": this adapter starts from the base weights, which have to be in memory for that; use \"resident\"",
     );
 }

@@ -1,0 +1,102 @@
+//! What a network takes in memory, from names, types and shapes alone.
+
+use burn::module::{ModuleVisitor, Param};
+use burn::tensor::{Device, Tensor};
+use lora_core::files::host::Dtype;
+
+use super::walk::Walk;
+use super::{BaseDtype, Checkpoint, Layout};
+use crate::family::Network;
+
+/// Sizes of a network's parts.
+#[derive(Debug, Clone, Default)]
+pub struct Sizes {
+    /// Of each block.
+    pub blocks: Vec<BlockSize>,
+    /// Bytes of the base weights that are in no block.
+    pub rest: u64,
+    /// Width of a token between blocks.
+    pub width: u64,
+}
+
+/// Sizes of a block.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct BlockSize {
+    /// Bytes of its base weights.
+    pub weights: u64,
+    /// Numbers that its linear layers read and write for a token: about what an autodiff graph keeps.
+    pub activations: u64,
+}
+
+impl Checkpoint {
+    /// Sizes of `network`, whose base weights are kept as `base` says. What is not in the checkpoint counts as f32.
+    pub(crate) fn sizes<N: Network>(
+        &self,
+        network: &N,
+        layout: Layout,
+        base: BaseDtype,
+        device: &Device,
+    ) -> Sizes {
+        struct Measure<'a> {
+            checkpoint: &'a Checkpoint,
+            layout: Layout,
+            base: BaseDtype,
+            device: &'a Device,
+            paths: Vec<String>,
+            walk: Walk,
+            sizes: Sizes,
+        }
+        impl ModuleVisitor for Measure<'_> {
+            fn enter_module(&mut self, name: &str, container: &str) {
+                self.walk.enter(name, container);
+            }
+            fn exit_module(&mut self, _: &str, _: &str) {
+                self.walk.exit();
+            }
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                let (key, shape) = (self.walk.key(), param.lazy_shape().to_vec());
+                let is_linear = self.walk.is_transposed(D);
+                let stored = (self.layout.locate(&key))
+                    .and_then(|location| self.checkpoint.dtype(&location.key));
+                let kept = match stored {
+                    Some(stored) if is_linear => self.base.kept(stored, self.device),
+                    _ => Dtype::F32,
+                };
+                let bytes = (shape.iter().product::<usize>() * kept.size()) as u64;
+                let is_of = |path: &String| {
+                    let rest = key.strip_prefix(path.as_str());
+                    rest.is_some_and(|rest| rest.starts_with('.'))
+                };
+                match self.paths.iter().position(is_of) {
+                    None => self.sizes.rest += bytes,
+                    Some(index) => {
+                        let block = &mut self.sizes.blocks[index];
+                        block.weights += bytes;
+                        if is_linear {
+                            block.activations += shape.iter().sum::<usize>() as u64;
+                        }
+                    }
+                }
+            }
+        }
+        let mut measure = Measure {
+            checkpoint: self,
+            layout,
+            base,
+            device,
+            paths: (0..network.count()).map(|i| network.path(i)).collect(),
+            walk: Walk::default(),
+            sizes: Sizes {
+                blocks: vec![BlockSize::default(); network.count()],
+                rest: 0,
+                width: network.width() as u64,
+            },
+        };
+        network.visit(&mut measure);
+        let mut sizes = measure.sizes;
+        for (index, block) in sizes.blocks.iter_mut().enumerate() {
+            block.activations /= network.streams(index) as u64; // each layer sees the tokens of its stream
+        }
+        sizes
+    }
+}

@@ -1,0 +1,201 @@
+//! Blocks of a network that are read when they are needed and dropped when they are done.
+//!
+//! The network in memory has everything that is not in a block, and in place of the blocks' parameters *placeholders*: of
+//! their shapes, without memory of their own, and not a number, so that nothing can be computed with one unnoticed. Adapters
+//! sit on placeholders as on any parameter. A block is a copy of its part of the network, adapters included, with the
+//! values from the checkpoint in their places; they are those that a resident network has, bit for bit.
+//!
+//! While one block computes, a thread reads the next. Which one that is depends on what walks over the network (a forward
+//! pass, a backward pass after it), so it is what came next the last time.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::panic::resume_unwind;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{Device, Tensor};
+
+use super::Checkpoint;
+use super::find::Place;
+use super::storage::{BaseDtype, Ready};
+use crate::error::WeightsError;
+
+/// The blocks of one network on disk; a copy is the same stream.
+#[derive(Clone)]
+pub struct Stream(Arc<Shared>);
+
+struct Shared {
+    checkpoint: Checkpoint,
+    base: BaseDtype,
+    device: Device,
+    blocks: Vec<Vec<Parameter>>,
+    ahead: Mutex<Ahead>,
+}
+
+/// A parameter of a block.
+pub(super) struct Parameter {
+    /// In the block.
+    pub(super) path: String,
+    pub(super) place: Place,
+    pub(super) is_linear: bool,
+}
+
+/// The values of a block, by the paths of its parameters.
+type Values = BTreeMap<String, Ready>;
+
+/// What was asked for, and what is read before it is asked for.
+#[derive(Default)]
+struct Ahead {
+    /// The last two.
+    asked: [Option<usize>; 2],
+    /// What was asked for after two others, the last time.
+    followers: BTreeMap<[Option<usize>; 2], usize>,
+    reading: Option<(usize, JoinHandle<Result<Values, WeightsError>>)>,
+}
+
+impl Ahead {
+    /// Notes what is asked for, and says what will be next.
+    fn next(&mut self, index: usize, count: usize) -> Option<usize> {
+        self.followers.insert(self.asked, index);
+        self.asked = [self.asked[1], Some(index)];
+        let further = match self.asked[0] {
+            Some(before) if before > index => index.checked_sub(1),
+            _ => Some(index + 1).filter(|next| *next < count),
+        };
+        self.followers.get(&self.asked).copied().or(further)
+    }
+}
+
+impl Stream {
+    pub(super) fn new(
+        checkpoint: Checkpoint,
+        base: BaseDtype,
+        device: &Device,
+        blocks: Vec<Vec<Parameter>>,
+    ) -> Self {
+        Self(Arc::new(Shared {
+            checkpoint,
+            base,
+            device: device.clone().inner(),
+            blocks,
+            ahead: Mutex::default(),
+        }))
+    }
+
+    /// The checkpoint.
+    pub(crate) fn checkpoint(&self) -> &Checkpoint {
+        &self.0.checkpoint
+    }
+
+    /// Block `index` of the network, `block`, with its values.
+    ///
+    /// # Errors
+    /// A file that has changed since it was opened, a value that is not finite.
+    pub(crate) fn fill<B: Module>(&self, index: usize, block: B) -> Result<B, WeightsError> {
+        let mut fill = Fill {
+            values: self.take(index)?,
+            path: Vec::new(),
+        };
+        Ok(block.map(&mut fill))
+    }
+
+    /// One row of the only parameter of block `index`, a matrix, as f32.
+    ///
+    /// # Errors
+    /// No such row, or a value that is not finite.
+    pub(crate) fn row(&self, index: usize, row: usize) -> Result<Vec<f32>, WeightsError> {
+        let matrix = &self.0.blocks[index][0].place.location.key;
+        self.checkpoint().row(matrix, row)
+    }
+
+    fn take(&self, index: usize) -> Result<Values, WeightsError> {
+        let mut ahead = self.0.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+        let read = ahead.reading.take().and_then(|(read, thread)| {
+            let values = thread.join().unwrap_or_else(|panic| resume_unwind(panic));
+            (read == index).then_some(values)
+        });
+        let values = match read {
+            Some(values) => values?,
+            None => self.0.read(index)?,
+        };
+        if let Some(next) = ahead.next(index, self.0.blocks.len()) {
+            let shared = self.0.clone();
+            let thread = thread::Builder::new().name("weights".into());
+            // Without a thread it is read when it is asked for.
+            let thread = thread.spawn(move || shared.read(next)).ok();
+            ahead.reading = thread.map(|thread| (next, thread));
+        }
+        Ok(values)
+    }
+}
+
+impl fmt::Debug for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Stream({})", self.checkpoint().path().display())
+    }
+}
+
+impl Shared {
+    fn read(&self, index: usize) -> Result<Values, WeightsError> {
+        let read = |parameter: &Parameter| {
+            let stored = self.checkpoint.stored(&parameter.place)?;
+            let ready = Ready::new(stored, parameter.is_linear, self.base, &self.device);
+            let key = &parameter.place.location.key;
+            let ready = ready.map_err(|index| self.checkpoint.not_finite(key, index))?;
+            Ok((parameter.path.clone(), ready))
+        };
+        self.blocks[index].iter().map(read).collect()
+    }
+}
+
+/// In place of a parameter of `shape`.
+pub(super) fn placeholder<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::<D>::full([1; D], f32::NAN, device).expand(shape)
+}
+
+/// Puts values in the places of placeholders.
+struct Fill {
+    values: Values,
+    path: Vec<String>,
+}
+
+impl ModuleMapper for Fill {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match self.values.remove(&self.path.join(".")) {
+            Some(values) => Param::initialized(param.id, values.on(&param.lazy_device())),
+            None => param,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_comes_next_is_what_came_next_before() {
+        let mut ahead = Ahead::default();
+        let mut walk = |blocks: &[usize]| -> Vec<Option<usize>> {
+            blocks.iter().map(|&block| ahead.next(block, 3)).collect()
+        };
+        let step = [0, 1, 2, 2, 1, 0];
+        assert_eq!(
+            walk(&step),
+            [Some(1), Some(2), None, None, Some(0), None],
+            "in the direction of travel, and at its end nobody knows"
+        );
+        walk(&step);
+        let next = [1, 2, 2, 1, 0, 0].map(Some);
+        assert_eq!(walk(&step), next, "a step like the one before");
+    }
+}

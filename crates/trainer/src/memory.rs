@@ -1,0 +1,245 @@
+//! How much memory a run will take, how it is made to fit, and how much it took.
+//!
+//! The estimate is of what grows with the model: base weights, what the blocks keep for the backward pass, the adapter with its
+//! gradients and moments. It takes a block's graph for as large as what its linear layers read and write, which is close
+//! for these networks, and leaves out what does not grow.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+use flux_model::family::Family;
+use flux_model::weights::{Base, Sizes};
+use tracing::{info, warn};
+
+use crate::config::{BasePlace, Recompute, RunConfig};
+use crate::device::NamedDevice;
+
+/// Bytes of a number in f32.
+const F32: u64 = 4;
+/// What a trained parameter takes: itself, its gradient, two moments, and copies while they are looked at.
+const COPIES: u64 = 6;
+
+/// Where the base weights are and what is computed again.
+#[derive(Debug, Clone, Copy)]
+pub struct MemoryPlan {
+    /// How base weights are held.
+    pub base: Base,
+    /// Blocks, from the first on, that are computed again in the backward pass.
+    pub recomputed: usize,
+}
+
+/// What an estimate depends on besides the plan.
+#[derive(Debug, Clone)]
+pub struct Need {
+    /// Of the network.
+    pub sizes: Sizes,
+    /// Tokens in a micro-batch, of text and image, of all samples.
+    pub tokens: u64,
+    /// Numbers that are trained.
+    pub trained: u64,
+}
+
+impl Need {
+    /// Bytes of base weights in memory.
+    fn weights(&self, is_streamed: bool) -> u64 {
+        let blocks = self.sizes.blocks.iter().map(|block| block.weights);
+        let blocks: u64 = match is_streamed {
+            true => 2 * blocks.max().unwrap_or(0), // one computes, one is read
+            false => blocks.sum(),
+        };
+        self.sizes.rest + blocks
+    }
+
+    /// Bytes of a training step at its peak.
+    pub fn estimate(&self, is_streamed: bool, recomputed: usize) -> u64 {
+        let graph = |activations: u64| activations * self.tokens * F32;
+        let blocks = &self.sizes.blocks;
+        let recomputed = recomputed.min(blocks.len());
+        let kept: u64 = blocks[recomputed..]
+            .iter()
+            .map(|block| graph(block.activations))
+            .sum();
+        let inputs = recomputed as u64 * self.sizes.width * self.tokens * F32;
+        let largest = blocks.iter().map(|block| graph(block.activations)).max();
+        let running = 2 * largest.unwrap_or(0); // a block's graph, and the gradients in it
+        self.weights(is_streamed) + self.trained * F32 * COPIES + inputs + kept + running
+    }
+
+    /// Decides what the configuration leaves to "auto". `limit` is what there is, where that is known.
+    fn plan(&self, config: &RunConfig, limit: Option<u64>, can_stream: bool) -> MemoryPlan {
+        let memory = &config.memory;
+        let blocks = self.sizes.blocks.len();
+        let fits = |estimate: u64| limit.is_none_or(|limit| estimate <= limit);
+        let is_streamed = match memory.base {
+            BasePlace::Stream => true,
+            BasePlace::Resident => false,
+            BasePlace::Auto => {
+                let can = can_stream
+                    && matches!(memory.recompute, Recompute::Auto | Recompute::All)
+                    && !config.lora.reads_base_weights();
+                can && !fits(self.estimate(false, blocks))
+            }
+        };
+        let recomputed = match memory.recompute {
+            Recompute::First(recomputed) => recomputed.min(blocks),
+            Recompute::Auto if !is_streamed && limit.is_some() => (0..=blocks)
+                .find(|&recomputed| fits(self.estimate(false, recomputed)))
+                .unwrap_or(blocks),
+            Recompute::Auto | Recompute::All => blocks,
+        };
+        let base = Base {
+            dtype: config.model.base_dtype,
+            is_streamed,
+        };
+        MemoryPlan { base, recomputed }
+    }
+}
+
+/// Decides where the base weights are and what is computed again, and says what that will take.
+///
+/// # Errors
+/// Headers that cannot be read; streaming on a backend that keeps no placeholder small.
+pub fn plan<F: Family>(
+    config: &RunConfig,
+    family: &F,
+    trained: usize,
+    device: &NamedDevice,
+) -> anyhow::Result<MemoryPlan> {
+    let side = config.dataset.resolution as usize;
+    let [_, height, width] = family.latent_shape(side, side);
+    let tokens = F::image_tokens([height, width]) + config.dataset.max_sequence_length;
+    let need = Need {
+        sizes: family.sizes(config.model.base_dtype, &device.device)?,
+        tokens: (config.train.batch_size * tokens) as u64,
+        trained: trained as u64,
+    };
+    let limit = config.memory.limit.map(|limit| limit.0);
+    let limit = limit.or_else(|| available().filter(|_| device.is_cpu()));
+    let plan = need.plan(config, limit, device.keeps_views());
+    if plan.base.is_streamed && !device.keeps_views() {
+        bail!(
+            "`memory.base`: blocks cannot be streamed on {}, which makes a copy of every view; use \"resident\" or another device",
+            device.name
+        );
+    }
+    let estimate = need.estimate(plan.base.is_streamed, plan.recomputed);
+    info!(
+        estimate = gib(estimate),
+        limit = limit.map_or_else(|| "unknown".into(), gib),
+        base = if plan.base.is_streamed {
+            "streamed"
+        } else {
+            "resident"
+        },
+        recomputed_blocks = format!("{} of {}", plan.recomputed, need.sizes.blocks.len()),
+        "memory"
+    );
+    if let Some(limit) = limit.filter(|limit| estimate > *limit) {
+        warn!(
+            "the run takes about {}, {} are there: a smaller `dataset.resolution` or `train.batch_size` takes less{}",
+            gib(estimate),
+            gib(limit),
+            match plan.base.is_streamed {
+                true => "",
+                false => ", and so does `memory.base = \"stream\"`",
+            }
+        );
+    }
+    Ok(plan)
+}
+
+/// How to hold the base weights of a network that is only sampled from: streamed if they do not fit, unless they must be in
+/// memory.
+///
+/// # Errors
+/// Headers that cannot be read.
+pub fn base_for_sampling<F: Family>(
+    family: &F,
+    must_be_resident: bool,
+    device: &NamedDevice,
+) -> anyhow::Result<Base> {
+    let base = Base::default();
+    let sizes = family.sizes(base.dtype, &device.device)?;
+    let need = Need {
+        sizes,
+        tokens: 0,
+        trained: 0,
+    };
+    let limit = available().filter(|_| device.is_cpu() && device.keeps_views());
+    let fits = limit.is_none_or(|limit| need.weights(false) <= limit);
+    Ok(Base {
+        is_streamed: !fits && !must_be_resident,
+        ..base
+    })
+}
+
+/// Most of the memory that this machine, or the group of processes that this one is confined to, has left, in bytes; `None`
+/// where the system does not tell.
+fn available() -> Option<u64> {
+    let number = |path: &str| -> Option<u64> {
+        let text = fs::read_to_string(path).ok()?;
+        text.trim().parse().ok()
+    };
+    let machine = field("/proc/meminfo", "MemAvailable:")?;
+    let group = number("/sys/fs/cgroup/memory.max");
+    Some(group.map_or(machine, |group| group.min(machine)) / 10 * 9)
+}
+
+/// What each phase of a run took at most, where the system tells it, and how long.
+pub struct Peaks {
+    phases: Vec<(&'static str, Option<u64>, Duration)>,
+    began: Instant,
+}
+
+impl Peaks {
+    /// Begins to measure.
+    pub fn begin() -> Self {
+        forget_peak();
+        Self {
+            phases: Vec::new(),
+            began: Instant::now(),
+        }
+    }
+
+    /// What came since the last call was `phase`, or more of it.
+    pub fn end(&mut self, phase: &'static str) {
+        let (peak, took) = (field("/proc/self/status", "VmHWM:"), self.began.elapsed());
+        match self.phases.iter_mut().find(|(name, ..)| *name == phase) {
+            Some((_, most, time)) => {
+                *most = peak.max(*most);
+                *time += took;
+            }
+            None => self.phases.push((phase, peak, took)),
+        }
+        self.began = Instant::now();
+        forget_peak();
+    }
+
+    /// Says it all.
+    pub fn say(&self) {
+        let phases = self.phases.iter().map(|(phase, peak, took)| {
+            let peak = peak.map_or_else(|| "unknown".into(), gib);
+            format!("{phase} {peak} ({:.1} s)", took.as_secs_f64())
+        });
+        info!(peak = phases.collect::<Vec<_>>().join(", "), "memory");
+    }
+}
+
+/// The system then measures the peak anew; else it is that of the whole process.
+fn forget_peak() {
+    let _ = fs::write("/proc/self/clear_refs", "5");
+}
+
+/// A number of KiB in a file of the system, in bytes.
+fn field(path: &str, name: &str) -> Option<u64> {
+    let text = fs::read_to_string(path).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// For people.
+pub fn gib(bytes: u64) -> String {
+    format!("{:.2} GiB", bytes as f64 / (1u64 << 30) as f64)
+}
