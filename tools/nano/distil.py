@@ -16,7 +16,7 @@ STRENGTH = 0.6  # 3.5 is a true guidance of 2.5
 
 
 def main():
-    args = arguments(__doc__, steps=700, batch=16, lr=3e-4)
+    args = arguments(__doc__, steps=500, batch=16, lr=3e-4)
     z = latents(args.work)
     teacher = Networks(args.work, args.work / "flow").requires_grad_(False)
     student = Networks(args.work, args.work / "flow")

@@ -1,6 +1,6 @@
 """The diffusers pipeline folder, in float16.
 
-    python tools/nano/export.py WORK --flow distilled       # -> models/flux-nano
+    python tools/nano/export.py WORK        # -> models/flux-nano
 """
 
 import json
@@ -15,7 +15,7 @@ from flow import Networks
 
 
 def main():
-    args = arguments(__doc__, flow="distilled", vae="vae_sharp", out=Path("models/flux-nano"))
+    args = arguments(__doc__, flow="distilled", vae="vae", out=Path("models/flux-nano"))
     networks = Networks(args.work, args.work / args.flow)
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, shift=3.0, base_shift=BASE_SHIFT, max_shift=MAX_SHIFT, base_image_seq_len=256, max_image_seq_len=4096

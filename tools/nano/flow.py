@@ -90,7 +90,7 @@ class Networks(nn.Module):
 
 
 def main():
-    args = arguments(__doc__, steps=4400, batch=32, lr=1e-3, muon_lr=0.015, ema=0.998, look=500)
+    args = arguments(__doc__, steps=5600, batch=32, lr=1e-3, muon_lr=0.015, ema=0.998, look=500)
     z = latents(args.work)
     networks = Networks(args.work)
     average = copy.deepcopy(networks).requires_grad_(False)
