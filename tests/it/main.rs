@@ -16,3 +16,4 @@ mod replay;
 mod resume;
 mod runs;
 mod start;
+mod tiny_vae;

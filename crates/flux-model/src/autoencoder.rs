@@ -362,13 +362,16 @@ struct Upsample {
 
 impl Upsample {
     fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let [batch, channels, height, width] = x.dims();
-        let doubled = x
-            .reshape([batch * channels, height, 1, width, 1])
-            .expand([batch * channels, height, 2, width, 2])
-            .reshape([batch, channels, 2 * height, 2 * width]);
-        self.conv.forward(doubled)
+        self.conv.forward(doubled(x))
     }
+}
+
+/// Every pixel as four of them.
+pub(crate) fn doubled(x: Tensor<4>) -> Tensor<4> {
+    let [batch, channels, height, width] = x.dims();
+    x.reshape([batch * channels, height, 1, width, 1])
+        .expand([batch * channels, height, 2, width, 2])
+        .reshape([batch, channels, 2 * height, 2 * width])
 }
 
 #[derive(Module, Debug)]

@@ -313,7 +313,25 @@ pub trait Family: Sized + Debug {
     ///
     /// # Errors
     /// As [`network`](Self::network).
-    fn autoencoder(&self, device: &Device) -> Result<Self::Autoencoder, WeightsError>;
+    fn autoencoder(&self, device: &Device) -> Result<Self::Autoencoder, WeightsError> {
+        self.autoencoder_at(self.folder().autoencoder_path(), device)
+    }
+
+    /// Loads another autoencoder for the same latents, a component folder or a single file.
+    ///
+    /// # Errors
+    /// As [`network`](Self::network).
+    fn autoencoder_at(
+        &self,
+        path: &Path,
+        device: &Device,
+    ) -> Result<Self::Autoencoder, WeightsError>;
+
+    /// Why the autoencoder at `path` does not decode this pipeline's latents, as far as configurations and headers tell.
+    ///
+    /// # Errors
+    /// A folder or file that is missing or holds no autoencoder.
+    fn preview_problem(&self, path: &Path) -> Result<Option<String>, WeightsError>;
 
     /// Loads the text encoders.
     ///

@@ -8,7 +8,7 @@
 //! | `flux2/` | FLUX.2 likewise, with its autoencoder and schedule |
 //! | `bfl` | names in BFL's single files |
 //! | `blocks` | the blocks of a network, one at a time |
-//! | `autoencoder`, `tiles` | pixels to latents and back; of large images a tile at a time |
+//! | `autoencoder`, `tiny_autoencoder`, `tiles` | pixels to latents and back; of large images a tile at a time |
 //! | `text/` | CLIP, T5, Qwen3 and their tokenizers |
 //! | `scheduler` | noise levels and the Euler step |
 //! | `pipeline`, `found` | a diffusers folder and its components; what is there in its place |
@@ -43,6 +43,7 @@ pub mod scheduler;
 mod sizes;
 pub mod text;
 mod tiles;
+pub mod tiny_autoencoder;
 pub mod weights;
 
 pub use error::WeightsError;

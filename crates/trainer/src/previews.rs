@@ -133,10 +133,10 @@ impl<'a, F: Family> Previews<'a, F> {
             })
             .collect::<Result<_, _>>()?;
         drop(model);
-        let autoencoder = self
-            .family
-            .autoencoder(&device.device)
-            .context("load the autoencoder")?;
+        let path = section.preview_vae.as_deref();
+        let path = path.unwrap_or(self.family.folder().autoencoder_path());
+        let autoencoder = self.family.autoencoder_at(path, &device.device);
+        let autoencoder = autoencoder.context("load the autoencoder")?;
         for (index, latents) in latents.into_iter().enumerate() {
             let path = self.folder.join(format!("step-{step:07}-{index}.png"));
             decode::<F>(&autoencoder, latents)

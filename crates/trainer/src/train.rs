@@ -375,6 +375,13 @@ pub(crate) fn check_start<F: Family>(
         mask_name: "`dataset.mask`",
     };
     pictures.check(family, &outline)?;
+    let sample = config.sample.as_ref();
+    if let Some(path) = sample.and_then(|sample| sample.preview_vae.as_deref()) {
+        let problem = family.preview_problem(path);
+        if let Some(problem) = problem.context("open `sample.preview_vae`")? {
+            bail!("`sample.preview_vae`: {}: {problem}", path.display());
+        }
+    }
     // Networks have a config.json; tokenizers are read with them.
     for path in family.encoder_paths() {
         if path.is_file() || path.join("config.json").is_file() {

@@ -6,5 +6,6 @@ pub mod latent;
 mod pipeline;
 pub mod text;
 pub mod transformer;
+pub mod vae;
 
 pub use pipeline::Flux1;

@@ -2,11 +2,12 @@
 //!
 //! Source: diffusers 0.38 `FluxPipeline`.
 
+use std::path::Path;
+
 use burn::tensor::{Device, Tensor, TensorData};
 use lora_core::files::host::HostTensor;
 use lora_core::state::host_tensor;
 
-use crate::autoencoder::{Autoencoder, AutoencoderConfig};
 use crate::error::WeightsError;
 use crate::family::{
     ComponentFile, Condition, Family, Sampling, TokenCount, TokenCounter, transformer_config,
@@ -15,9 +16,10 @@ use crate::flux1::config::FluxConfig;
 use crate::flux1::latent::{image_positions, pack, reference_positions, text_positions, unpack};
 use crate::flux1::text::{CLIP_TOKENS, ClipAndT5, TextEmbedding};
 use crate::flux1::transformer::{FluxInput, FluxTransformer};
+use crate::flux1::vae::{self, Vae, VaeConfig};
 use crate::lora::ModelShape;
 use crate::network_config::NetworkConfig;
-use crate::pipeline::{PipelineFolder, load_autoencoder, load_clip, load_t5};
+use crate::pipeline::{PipelineFolder, load_clip, load_t5};
 use crate::scheduler::SchedulerConfig;
 use crate::text::clip::{ClipConfig, ClipText};
 use crate::text::t5::{T5Config, T5Encoder};
@@ -28,7 +30,7 @@ use crate::weights::{Layout, checkpoint_tensors};
 #[derive(Debug)]
 pub struct Flux1 {
     folder: PipelineFolder,
-    autoencoder: AutoencoderConfig,
+    autoencoder: VaeConfig,
     scheduler: SchedulerConfig,
 }
 
@@ -65,7 +67,7 @@ fn kontext_size(width_px: u32, height_px: u32) -> [u32; 2] {
 impl Flux1 {
     /// Channels of a token of latents.
     fn token_channels(&self) -> usize {
-        4 * self.autoencoder.latent_channels
+        4 * self.autoencoder.latent_channels()
     }
 
     fn tokenizers(&self) -> Result<(ClipTokenizer, T5Tokenizer), WeightsError> {
@@ -81,7 +83,7 @@ impl Family for Flux1 {
     type Network = FluxTransformer;
     type Config = FluxConfig;
     type TextEncoders = ClipAndT5;
-    type Autoencoder = Autoencoder;
+    type Autoencoder = Vae;
     type Text = TextEmbedding;
 
     const NAME: &'static str = "FLUX.1";
@@ -107,7 +109,7 @@ impl Family for Flux1 {
 
     fn open(folder: PipelineFolder) -> Result<Self, WeightsError> {
         Ok(Self {
-            autoencoder: folder.config("vae/config.json", AutoencoderConfig::problem)?,
+            autoencoder: VaeConfig::of_folder(&folder)?,
             scheduler: folder
                 .config("scheduler/scheduler_config.json", SchedulerConfig::problem)?,
             folder,
@@ -129,8 +131,7 @@ impl Family for Flux1 {
     ) -> Result<Vec<ComponentFile>, WeightsError> {
         let clip: ClipConfig = folder.config("text_encoder/config.json", ClipConfig::problem)?;
         let t5: T5Config = folder.config("text_encoder_2/config.json", T5Config::problem)?;
-        let vae: AutoencoderConfig =
-            folder.config("vae/config.json", AutoencoderConfig::problem)?;
+        let vae = folder.config("vae/config.json", VaeConfig::problem)?;
         let transformer = transformer_config::<FluxConfig>(folder)?.network(device);
         Ok(vec![
             (
@@ -139,7 +140,7 @@ impl Family for Flux1 {
             ),
             (
                 "vae/diffusion_pytorch_model.safetensors",
-                checkpoint_tensors(&Autoencoder::new(&vae, device), Layout::Diffusers),
+                checkpoint_tensors(&Vae::new(&vae, device), Layout::Diffusers),
             ),
             (
                 "text_encoder/model.safetensors",
@@ -177,7 +178,7 @@ impl Family for Flux1 {
             flux.attention_head_dim,
             flux.in_channels,
             self.autoencoder.downscale(),
-            self.autoencoder.latent_channels,
+            self.autoencoder.latent_channels(),
         ))
     }
 
@@ -228,12 +229,12 @@ impl Family for Flux1 {
         })
     }
 
-    fn autoencoder(&self, device: &Device) -> Result<Autoencoder, WeightsError> {
-        load_autoencoder(
-            self.folder.autoencoder_path(),
-            Some(&self.autoencoder),
-            device,
-        )
+    fn autoencoder_at(&self, path: &Path, device: &Device) -> Result<Vae, WeightsError> {
+        Vae::load(path, &self.autoencoder, device)
+    }
+
+    fn preview_problem(&self, path: &Path) -> Result<Option<String>, WeightsError> {
+        vae::preview_problem(&self.autoencoder, path)
     }
 
     fn text_encoders(&self, device: &Device) -> Result<ClipAndT5, WeightsError> {
@@ -268,17 +269,14 @@ impl Family for Flux1 {
         None // guidance is an input of the network
     }
 
-    fn encode_image(autoencoder: &Autoencoder, image: Tensor<4>) -> Vec<HostTensor> {
-        let distribution = autoencoder.encode(image);
-        let std = host_tensor(distribution.std());
-        vec![host_tensor(distribution.mean), std]
+    fn encode_image(autoencoder: &Vae, image: Tensor<4>) -> Vec<HostTensor> {
+        let (mean, std) = autoencoder.encode(image);
+        vec![host_tensor(mean), host_tensor(std)]
     }
 
     fn latents(&self, parts: &[HostTensor], normals: impl FnOnce(usize) -> Vec<f32>) -> Vec<f32> {
-        let (shift, scale) = (
-            self.autoencoder.shift_factor.unwrap_or(0.0) as f32,
-            self.autoencoder.scaling_factor as f32,
-        );
+        let (shift, scale) = self.autoencoder.shift_and_scale();
+        let (shift, scale) = (shift as f32, scale as f32);
         let (mean, std) = (parts[0].to_f32(), parts[1].to_f32());
         let normals = normals(mean.len());
         let draws = mean.iter().zip(&std).zip(&normals);
@@ -287,8 +285,8 @@ impl Family for Flux1 {
             .collect()
     }
 
-    fn decode(autoencoder: &Autoencoder, latents: Tensor<4>) -> Tensor<4> {
-        autoencoder.decode(autoencoder.from_model_space(latents))
+    fn decode(autoencoder: &Vae, latents: Tensor<4>) -> Tensor<4> {
+        autoencoder.decode(latents)
     }
 
     fn pixel_step(&self) -> usize {
@@ -298,7 +296,7 @@ impl Family for Flux1 {
     fn latent_shape(&self, height_px: usize, width_px: usize) -> [usize; 3] {
         let side = |px: usize| 2 * (px / self.pixel_step());
         [
-            self.autoencoder.latent_channels,
+            self.autoencoder.latent_channels(),
             side(height_px),
             side(width_px),
         ]

@@ -2,6 +2,8 @@
 //!
 //! Source: diffusers 0.38 `Flux2KleinPipeline`.
 
+use std::path::Path;
+
 use burn::tensor::{Device, Tensor, TensorData};
 use lora_core::files::host::HostTensor;
 use lora_core::state::host_tensor;
@@ -13,7 +15,7 @@ use crate::family::{
 use crate::flux2::autoencoder::Flux2Autoencoder;
 use crate::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
 use crate::flux2::latent::{image_positions, pack, reference_positions, text_positions, unpack};
-use crate::flux2::load::load_autoencoder;
+use crate::flux2::load::{autoencoder, load_autoencoder};
 use crate::flux2::schedule::empirical_mu;
 use crate::flux2::text::KleinTextEncoder;
 use crate::flux2::transformer::{Flux2Input, Flux2Transformer};
@@ -23,7 +25,7 @@ use crate::pipeline::PipelineFolder;
 use crate::scheduler::SchedulerConfig;
 use crate::text::qwen3::{Qwen3Config, Qwen3Text};
 use crate::text::tokenizer::QwenTokenizer;
-use crate::weights::{Layout, checkpoint_tensors};
+use crate::weights::{Checkpoint, Layout, checkpoint_tensors};
 
 /// Most pixels of a reference picture. Source: diffusers `Flux2KleinPipeline`.
 const REFERENCE_AREA: f64 = 1024.0 * 1024.0;
@@ -184,9 +186,20 @@ impl Family for Flux2 {
         })
     }
 
-    fn autoencoder(&self, device: &Device) -> Result<Flux2Autoencoder, WeightsError> {
-        let path = self.folder.autoencoder_path();
+    fn autoencoder_at(
+        &self,
+        path: &Path,
+        device: &Device,
+    ) -> Result<Flux2Autoencoder, WeightsError> {
         load_autoencoder(path, Some(&self.autoencoder), device)
+    }
+
+    fn preview_problem(&self, path: &Path) -> Result<Option<String>, WeightsError> {
+        let (_, other) = autoencoder(&Checkpoint::open(path)?, Some(&self.autoencoder))?;
+        let (here, there) = (self.autoencoder.patch_channels(), other.patch_channels());
+        Ok((here != there).then(|| {
+            format!("it decodes patches of {there} channels, and the model's have {here}")
+        }))
     }
 
     fn text_encoders(&self, device: &Device) -> Result<KleinTextEncoder, WeightsError> {

@@ -9,13 +9,18 @@ pub(super) struct Walk {
 
 impl Walk {
     pub(super) fn enter(&mut self, name: &str, container: &str) {
-        self.path.push(name.into());
+        // The variants of an enum have no names in checkpoints.
+        if !container.starts_with("Enum:") {
+            self.path.push(name.into());
+        }
         self.owner.push(container.into());
     }
 
     pub(super) fn exit(&mut self) {
-        self.path.pop();
-        self.owner.pop();
+        let owner = self.owner.pop();
+        if !owner.is_some_and(|owner| owner.starts_with("Enum:")) {
+            self.path.pop();
+        }
     }
 
     /// The parameter's key in diffusers' layout.

@@ -135,7 +135,8 @@ pub struct ModelSection {
     /// Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub transformer: Option<PathBuf>,
-    /// A single `.safetensors` file, in Black Forest Labs' layout, to use for the autoencoder instead of the folder's.
+    /// An autoencoder to use instead of the folder's: a single `.safetensors` file, in Black Forest Labs' layout, or a component folder or
+    /// single file of AutoencoderTiny.
     /// Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vae: Option<PathBuf>,
@@ -578,6 +579,9 @@ pub struct SampleSection {
     pub width: u32,
     /// Seed of the previews' own noise. Default 42.
     pub seed: u64,
+    /// Another autoencoder to decode previews with, a component folder or a single `.safetensors` file: TAEF1 is a hundredth of FLUX.1's
+    /// own. Default none.
+    pub preview_vae: Option<PathBuf>,
 }
 
 impl Default for SampleSection {
@@ -591,6 +595,7 @@ impl Default for SampleSection {
             height: 512,
             width: 512,
             seed: 42,
+            preview_vae: None,
         }
     }
 }
@@ -899,6 +904,12 @@ impl RunConfig {
             ("dataset.reference", self.dataset.reference.as_mut()),
             ("dataset.mask", self.dataset.mask.as_mut()),
             ("lora.init_from", self.lora.init_from.as_mut()),
+            (
+                "sample.preview_vae",
+                self.sample
+                    .as_mut()
+                    .and_then(|sample| sample.preview_vae.as_mut()),
+            ),
         ]
         .into_iter()
         .filter_map(|(key, path)| path.map(|path| (key, path)))

@@ -351,7 +351,8 @@ impl SampleSection {
         AT_LEAST_0.check("sample.guidance_scale", self.guidance_scale)?;
         check_side("sample.height", self.height)?;
         check_side("sample.width", self.width)?;
-        check_seed("sample.seed", self.seed)
+        check_seed("sample.seed", self.seed)?;
+        check_path("sample.preview_vae", self.preview_vae.as_deref())
     }
 }
 

@@ -1,8 +1,9 @@
-//! Cases of the autoencoder: an image to its latent distribution, latents to an image.
+//! Cases of the autoencoders: an image to its latents or their distribution, latents to an image.
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use burn::tensor::{Device, Tensor};
 use flux_model::autoencoder::AutoencoderConfig;
+use flux_model::flux1::vae::{Vae, VaeConfig};
 use flux_model::pipeline::load_autoencoder;
 use lora_core::state::host_tensor;
 
@@ -38,6 +39,31 @@ pub(super) fn compute(case: &Case, device: &Device) -> anyhow::Result<Report> {
         put("decoded", vae.decode(latent.clone()));
         let own = vae.from_model_space(latent);
         put("decoded_from_model_space", vae.decode(own));
+    }
+    Report::by_tensor(case, out)
+}
+
+/// `tiny_vae`.
+pub(super) fn compute_tiny(case: &Case, device: &Device) -> anyhow::Result<Report> {
+    let stated = VaeConfig::Kl(AutoencoderConfig::flux());
+    let Vae::Tiny(vae) = Vae::load(&case.path("/model/path")?, &stated, device)? else {
+        bail!("the model is no AutoencoderTiny");
+    };
+    let image: Tensor<4> = case.tensor("image", device)?;
+    let latent: Tensor<4> = case.tensor("latent", device)?;
+    let latents = vae.encode(image);
+    let mut out = Tensors::new();
+    for (name, tensor) in [
+        ("model_input", vae.to_model_space(latents.clone())),
+        ("reconstruction", vae.decode(latents.clone())),
+        ("latents", latents),
+        ("decoded", vae.decode(latent.clone())),
+        (
+            "decoded_from_model_space",
+            vae.decode(vae.from_model_space(latent)),
+        ),
+    ] {
+        out.insert(name.into(), host_tensor(tensor));
     }
     Report::by_tensor(case, out)
 }

@@ -90,6 +90,7 @@ pub fn run(args: &ParityArgs) -> anyhow::Result<ExitCode> {
 fn compute(case: &Case, device: &Device) -> anyhow::Result<Report> {
     match (case.family.as_str(), case.kind.as_str()) {
         ("flux1", "vae" | "single_file_vae") => autoencoder::compute(case, device),
+        ("flux1", "tiny_vae") => autoencoder::compute_tiny(case, device),
         ("flux1", "clip_text") => text::clip(case, device),
         ("flux1", "t5_encoder") => text::t5(case, device),
         ("flux1", "tokenizer") => text::tokenizers(case),
