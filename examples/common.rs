@@ -13,7 +13,7 @@ pub fn root() -> &'static Path {
         .unwrap_or(Path::new("."))
 }
 
-/// The quickstart's configuration, shortened, on a model made from a seed.
+/// The configuration of the photographs, shortened, on a model made from a seed.
 ///
 /// # Errors
 /// A folder that cannot be written.
@@ -35,7 +35,7 @@ pub fn short_config(runs: &Path, steps: u64) -> anyhow::Result<RunConfig> {
         "checkpoint.every=5".into(),
     ];
     Ok(RunConfig::load(
-        &root().join("examples/quickstart.toml"),
+        &root().join("examples/photos.toml"),
         &overrides,
     )?)
 }

@@ -1,6 +1,6 @@
 """Draws docs/figures/resume.svg: how far the losses of resumed runs are from those of the run that was never stopped.
 
-    cargo xtask train --steps 1 --output runs/once     # makes runs/tiny-flux
+    cargo xtask run random-weights examples/tiny-flux --out runs/tiny-flux
     cargo xtask faults --quick canaries                # builds the program, and the same with known faults
     pip install matplotlib
     python docs/figures/resume.py
@@ -52,7 +52,7 @@ def kill_after(step, arguments, run):
 
 
 def straight_run(folder):
-    text = (ROOT / "examples/quickstart.toml").read_text()
+    text = (ROOT / "examples/photos.toml").read_text()
     text = text.split("[sample]")[0]  # previews change nothing here and take time
     text = text.replace('"../runs/tiny-flux"', json.dumps(str(ROOT / "runs/tiny-flux")))
     text = text.replace('"photos"', json.dumps(str(ROOT / "examples/photos")))
@@ -92,7 +92,7 @@ def draw(folder):
     steps = range(1, len(straight) + 1)
     above.plot(steps, straight, color="black", linewidth=0.8)
     above.set_ylabel("loss")
-    above.set_title("the quickstart, never stopped", fontsize=9)
+    above.set_title("the photographs, never stopped", fontsize=9)
     colors = ["black", "tab:blue", "tab:orange", "tab:red"]
     for (label, curve), color in zip(curves.items(), colors, strict=True):
         difference = [abs(a - b) for a, b in zip(curve, straight, strict=True)]

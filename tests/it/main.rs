@@ -10,6 +10,7 @@ mod formats;
 mod golden;
 mod hostile;
 mod logs;
+mod nano;
 mod parity;
 mod pictures;
 mod replay;

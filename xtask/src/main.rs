@@ -7,7 +7,7 @@ use std::process::{Command, ExitCode};
 const USAGE: &str = "\
 cargo xtask <command>
 
-  train [CONFIG.toml] [flags of `flux-lora train`]   no configuration: the bundled quickstart
+  train [CONFIG.toml] [flags of `flux-lora train`]   no configuration: the bundled quickstart, and what it has learned
   sample [flags of `flux-lora sample`]
   parity [CASE...] [flags of `flux-lora parity`]     no case: all bundled cases
   bench step|ops|lora [flags of `flux-lora bench`]
@@ -19,6 +19,9 @@ cargo xtask <command>
 
 `--device NAME` picks the backend and builds its cargo feature: flex (default), ndarray, wgpu, cuda.
 ";
+
+/// What `train` trains if nothing is named.
+const QUICKSTART: &str = "examples/quickstart.toml";
 
 type Result<T = ()> = std::result::Result<T, String>;
 
@@ -67,17 +70,21 @@ fn root() -> PathBuf {
         .unwrap_or_default()
 }
 
+/// What `args` give for `flag`, as `--flag VALUE` or `--flag=VALUE`.
+fn value(args: &[String], flag: &str) -> Option<String> {
+    args.iter().enumerate().find_map(|(i, arg)| {
+        let rest = arg.strip_prefix(flag)?;
+        match rest.strip_prefix('=') {
+            Some(value) => Some(value.to_string()),
+            None if rest.is_empty() => args.get(i + 1).cloned(),
+            None => None,
+        }
+    })
+}
+
 /// The feature that `--device NAME[:INDEX]` needs.
 fn feature(args: &[String]) -> Result<String> {
-    let device = args
-        .iter()
-        .enumerate()
-        .find_map(|(i, arg)| match arg.strip_prefix("--device=") {
-            Some(name) => Some(name.to_string()),
-            None if arg == "--device" => args.get(i + 1).cloned(),
-            None => None,
-        });
-    let backend = device
+    let backend = value(args, "--device")
         .as_deref()
         .unwrap_or("flex")
         .split(':')
@@ -116,20 +123,16 @@ fn train(args: &[String]) -> Result {
     if has_config {
         return program("train", args);
     }
-    // The quickstart's model is made from a seed, once.
-    let model = "runs/tiny-flux";
-    if !Path::new(model)
-        .join("transformer/diffusion_pytorch_model.safetensors")
-        .is_file()
-    {
-        program(
-            "random-weights",
-            &["examples/tiny-flux", "--out", model].map(String::from),
-        )?;
-    }
-    let mut all = vec!["examples/quickstart.toml".to_string()];
+    let mut all = vec![QUICKSTART.to_string()];
     all.extend_from_slice(args);
-    program("train", &all)
+    program("train", &all)?;
+    let run = value(args, "--output").unwrap_or_else(|| "runs/quickstart".into());
+    if !Path::new(&run).join("lora.safetensors").is_file() {
+        return Ok(()); // stopped
+    }
+    let mut show = vec![run, "--gallery".into(), "examples/nano".into()];
+    show.extend(value(args, "--device").map(|name| format!("--device={name}")));
+    program("quickstart", &show)
 }
 
 fn parity(args: &[String]) -> Result {

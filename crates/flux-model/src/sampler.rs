@@ -23,6 +23,8 @@ pub struct Denoise<'a, F: Family> {
     pub grid: [usize; 2],
     /// Steps from noise to image.
     pub steps: usize,
+    /// Of these, how many at the noisy end are left out; the tokens are those of an image with the noise that is left.
+    pub skip: usize,
     /// Guidance strength.
     pub guidance_scale: f32,
 }
@@ -41,7 +43,12 @@ pub struct Step<'a> {
 }
 
 impl<F: Family> Denoise<'_, F> {
-    /// Runs all steps from the noise `tokens`, `[batch, img_tokens, channels]`; `on_step` sees every one.
+    /// The noise level of the tokens that the first step gets.
+    pub fn first_sigma(&self, image_tokens: usize) -> f32 {
+        self.family.sigmas(self.steps, image_tokens)[self.skip]
+    }
+
+    /// Runs the steps from the noisy `tokens`, `[batch, img_tokens, channels]`; `on_step` sees every one.
     ///
     /// # Errors
     /// A block that is not resident and cannot be read.
@@ -53,7 +60,7 @@ impl<F: Family> Denoise<'_, F> {
         let [batch, image_tokens, _] = tokens.dims();
         let sigmas = self.family.sigmas(self.steps, image_tokens);
         let mut tokens = tokens;
-        for (index, pair) in sigmas.windows(2).enumerate() {
+        for (index, pair) in sigmas.windows(2).enumerate().skip(self.skip) {
             let velocity = |text: &F::Text| {
                 self.network.forward(F::input(
                     tokens.clone(),

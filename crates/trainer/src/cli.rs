@@ -44,9 +44,9 @@ pub enum Command {
         after_help = "Examples:\n  flux-lora check cats.toml\n  flux-lora train cats.toml --output runs/cats\n  flux-lora train cats.toml --output runs/cats --resume\n  flux-lora train cats.toml --set optimizer.learning_rate=2e-4 --json | jq .loss"
     )]
     Train(TrainArgs),
-    /// Make an image from a prompt, with adapters
+    /// Make images from prompts, with LoRAs
     #[command(
-        after_help = "Examples:\n  flux-lora sample --model /models/FLUX.1-dev --lora runs/cats/lora.safetensors=0.8 --prompt \"a cat\" --out cat.png\n  flux-lora sample --model black-forest-labs/FLUX.1-schnell --steps 4 --prompt \"a cat\" --out cat.png"
+        after_help = "Examples:\n  flux-lora sample --model /models/FLUX.1-dev --lora runs/cats/lora.safetensors=0.8 --prompt \"a cat\" --out cat.png\n  flux-lora sample --model black-forest-labs/FLUX.1-schnell --steps 4 --prompt \"a cat\" --out cat.png\n  flux-lora sample --model /models/FLUX.1-dev --lora cats.safetensors --compare --prompt \"a cat\" --prompt \"a dog\" --seed 1,2,3 --out grid.png"
     )]
     Sample(SampleArgs),
     /// Write a LoRA in another format
@@ -126,6 +126,9 @@ pub enum Command {
     /// Time what the benchmarks in the documentation time
     #[command(subcommand, hide = true)]
     Bench(BenchCommand),
+    /// Show what the bundled quickstart has learned: before-after.png, and two numbers
+    #[command(hide = true)]
+    Quickstart(QuickstartArgs),
     /// Fill a pipeline folder that has configurations but no weights with random weights
     #[command(hide = true)]
     RandomWeights {
@@ -238,20 +241,18 @@ pub struct SampleArgs {
     /// LoRA file, with an optional weight
     #[arg(long, value_name = "FILE[=WEIGHT]")]
     pub lora: Vec<String>,
-    /// What to show
-    #[arg(long)]
-    pub prompt: String,
+    /// What to show; given several times, a grid is made with a column for each
+    #[arg(long, required = true)]
+    pub prompt: Vec<String>,
     /// Reference picture, for FLUX.2 klein and FLUX.1 Kontext: the prompt says what to do with it. May be given several times
     #[arg(long, value_name = "FILE")]
     pub reference: Vec<PathBuf>,
-    /// Picture to paint in, for FLUX.1 Fill
-    #[arg(
-        long,
-        value_name = "FILE",
-        requires = "mask",
-        conflicts_with = "reference"
-    )]
+    /// Picture to start from; with --mask, for FLUX.1 Fill, to paint in
+    #[arg(long, value_name = "FILE", conflicts_with = "reference")]
     pub image: Option<PathBuf>,
+    /// How much of the picture to make anew, above 0 and at most 1 (default: 0.6)
+    #[arg(long, requires = "image", conflicts_with = "mask")]
+    pub strength: Option<f64>,
     /// Where to paint: what is white in this picture, which has the size of --image
     #[arg(long, value_name = "FILE", requires = "image")]
     pub mask: Option<PathBuf>,
@@ -267,16 +268,20 @@ pub struct SampleArgs {
     /// Width in pixels, likewise
     #[arg(long, requires = "height")]
     pub width: Option<usize>,
-    /// Seed of the starting noise
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
+    /// Seed of the starting noise; several, as in 1,2,3, make a row of the grid each
+    #[arg(long, value_delimiter = ',', default_value = "0")]
+    pub seed: Vec<u64>,
+    /// Show everything without the LoRAs too, in a row above
+    #[arg(long, requires = "lora")]
+    pub compare: bool,
     /// Longest prompt in tokens of the text encoder
     #[arg(long, default_value_t = 512)]
     pub max_sequence_length: usize,
-    /// Image file to write: .png, .jpg or .webp
+    /// Image file to write: .png, .jpg or .webp; of several images the grid, and each beside it as NAME-1.png, NAME-2.png ...,
+    /// row by row
     #[arg(long)]
     pub out: PathBuf,
-    /// Replace the image file if it exists
+    /// Replace image files that exist
     #[arg(long)]
     pub overwrite: bool,
     /// Device, as for train
@@ -285,6 +290,19 @@ pub struct SampleArgs {
     /// Never touch the network: a Hub repository must be in the cache
     #[arg(long)]
     pub offline: bool,
+}
+
+/// `flux-lora quickstart`
+#[derive(Debug, Args)]
+pub struct QuickstartArgs {
+    /// Finished run of the quickstart
+    pub run: PathBuf,
+    /// Folder of gallery.png, thumbnails of all drawings, and things.txt
+    #[arg(long)]
+    pub gallery: PathBuf,
+    /// Device, as for train
+    #[arg(long)]
+    pub device: Option<String>,
 }
 
 /// `flux-lora convert`

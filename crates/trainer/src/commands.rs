@@ -6,32 +6,23 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use anyhow::{Context, bail};
-use burn::module::Module;
+use anyhow::Context;
 use clap::CommandFactory;
-use flux_model::families::{self, Visitor};
-use flux_model::family::{Family, TextEncoders};
-use flux_model::lora::Component;
 use flux_model::pipeline::PipelineFolder;
 use serde_json::{Value, json};
 
-use crate::adapters::{self, AttachLoras};
-use crate::cli::{CheckArgs, Cli, Command, SampleArgs, TrainArgs, UsageError};
+use crate::cli::{CheckArgs, Cli, Command, TrainArgs, UsageError};
 use crate::config::{ConfigError, RunConfig};
 use crate::convert::{convert, load_loras, make_parent};
-use crate::dev::{bench, parity, random_weights};
+use crate::dev::{bench, parity, quickstart, random_weights};
 use crate::device::{self, BACKENDS, DeviceError};
-use crate::generate::{ImageSettings, decode, generate_latents};
-use crate::given::GivenPictures;
-use crate::image_file::ImagePlace;
-use crate::memory;
-use crate::models::open_pipeline;
 use crate::nearest::printable;
 use crate::output::Output;
 use crate::run::checkpoint::is_checkpoint_folder;
 use crate::run::resume::{Accepted, Resume};
+use crate::sample::sample;
 use crate::train::{Outcome, TrainOptions};
-use crate::{check, compare, export, hub, inspect, merge, progress, report};
+use crate::{check, compare, export, hub, inspect, merge, report};
 
 /// Runs one command.
 ///
@@ -94,6 +85,7 @@ pub fn run(command: Command, output: Output) -> anyhow::Result<ExitCode> {
         Command::Parity(args) => return parity::run(&args),
         Command::Devices => devices(),
         Command::Bench(command) => bench::run(&command)?,
+        Command::Quickstart(args) => print!("{}", quickstart::show(&args)?),
         Command::RandomWeights { folder, out, seed } => {
             random_weights::fill(&folder, &out, seed)?;
             println!("pipeline with random weights: {}", out.display());
@@ -234,101 +226,6 @@ fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
         signal_hook::flag::register(signal, stop.clone()).context("handle signals")?;
     }
     Ok(stop)
-}
-
-fn sample(args: &SampleArgs, output: Output) -> anyhow::Result<()> {
-    struct Sample<'a>(PipelineFolder, &'a SampleArgs, &'a ImagePlace, Output);
-    impl Visitor for Sample<'_> {
-        type Output = anyhow::Result<()>;
-        fn visit<F: Family>(self) -> Self::Output {
-            sample_family(&F::open(self.0)?, self.1, self.2, self.3)
-        }
-    }
-    let place = ImagePlace::new(&args.out, args.overwrite)?;
-    let transformer = args.transformer.as_deref();
-    let folder = open_pipeline(&args.model, transformer, None, args.offline)?;
-    families::of_folder(&folder.clone(), Sample(folder, args, &place, output))?
-}
-
-fn sample_family<F: Family>(
-    family: &F,
-    args: &SampleArgs,
-    place: &ImagePlace,
-    output: Output,
-) -> anyhow::Result<()> {
-    let named = device::open(args.device.as_deref().unwrap_or(device::default_name()))?;
-    let device = named.device.clone();
-    let smallest = family.pixel_step();
-    let usual = family.sampling();
-    let steps = args.steps.unwrap_or(usual.num_inference_steps);
-    let guidance = args.guidance.unwrap_or(usual.guidance_scale);
-    let given = GivenPictures::read(args, family)?;
-    let height = args.height.unwrap_or(given.size.height_px as usize);
-    let width = args.width.unwrap_or(given.size.width_px as usize);
-    if steps == 0 || height < smallest || width < smallest || args.max_sequence_length == 0 {
-        return Err(UsageError(format!(
-            "--steps must be at least 1, --height and --width at least {smallest}"
-        ))
-        .into());
-    }
-    let outline = family.outline(&device).context("open the transformer")?;
-    if let Some(problem) = family.problem(&outline) {
-        bail!("{problem}");
-    }
-    given.kinds().check(family, &outline)?;
-    drop(outline);
-    let loras = load_loras(&args.lora, family.folder())?;
-    let encoders = family
-        .text_encoders(&device)
-        .context("load the text encoders")?
-        .adapt(&AttachLoras(&loras))?;
-    let negative = family.negative_prompt(guidance);
-    let prompts: Vec<&str> = [args.prompt.as_str()].into_iter().chain(negative).collect();
-    let texts = encoders.encode(&prompts, args.max_sequence_length, &device)?;
-    drop(encoders);
-    let mut texts = texts.into_iter().map(|parts| F::text(parts, &device));
-    let text = texts.next().context("encode the prompt")?;
-    let negative = texts.next();
-    let size = [height, width].map(|side| side / smallest * smallest);
-    let condition = given.encode(family, size, &device)?;
-    let must_be_resident = adapters::changes_weights(Component::Transformer, &loras);
-    let base = memory::base_for_sampling(family, must_be_resident, &named)?;
-    let network = family
-        .network(base, &device)
-        .context("load the transformer")?;
-    let network = adapters::attach(network, Component::Transformer, &loras)?.no_grad();
-
-    let settings = ImageSettings {
-        height_px: height,
-        width_px: width,
-        num_inference_steps: steps,
-        guidance_scale: guidance,
-        seed: args.seed,
-    };
-    let bar = progress::bar("denoise", steps as u64);
-    let latents = generate_latents(
-        family,
-        &network,
-        &text,
-        negative.as_ref(),
-        &condition,
-        settings,
-        &device,
-        |_| bar.inc(1),
-    )?;
-    bar.finish_and_clear();
-    drop(network);
-    let autoencoder = family
-        .autoencoder(&device)
-        .context("load the autoencoder")?;
-    let image = decode::<F>(&autoencoder, latents);
-    place.write(&image)?;
-    let size = format!("{} x {}", image.width(), image.height());
-    output.result(
-        "image",
-        &[("image", json!(args.out)), ("size", json!(size))],
-    );
-    Ok(())
 }
 
 fn devices() {

@@ -24,6 +24,8 @@ pub(crate) struct GivenPictures {
     references: Vec<(RgbImage, Bucket)>,
     /// The picture to paint in, and where.
     masked: Option<(RgbImage, RgbImage)>,
+    /// The picture to start from.
+    start: Option<RgbImage>,
 }
 
 impl GivenPictures {
@@ -43,9 +45,10 @@ impl GivenPictures {
             };
             references.push((image, size));
         }
-        let masked = match (&args.image, &args.mask) {
-            (Some(image), Some(mask)) => Some((read(image)?, read(mask)?)),
-            _ => None,
+        let (masked, start) = match (&args.image, &args.mask) {
+            (Some(image), Some(mask)) => (Some((read(image)?, read(mask)?)), None),
+            (Some(image), None) => (None, Some(read(image)?)),
+            _ => (None, None),
         };
         if let Some((image, mask)) = &masked
             && image.dimensions() != mask.dimensions()
@@ -57,8 +60,9 @@ impl GivenPictures {
             ))
             .into());
         }
-        let size = match (&masked, references.first()) {
-            (Some((image, _)), _) => megapixel(image, family.pixel_step()),
+        let image = masked.as_ref().map(|(image, _)| image).or(start.as_ref());
+        let size = match (image, references.first()) {
+            (Some(image), _) => megapixel(image, family.pixel_step()),
             (None, Some((_, size))) => *size,
             (None, None) => Bucket {
                 width_px: USUAL_SIDE_PX,
@@ -69,6 +73,7 @@ impl GivenPictures {
             size,
             references,
             masked,
+            start,
         })
     }
 
@@ -79,6 +84,15 @@ impl GivenPictures {
             mask: self.masked.is_some(),
             mask_name: "--image and --mask",
         }
+    }
+
+    /// The picture to start from, cropped in the middle and resized to `size`, height and width in pixels.
+    pub(crate) fn start(&self, [height, width]: [usize; 2]) -> Option<RgbImage> {
+        let size = Bucket {
+            width_px: width as u32,
+            height_px: height as u32,
+        };
+        (self.start.as_ref()).map(|image| resize_and_crop(image, size))
     }
 
     /// What the network reads of them, for an image of `size`, height and width in pixels.

@@ -15,8 +15,9 @@
 //! | `fingerprint` | what exactness depends on |
 //! | `adapters` | LoRA files of any format onto the networks |
 //! | `merge`, `convert` | LoRAs into a pipeline on disk; a LoRA in another format |
-//! | `generate`, `previews` | text to image, and previews during training |
+//! | `generate`, `sample`, `previews` | text to image, on the command line and during training |
 //! | `condition`, `given` | pictures beside the prompt as the network reads them; those that `sample` is given |
+//! | `grid` | pictures in rows and columns, with texts |
 //! | `image_file` | the place of an image, tried before the work |
 //! | `models`, `hub/` | models by name; repositories of the Hugging Face Hub, downloaded once |
 //! | `inspect` | what a file or folder is |
@@ -46,6 +47,7 @@ mod export;
 pub mod fingerprint;
 pub mod generate;
 mod given;
+pub mod grid;
 pub mod hub;
 mod image_file;
 pub mod inspect;
@@ -60,5 +62,6 @@ pub mod previews;
 pub mod progress;
 mod report;
 pub mod run;
+mod sample;
 mod step;
 pub mod train;

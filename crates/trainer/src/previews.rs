@@ -117,6 +117,7 @@ impl<'a, F: Family> Previews<'a, F> {
                     num_inference_steps: section.num_inference_steps,
                     guidance_scale: section.guidance_scale as f32,
                     seed: section.seed.wrapping_add(index as u64),
+                    start: None,
                 };
                 let condition =
                     condition(self.family, std::slice::from_ref(beside), &device.device)?;

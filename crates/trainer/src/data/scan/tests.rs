@@ -242,6 +242,17 @@ fn what_is_not_used_is_counted_and_named() {
     );
 }
 
+#[test]
+fn what_says_where_pictures_come_from_is_passed_over() {
+    let png = png();
+    let about = ["README.md", "SOURCES.md", "LICENSE", "deep/Notice.md"];
+    let mut files: Vec<(&str, &[u8])> = about.map(|name| (name, &b"x"[..])).to_vec();
+    files.extend([("a.png", &png[..]), ("a.txt", b"a")]);
+    let scan = scan(&section(&folder(&files))).expect("a dataset");
+    assert_eq!(scan.warnings, [""; 0]);
+    assert_eq!(names(&scan.samples), ["a.png"]);
+}
+
 /// A run with a preview, as it lies in a folder.
 fn run_in(folder: &Path, marks: &[(&str, &[u8])]) {
     let png = png();

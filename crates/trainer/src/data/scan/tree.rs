@@ -27,6 +27,17 @@ const LITTER: [&str; 8] = [
     "$recycle.bin",
     "system volume information",
 ];
+/// Files that say what a folder is, where it comes from and what may be done with it; never captions.
+const ABOUT: [&str; 8] = [
+    "readme.md",
+    "sources.md",
+    "license.md",
+    "licence.md",
+    "notice.md",
+    "license",
+    "licence",
+    "notice",
+];
 /// Captions without image that pass for notes; more of them, and more than a tenth of the images, are lost pairs.
 const FEW_NOTES: usize = 3;
 
@@ -101,6 +112,8 @@ impl<'a> Tree<'a> {
                 self.other_images.push(format!("{prefix}{name}"));
             } else if extension.eq_ignore_ascii_case(self.caption_extension) {
                 captions.push(name);
+            } else if ABOUT.contains(&name.to_lowercase().as_str()) {
+                continue;
             } else if !is_run && own.as_ref().is_none_or(|own| own.path != inner) {
                 self.others.push(format!("{prefix}{name}"));
             }

@@ -192,6 +192,7 @@ pub(super) fn pipeline(case: &Case, device: &Device) -> anyhow::Result<Report> {
         condition: &condition,
         grid: [rows, columns],
         steps,
+        skip: 0,
         guidance_scale,
     };
     let latents = denoise.run(latents, |step| {

@@ -71,6 +71,7 @@ pub(super) fn compute(case: &Case, device: &Device) -> anyhow::Result<Report> {
         condition: &condition,
         grid: [height, width],
         steps,
+        skip: 0,
         guidance_scale: match network.reads_guidance() {
             true => case.f64("/call/guidance_scale")? as f32,
             false => 0.0,
