@@ -204,6 +204,8 @@ fn every_default_is_written_out() {
             let optional = [
                 "transformer",
                 "vae",
+                "reference",
+                "mask",
                 "target_modules", // the family's
                 "exclude_modules",
                 "rank_pattern",
