@@ -60,6 +60,23 @@ fn check_tells_what_train_would_do_and_writes_nothing() {
     );
     assert!(!bench.path("runs").exists(), "nothing is written");
 
+    for name in ["memory (estimate)", "a card of 8 GB", "time (estimate)"] {
+        let value = report[name]
+            .as_str()
+            .unwrap_or_else(|| panic!("{name}: {report}"));
+        assert!(
+            value.contains("about") || value.contains("at least"),
+            "{value}"
+        );
+    }
+    assert!(
+        report["a card of 8 GB"]
+            .as_str()
+            .unwrap()
+            .starts_with("fits"),
+        "{report}"
+    );
+
     // What it counts is what train counts.
     let trained = bench.train("run", "flex", &["--json"]);
     let log = text(&trained.stdout);

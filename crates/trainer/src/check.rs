@@ -21,12 +21,24 @@ use crate::data::bucket::{Bucket, buckets, nearest_bucket};
 use crate::data::degradation::{cropped_and_enlarged, cut_texts};
 use crate::data::scan::{Sample, Scan, scan};
 use crate::device::{self, NamedDevice};
+use crate::estimate::{self, device_speed, step_operations};
+use crate::memory::{self, MemoryPlan};
 use crate::nearest::sentence;
 use crate::previews::prompts_of;
 use crate::run::folder::RunDir;
 use crate::run::resume::{Resume, find_checkpoint};
 use crate::run::space;
-use crate::train::{check_new, check_start, pipeline, refuse_distilled};
+use crate::train::{check_new, check_start, pipeline, refuse_distilled, trained};
+
+/// Memory of cards that people have, in bytes.
+const CARDS: [(&str, u64); 4] = [
+    ("a card of 8 GB", 8 << 30),
+    ("a card of 12 GB", 12 << 30),
+    ("a card of 16 GB", 16 << 30),
+    ("a card of 24 GB", 24 << 30),
+];
+/// Percent of a card's memory that a run may take: the screen and the driver take the rest.
+const CARD_SHARE: u64 = 92;
 
 /// What was found: a table, and what would keep `train` from starting.
 #[derive(Debug, Default)]
@@ -116,6 +128,7 @@ fn check_family<F: Family>(
         if report.take(started).is_some() {
             adapter(&mut report, config, &outline)?;
             disk(&mut report, config, family, &run, &samples, &outline)?;
+            cost(&mut report, config, family, &outline, device)?;
         }
         if config.lora.peft_type == PeftType::Lora {
             let formats = formats(outline, &config.lora.config());
@@ -232,6 +245,55 @@ fn adapter<N: Network>(report: &mut Report, config: &RunConfig, outline: &N) -> 
             "{:.3} million, {} as a file",
             trainable as f64 / 1e6,
             space::shown(4 * trainable as u64)
+        ),
+    );
+    Ok(())
+}
+
+/// Memory and time, estimated.
+fn cost<F: Family>(
+    report: &mut Report,
+    config: &RunConfig,
+    family: &F,
+    outline: &F::Network,
+    device: &NamedDevice,
+) -> anyhow::Result<()> {
+    let count = trained(outline, config)?;
+    let Some(plan) = report.take(memory::plan(config, family, count, device)) else {
+        return Ok(());
+    };
+    let need = memory::need(config, family, count, device)?;
+    let blocks = need.sizes.blocks.len();
+    let shown = |plan: &MemoryPlan| {
+        format!(
+            "about {}, base {}, {} of {blocks} blocks computed again",
+            memory::gib(need.estimate(plan.base.is_streamed, plan.recomputed)),
+            if plan.base.is_streamed {
+                "streamed"
+            } else {
+                "resident"
+            },
+            plan.recomputed
+        )
+    };
+    report.row("memory (estimate)", shown(&plan));
+    for (name, gigabytes) in CARDS {
+        let limit = gigabytes * CARD_SHARE / 100;
+        let plan = need.plan(config, Some(limit), true);
+        let fits = need.estimate(plan.base.is_streamed, plan.recomputed) <= limit;
+        let fits = if fits { "fits" } else { "does not fit" };
+        report.row(name, format!("{fits}: {}", shown(&plan)));
+    }
+    let recomputed = plan.recomputed as f64 / blocks.max(1) as f64;
+    let operations = step_operations(config, family, outline, recomputed)?;
+    let seconds = operations / device_speed(&device.device);
+    report.row(
+        "time (estimate)",
+        format!(
+            "at least {} a step, {} in all, by how fast {} multiplies just now",
+            estimate::shown(seconds),
+            estimate::shown(seconds * config.train.steps as f64),
+            device.name
         ),
     );
     Ok(())

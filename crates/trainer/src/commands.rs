@@ -19,6 +19,7 @@ use crate::device::{self, BACKENDS, DeviceError};
 use crate::nearest::printable;
 use crate::output::Output;
 use crate::run::checkpoint::is_checkpoint_folder;
+use crate::run::folder::RunDir;
 use crate::run::resume::{Accepted, Resume};
 use crate::sample::sample;
 use crate::train::{Outcome, TrainOptions};
@@ -78,7 +79,7 @@ pub fn run(command: Command, output: Output) -> anyhow::Result<ExitCode> {
             output.result("report", &[("report", json!(out))]);
         }
         Command::Watch { run, port } => {
-            let server = report::watch::Server::bind(report::open_run(&run)?, port)?;
+            let server = report::watch::Server::bind(RunDir::open(&run)?, port)?;
             output.result("watch", &[("watch", json!(server.address()))]);
             server.serve();
         }

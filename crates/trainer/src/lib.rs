@@ -5,7 +5,7 @@
 //! | file | idea |
 //! |---|---|
 //! | `cli`, `commands` | the command line; one function a command |
-//! | `check` | what can be known of a run before it starts |
+//! | `check`, `estimate` | what can be known of a run before it starts; how long a step will take |
 //! | `config`, `nearest` | the run configuration, strictly read |
 //! | `data/` | images and captions, their sizes, every sample encoded once, micro-batches as a function of the step |
 //! | `loss`, `backward` | noise levels and loss weights; loss and gradients, block by block |
@@ -43,6 +43,7 @@ mod convert;
 pub mod data;
 pub mod dev;
 pub mod device;
+mod estimate;
 mod export;
 pub mod fingerprint;
 pub mod generate;

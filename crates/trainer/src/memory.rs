@@ -67,7 +67,12 @@ impl Need {
     }
 
     /// Decides what the configuration leaves to "auto". `limit` is what there is, where that is known.
-    fn plan(&self, config: &RunConfig, limit: Option<u64>, can_stream: bool) -> MemoryPlan {
+    pub(crate) fn plan(
+        &self,
+        config: &RunConfig,
+        limit: Option<u64>,
+        can_stream: bool,
+    ) -> MemoryPlan {
         let memory = &config.memory;
         let blocks = self.sizes.blocks.len();
         let fits = |estimate: u64| limit.is_none_or(|limit| estimate <= limit);
@@ -96,6 +101,26 @@ impl Need {
     }
 }
 
+/// What a run needs.
+///
+/// # Errors
+/// Headers that cannot be read.
+pub fn need<F: Family>(
+    config: &RunConfig,
+    family: &F,
+    trained: usize,
+    device: &NamedDevice,
+) -> anyhow::Result<Need> {
+    let side = config.dataset.resolution as usize;
+    let [_, height, width] = family.latent_shape(side, side);
+    let tokens = F::image_tokens([height, width]) + config.dataset.max_sequence_length;
+    Ok(Need {
+        sizes: family.sizes(config.model.base_dtype, &device.device)?,
+        tokens: (config.train.batch_size * tokens) as u64,
+        trained: trained as u64,
+    })
+}
+
 /// Decides where the base weights are and what is computed again, and says what that will take.
 ///
 /// # Errors
@@ -106,14 +131,7 @@ pub fn plan<F: Family>(
     trained: usize,
     device: &NamedDevice,
 ) -> anyhow::Result<MemoryPlan> {
-    let side = config.dataset.resolution as usize;
-    let [_, height, width] = family.latent_shape(side, side);
-    let tokens = F::image_tokens([height, width]) + config.dataset.max_sequence_length;
-    let need = Need {
-        sizes: family.sizes(config.model.base_dtype, &device.device)?,
-        tokens: (config.train.batch_size * tokens) as u64,
-        trained: trained as u64,
-    };
+    let need = need(config, family, trained, device)?;
     let limit = config.memory.limit.map(|limit| limit.0);
     let limit = limit.or_else(|| available().filter(|_| device.is_cpu()));
     let plan = need.plan(config, limit, device.keeps_views());

@@ -398,7 +398,7 @@ pub(crate) fn check_start<F: Family>(
 }
 
 /// How many numbers the adapter trains, by the layers it is for.
-fn trained<N: Network>(outline: &N, config: &RunConfig) -> anyhow::Result<usize> {
+pub(crate) fn trained<N: Network>(outline: &N, config: &RunConfig) -> anyhow::Result<usize> {
     let lora = config.lora.config();
     let layers =
         targeted(outline, &lora).map_err(|error| explain_targets(error, &lora.target_modules))?;

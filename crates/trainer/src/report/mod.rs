@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Cursor;
+use std::io::{Cursor, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -45,7 +45,7 @@ pub(crate) struct Sample {
 /// The run folder at `path`.
 ///
 /// # Errors
-/// A folder that is no run's.
+/// A folder that is no run's, or of one that has not come to its first step.
 pub(crate) fn open_run(path: &Path) -> anyhow::Result<RunDir> {
     let run = RunDir::open(path)?;
     if !run.config_path().is_file() {
@@ -108,8 +108,16 @@ fn to_jpeg(bytes: &[u8]) -> anyhow::Result<Vec<u8>> {
 /// A configuration that cannot be read.
 pub(crate) fn data(run: &RunDir) -> anyhow::Result<Value> {
     let path = run.config_path();
-    let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-    let config = RunConfig::from_toml(&text, &path, &[])?;
+    // Written after the data is encoded.
+    let text = match fs::read_to_string(&path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
+        text => text.with_context(|| format!("read {}", path.display()))?,
+    };
+    let config = match text.is_empty() {
+        true => None,
+        false => Some(RunConfig::from_toml(&text, &path, &[])?),
+    };
+    let total = config.as_ref().map_or(0, |config| config.train.steps);
     let state = run
         .checkpoints()?
         .iter()
@@ -119,12 +127,16 @@ pub(crate) fn data(run: &RunDir) -> anyhow::Result<Value> {
     let steps = series.get("step").into_iter().flatten();
     let step = steps.filter_map(Value::as_u64).max().unwrap_or(0);
     let status = match (run.lora_path().is_file(), run.is_locked()) {
+        (_, true) if config.is_none() => "preparing",
         (_, true) => "running",
-        (true, false) if step >= config.train.steps => "finished",
+        (true, false) if step >= total => "finished",
         _ => "stopped",
     };
     let name = fs::canonicalize(run.path()).unwrap_or_else(|_| run.path().into());
-    let base = config.model.path.file_name().unwrap_or_default();
+    let base = config
+        .as_ref()
+        .and_then(|config| config.model.path.file_name());
+    let base = base.unwrap_or_default();
     let starts = timings.iter().filter(|timing| timing.started_on.is_some());
     Ok(json!({
         "name": name.file_name().unwrap_or_default().to_string_lossy(),
@@ -134,7 +146,7 @@ pub(crate) fn data(run: &RunDir) -> anyhow::Result<Value> {
         "live": false,
         "status": status,
         "step": step,
-        "steps": config.train.steps,
+        "steps": total,
         "series": series,
         "starts": starts.collect::<Vec<_>>(),
         "events": state.as_ref().map_or(&[][..], |state| &state.events),

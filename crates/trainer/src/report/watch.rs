@@ -13,7 +13,7 @@ use lora_core::files::digest::sha256_hex;
 use lora_core::files::strict_json::read_file;
 use serde_json::{Value, json};
 
-use super::{MAX_PICTURE, data, parse_sample, served_samples, with_data};
+use super::{MAX_PICTURE, data, open_run, parse_sample, served_samples, with_data};
 use crate::run::folder::RunDir;
 
 /// The port that is tried where none is asked for.
@@ -31,11 +31,14 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Listens on `port`; where none is asked for on [`PORT`], or any that is free.
+    /// Listens on `port`; where none is asked for on [`PORT`], or any that is free. A run that is still preparing is shown as that.
     ///
     /// # Errors
-    /// A port that is taken.
+    /// A folder that is no run's, a port that is taken.
     pub(crate) fn bind(run: RunDir, port: Option<u16>) -> anyhow::Result<Self> {
+        if !run.is_locked() {
+            open_run(run.path())?;
+        }
         let bind = |port| TcpListener::bind((Ipv4Addr::LOCALHOST, port));
         let listener = match port {
             Some(port) => bind(port).with_context(|| format!("listen on port {port}"))?,

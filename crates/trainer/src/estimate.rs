@@ -1,0 +1,110 @@
+//! How long a step will take, from what the layers compute and how fast this device multiplies: an estimate, and a low one,
+//! since it counts the linear layers and attention alone.
+
+use std::time::{Duration, Instant};
+
+use burn::tensor::{Device, Tensor};
+use flux_model::family::Family;
+use lora_core::attach::targeted;
+use lora_core::peft::Targets;
+use lora_core::training::recompute::Blocks;
+use lora_core::{LoraConfig, LoraError};
+
+use crate::config::RunConfig;
+
+/// How long the device is measured.
+const MEASURED: Duration = Duration::from_millis(300);
+/// Rows and columns of what is multiplied.
+const SIZE: usize = 1024;
+/// Floating-point operations of one optimizer step; `recomputed` is the share of the blocks that are computed again. Forward and
+/// backward pass are of one size: the base weights have no gradient.
+///
+/// # Errors
+/// A network without linear layers.
+pub(crate) fn step_operations<F: Family>(
+    config: &RunConfig,
+    family: &F,
+    outline: &F::Network,
+    recomputed: f64,
+) -> Result<f64, LoraError> {
+    let side = config.dataset.resolution as usize;
+    let [_, height, width] = family.latent_shape(side, side);
+    let image = F::image_tokens([height, width]) as f64;
+    let text = config.dataset.max_sequence_length as f64;
+    let all = LoraConfig {
+        r: 1,
+        target_modules: Targets::Pattern("all-linear".into()),
+        ..LoraConfig::default()
+    };
+    let layers = targeted(outline, &all)?;
+    let mut forward = 0.0;
+    for (path, [inputs, outputs]) in &layers {
+        let tokens = match path.as_str() {
+            // Once an image, whatever its size.
+            path if path.contains("norm")
+                || path.contains("time")
+                || path.contains("modulation") =>
+            {
+                1.0
+            }
+            path if path.contains("context") || path.contains("add_") => text,
+            path if path.starts_with("single_") => text + image,
+            _ => image,
+        };
+        forward += 2.0 * (inputs * outputs) as f64 * tokens;
+    }
+    let query = layers.iter().find(|(path, _)| path.ends_with("attn.to_q"));
+    let width = query.map_or(0, |(_, [_, outputs])| *outputs) as f64;
+    let blocks = outline.count() as f64;
+    forward += blocks * 4.0 * (text + image).powi(2) * width;
+    let train = &config.train;
+    let pictures = (train.batch_size * train.gradient_accumulation_steps) as f64;
+    Ok(forward * (2.0 + recomputed) * pictures)
+}
+
+/// Floating-point operations a second of a matrix product on `device`, measured.
+pub(crate) fn device_speed(device: &Device) -> f64 {
+    let a = Tensor::<2>::ones([SIZE, SIZE], device);
+    let product = || {
+        a.clone()
+            .matmul(a.clone())
+            .slice([0..1, 0..1])
+            .into_scalar::<f32>()
+    };
+    product(); // the first call of a device compiles, or wakes threads
+    let (started, mut count) = (Instant::now(), 0);
+    while started.elapsed() < MEASURED {
+        product();
+        count += 1;
+    }
+    2.0 * (SIZE as f64).powi(3) * f64::from(count) / started.elapsed().as_secs_f64()
+}
+
+/// Seconds for people.
+pub(crate) fn shown(seconds: f64) -> String {
+    match seconds {
+        s if s < 1.0 => format!("{s:.2} s"),
+        s if s < 120.0 => format!("{s:.1} s"),
+        s if s < 7200.0 => format!("{:.0} min", s / 60.0),
+        s if s < 172_800.0 => format!("{:.1} h", s / 3600.0),
+        s => format!("{:.1} days", s / 86_400.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_shown_in_units_people_think_in() {
+        let shown: Vec<String> = [0.04, 5.0, 600.0, 36_000.0, 864_000.0].map(shown).into();
+        assert_eq!(shown, ["0.04 s", "5.0 s", "10 min", "10.0 h", "10.0 days"]);
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn a_device_does_something_in_a_second() {
+        let speed = device_speed(&Device::flex());
+        assert!((1e8..1e16).contains(&speed), "{speed:.2e}");
+    }
+}
