@@ -226,3 +226,41 @@ fn a_place_for_an_image_is_tried_before_the_work() {
         assert!(fs::read(bench.path(name)).unwrap().starts_with(magic));
     }
 }
+
+/// Every preset trains a step of a tiny model of its family.
+#[test]
+fn every_preset_trains() {
+    let bench = Workbench::new();
+    let parity = root().join("tests/fixtures/parity");
+    let small = [
+        "dataset.resolution=64",
+        "dataset.bucket_step=16",
+        "dataset.max_sequence_length=16",
+        "lora.r=4",
+        "train.steps=1",
+    ];
+    let folder = root().join("presets").read_dir().unwrap();
+    let mut count = 0;
+    for preset in folder.map(|file| file.unwrap().path()) {
+        let name = preset.file_stem().unwrap().to_str().unwrap();
+        let model = match name.starts_with("klein") {
+            true => "flux2_pipeline_distilled/model",
+            false => "pipeline_dev/model",
+        };
+        let text = format!(
+            "[model]\npath = \"{}\"\n[dataset]\npath = \"data\"\n",
+            parity.join(model).display()
+        );
+        fs::write(bench.path("run.toml"), text).unwrap();
+        let mut args = vec!["--preset", name, "--yes-distilled"];
+        args.extend(small.iter().flat_map(|set| ["--set", set]));
+        bench.train_ok(name, "flex", &args);
+        let config = fs::read_to_string(bench.path(name).join("config.toml")).unwrap();
+        assert!(
+            config.contains("timestep_sampling = \"sigmoid\""),
+            "{name}: {config}"
+        );
+        count += 1;
+    }
+    assert!(count > 0);
+}

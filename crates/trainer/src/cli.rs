@@ -2,8 +2,10 @@
 
 use std::path::PathBuf;
 
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::config::preset;
 use crate::output::Output;
 
 /// Fine-tune FLUX image models with LoRA; a stopped run resumes to the same bits.
@@ -153,6 +155,9 @@ pub struct UsageError(pub String);
 pub struct TrainArgs {
     /// Run configuration (TOML)
     pub config: PathBuf,
+    /// Begin from a run preset: the configuration counts before it, and needs the paths alone
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(preset::names()))]
+    pub preset: Option<String>,
     /// Device: flex, ndarray, wgpu, cuda; with an index as in cuda:1 (default: the first this binary contains)
     #[arg(long)]
     pub device: Option<String>,
@@ -190,6 +195,9 @@ pub struct TrainArgs {
 pub struct CheckArgs {
     /// Run configuration (TOML)
     pub config: PathBuf,
+    /// Run preset, as for train
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(preset::names()))]
+    pub preset: Option<String>,
     /// Device, as for train
     #[arg(long)]
     pub device: Option<String>,

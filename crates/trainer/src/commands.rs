@@ -106,7 +106,7 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
 fn train(args: TrainArgs, say: Output) -> anyhow::Result<()> {
     let mut overrides = args.set.clone();
     overrides.extend(args.steps.map(|steps| format!("train.steps={steps}")));
-    let config = RunConfig::load(&args.config, &overrides)?;
+    let config = RunConfig::load_on(args.preset.as_deref(), &args.config, &overrides)?;
     let mut output = run_folder(args.output, &args.config);
     let resume = match args.resume {
         None => Resume::No,
@@ -196,7 +196,7 @@ fn run_folder(output: Option<PathBuf>, config: &Path) -> PathBuf {
 }
 
 fn check_run(args: &CheckArgs, say: Output) -> anyhow::Result<ExitCode> {
-    let config = RunConfig::load(&args.config, &args.set)?;
+    let config = RunConfig::load_on(args.preset.as_deref(), &args.config, &args.set)?;
     let output = run_folder(args.output.clone(), &args.config);
     let device = args.device.as_deref().unwrap_or(device::default_name());
     let report = check::check(&config, &output, device, args.offline)?;

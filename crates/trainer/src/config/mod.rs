@@ -1,7 +1,7 @@
 //! The run configuration: one TOML file, read strictly, kept with the run.
 //!
 //! Every section is a plain struct, and its `Default` is the only place where defaults live. [`RunConfig::load`] reads the
-//! file, applies `--set section.key=value`, checks the rules that types cannot hold and makes paths absolute. Each mistake
+//! file, on a preset if one is named, applies `--set section.key=value`, checks the rules that types cannot hold and makes paths absolute. Each mistake
 //! is one line that names the key and where it was written. The known keys are read from the structs themselves
 //! (`read::fields_of`), so there is no second list to keep in step.
 
@@ -22,8 +22,8 @@ use toml::Table;
 pub use self::memory::{BasePlace, Bytes, MemorySection, Recompute};
 pub use self::optimizer::OptimizerSection;
 use self::read::{
-    Origins, absolute, check_keys, check_optimizer, deserialize_error, insert, move_recompute,
-    parse, parse_override, set_error, value_error,
+    Origins, absolute, check_keys, check_optimizer, deserialize_error, insert, lay_over,
+    move_recompute, parse, parse_override, set_error, value_error,
 };
 use self::rules::Invalid;
 use crate::hub::HubId;
@@ -32,6 +32,7 @@ use crate::nearest::{one_line, shown};
 mod memory;
 mod number_or;
 mod optimizer;
+pub mod preset;
 mod read;
 mod rules;
 #[cfg(test)]
@@ -717,6 +718,14 @@ pub enum ConfigError {
         /// The known key that is spelled most like it.
         nearest: String,
     },
+    /// A preset that does not exist.
+    #[error("there is no preset `{name}`; there are: {known}")]
+    Preset {
+        /// As given.
+        name: String,
+        /// Those that do.
+        known: String,
+    },
     /// A key with a value it cannot have.
     #[error("`{key}`{place}: {problem}")]
     Value {
@@ -749,6 +758,15 @@ impl RunConfig {
     /// An override means the same as that line in the file: its value is read as TOML or, where that fails, as a bare
     /// string, and relative paths start at the file's folder either way. The returned paths are absolute.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
+        Self::load_on(None, path, overrides)
+    }
+
+    /// The same on a preset, whose values count where the file has none.
+    pub fn load_on(
+        preset: Option<&str>,
+        path: &Path,
+        overrides: &[String],
+    ) -> Result<Self, ConfigError> {
         let cannot_read = |source| ConfigError::Read {
             path: path.to_path_buf(),
             source,
@@ -766,7 +784,7 @@ impl RunConfig {
             _ => not_text("it is not UTF-8 text"),
         })?;
 
-        let mut config = Self::from_toml(&text, path, overrides)?;
+        let mut config = Self::from_toml_on(preset, &text, path, overrides)?;
         let folder = match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
@@ -788,8 +806,24 @@ impl RunConfig {
 
     /// Reads a configuration from text; `file` only names it in errors, and paths stay as written.
     pub fn from_toml(text: &str, file: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
-        let mut table = parse(text, file)?;
+        Self::from_toml_on(None, text, file, overrides)
+    }
+
+    fn from_toml_on(
+        preset: Option<&str>,
+        text: &str,
+        file: &Path,
+        overrides: &[String],
+    ) -> Result<Self, ConfigError> {
+        let mut own = parse(text, file)?;
+        move_recompute(&mut own);
         let mut origins = Origins::new(text, file);
+        let mut table = Table::new();
+        if let Some(name) = preset {
+            table = parse(preset::text(name)?, Path::new(name))?;
+            origins.preset = Some((name, table.clone()));
+        }
+        lay_over(&mut table, own);
         for text in overrides {
             let (keys, value) = parse_override(text)?;
             origins.set.insert(keys[..2].join("."));

@@ -18,6 +18,8 @@ pub(super) struct Origins<'a> {
     lines: BTreeMap<String, usize>,
     /// Each `section.key` that was given by `--set`.
     pub(super) set: BTreeSet<String>,
+    /// The preset that the file lies on.
+    pub(super) preset: Option<(&'a str, Table)>,
 }
 
 impl<'a> Origins<'a> {
@@ -41,6 +43,7 @@ impl<'a> Origins<'a> {
             file,
             lines,
             set: BTreeSet::new(),
+            preset: None,
         }
     }
 
@@ -49,9 +52,28 @@ impl<'a> Origins<'a> {
         if self.set.contains(key) {
             return " in --set".into();
         }
-        match self.lines.get(key) {
-            Some(line) => format!(" in {}:{line}", shown(self.file)),
-            None => format!(" in {}", shown(self.file)),
+        match (self.lines.get(key), self.in_preset(key)) {
+            (Some(line), _) => format!(" in {}:{line}", shown(self.file)),
+            (None, Some(preset)) => format!(" in the preset {preset}"),
+            (None, None) => format!(" in {}", shown(self.file)),
+        }
+    }
+
+    fn in_preset(&self, key: &str) -> Option<&str> {
+        let (name, table) = self.preset.as_ref()?;
+        let (section, key) = key.split_once('.')?;
+        table.get(section)?.get(key).map(|_| *name)
+    }
+}
+
+/// Puts every value of `own` in place of that in `table`, key by key within sections.
+pub(super) fn lay_over(table: &mut Table, own: Table) {
+    for (name, value) in own {
+        match (table.get_mut(&name), value) {
+            (Some(Value::Table(section)), Value::Table(keys)) => section.extend(keys),
+            (_, value) => {
+                table.insert(name, value);
+            }
         }
     }
 }
