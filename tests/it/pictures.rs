@@ -117,6 +117,24 @@ fn trains_and_resumes(name: &str, key: &str, folder: &str) {
             .collect();
         bench.train_ok(run, "flex", &args);
     };
+    let mut check = Command::new(program());
+    check
+        .arg("check")
+        .arg(bench.path("run.toml"))
+        .args(&settings);
+    check
+        .args(["--device", "flex", "--output"])
+        .arg(bench.path("straight"));
+    let checked = check.output().unwrap();
+    let text = String::from_utf8_lossy(&checked.stdout);
+    assert_eq!(checked.status.code(), Some(0), "{text}");
+    let counted = if key == "reference" {
+        "references"
+    } else {
+        "masks"
+    };
+    assert!(text.contains(counted), "{text}");
+
     train("straight", &[]);
     let expected = bench.result("straight");
     assert_eq!(expected.metrics.lines().count(), 6);

@@ -18,7 +18,7 @@ use flux_lora::{
 };
 #[cfg(feature = "ndarray")]
 use flux_lora_tests::last_checkpoint;
-use flux_lora_tests::{RunResult, Workbench, checkpoints};
+use flux_lora_tests::{RunResult, Workbench, checkpoints, root};
 #[cfg(feature = "ndarray")]
 use flux_model::{family::Family, flux1::Flux1, weights::Base};
 use lora_core::files::safetensors::TensorFile;
@@ -234,6 +234,13 @@ fn kills_change_nothing(device: &str, kills: usize, settings: &[&str], own: &[&s
 #[test]
 fn twenty_kills_change_nothing_on_flex() {
     kills_change_nothing("flex", 20, &[], &[]);
+}
+
+#[test]
+fn five_kills_change_nothing_on_klein() {
+    let model = root().join("tests/fixtures/parity/flux2_pipeline_distilled/model");
+    let model = format!("--set=model.path={}", model.display());
+    kills_change_nothing("flex", 5, &[&model, "--yes-distilled"], &[]);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
     python load_in_diffusers.py MODEL_DIR LORA_FILE OUT[.safetensors] [--seed 95]
 
-MODEL_DIR is a pipeline folder, LORA_FILE anything FluxPipeline.load_lora_weights reads. Writes
+MODEL_DIR is a pipeline folder of FLUX.1 or FLUX.2 klein, LORA_FILE anything its load_lora_weights reads. Writes
 
     OUT/                 a case of kind `lora_forward`: `flux-lora parity OUT` compares our output with diffusers'
     OUT.safetensors      (only when asked for by that name) the inputs, `base` and `sample` in one file
@@ -21,7 +21,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline, Flux2KleinPipeline
 from safetensors import safe_open
 
 from common import (
@@ -31,6 +31,7 @@ from common import (
     diffusers,
     double,
     f32_against_f64,
+    generator,
     load_file,
     relative,
     run_transformer,
@@ -125,7 +126,20 @@ def fused(pipeline, inputs):
 
 
 def open_pipeline(model_dir):
-    return FluxPipeline.from_pretrained(str(model_dir), torch_dtype=torch.float32)
+    return DiffusionPipeline.from_pretrained(str(model_dir), torch_dtype=torch.float32)
+
+
+def klein_inputs(config, seed, rows, cols, text_len, batch=2):
+    g = generator(seed)
+    tokens = torch.randn(batch, rows * cols, config.in_channels, generator=g)
+    text = torch.randn(batch, text_len, config.joint_attention_dim, generator=g)
+    return {
+        "hidden_states": tokens,
+        "encoder_hidden_states": text,
+        "timestep": torch.rand(batch, generator=g) * 0.9 + 0.05,
+        "img_ids": Flux2KleinPipeline._prepare_latent_ids(torch.zeros(1, 1, rows, cols))[0].float(),
+        "txt_ids": Flux2KleinPipeline._prepare_text_ids(text)[0].float(),
+    }
 
 
 def main(model_dir, lora_file, out, seed=95):
@@ -135,7 +149,8 @@ def main(model_dir, lora_file, out, seed=95):
 
     pipeline = open_pipeline(model_dir)
     transformer = pipeline.transformer.eval()
-    inputs = transformer_inputs(transformer.config, seed, rows=3, cols=5, text_len=6)
+    is_klein = isinstance(pipeline, Flux2KleinPipeline)
+    inputs = (klein_inputs if is_klein else transformer_inputs)(transformer.config, seed, rows=3, cols=5, text_len=6)
     with torch.no_grad():
         untouched = run_transformer(transformer, inputs)
     load_strictly(pipeline, lora_file)
@@ -168,7 +183,8 @@ def main(model_dir, lora_file, out, seed=95):
         {"rel": 1e-4, "rel_if_sinusoid_is_bit_equal": 1e-5, **report, "metric": METRIC},
         inputs,
         expected,
-        model={"path": os.path.relpath(model_dir / "transformer", folder), "class": "FluxTransformer2DModel"},
+        model={"path": os.path.relpath(model_dir / "transformer", folder), "class": type(transformer).__name__},
+        **({"family": "flux2"} if is_klein else {}),
         lora={"default": describe_adapter(config, "lora.safetensors")},
         weight_sets={"sample": {"default": 1.0}, "sample_0.6": {"default": 0.6}},
         checks={"loading": checked, "rel_change_from_base": {"sample": round(change, 4)}},

@@ -128,7 +128,7 @@ fn check_family<F: Family>(
         if report.take(started).is_some() {
             adapter(&mut report, config, &outline)?;
             disk(&mut report, config, family, &run, &samples, &outline)?;
-            cost(&mut report, config, family, &outline, device)?;
+            cost(&mut report, config, family, &samples, &outline, device)?;
         }
         if config.lora.peft_type == PeftType::Lora {
             let formats = formats(outline, &config.lora.config());
@@ -178,11 +178,24 @@ fn data<F: Family>(report: &mut Report, config: &RunConfig, family: &F, samples:
 
     let all = buckets(config.dataset.resolution, config.dataset.bucket_step);
     let mut sizes: BTreeMap<Bucket, usize> = BTreeMap::new();
+    // what shares a batch has references of the same sizes too
+    let mut alike: BTreeMap<(Bucket, Vec<Bucket>), usize> = BTreeMap::new();
     let mut cropped = 0.0;
     for sample in samples {
         let bucket = nearest_bucket(&all, sample.width_px, sample.height_px);
         cropped += bucket.cropped(sample.width_px, sample.height_px);
         *sizes.entry(bucket).or_default() += 1;
+        let references = sample.references.iter();
+        let references =
+            references.map(|picture| nearest_bucket(&all, picture.width_px, picture.height_px));
+        *alike.entry((bucket, references.collect())).or_default() += 1;
+    }
+    let references: usize = samples.iter().map(|sample| sample.references.len()).sum();
+    if references > 0 {
+        report.row("references", references.to_string());
+    }
+    if config.dataset.mask.is_some() {
+        report.row("masks", samples.len().to_string());
     }
     let listed: Vec<String> = sizes
         .iter()
@@ -196,7 +209,7 @@ fn data<F: Family>(report: &mut Report, config: &RunConfig, family: &F, samples:
         .extend(cropped_and_enlarged(samples, &config.dataset));
 
     let train = &config.train;
-    let batches: usize = sizes
+    let batches: usize = alike
         .values()
         .map(|count| count.div_ceil(train.batch_size))
         .sum();
@@ -255,14 +268,15 @@ fn cost<F: Family>(
     report: &mut Report,
     config: &RunConfig,
     family: &F,
+    samples: &[Sample],
     outline: &F::Network,
     device: &NamedDevice,
 ) -> anyhow::Result<()> {
     let count = trained(outline, config)?;
-    let Some(plan) = report.take(memory::plan(config, family, count, device)) else {
+    let Some(plan) = report.take(memory::plan(config, family, samples, count, device)) else {
         return Ok(());
     };
-    let need = memory::need(config, family, count, device)?;
+    let need = memory::need(config, family, samples, count, device)?;
     let blocks = need.sizes.blocks.len();
     let shown = |plan: &MemoryPlan| {
         format!(
@@ -285,7 +299,7 @@ fn cost<F: Family>(
         report.row(name, format!("{fits}: {}", shown(&plan)));
     }
     let recomputed = plan.recomputed as f64 / blocks.max(1) as f64;
-    let operations = step_operations(config, family, outline, recomputed)?;
+    let operations = step_operations(config, family, samples, outline, recomputed)?;
     let seconds = operations / device_speed(&device.device);
     report.row(
         "time (estimate)",

@@ -11,6 +11,8 @@ use lora_core::training::recompute::Blocks;
 use lora_core::{LoraConfig, LoraError};
 
 use crate::config::RunConfig;
+use crate::data::scan::Sample;
+use crate::memory::picture_tokens;
 
 /// How long the device is measured.
 const MEASURED: Duration = Duration::from_millis(300);
@@ -24,12 +26,11 @@ const SIZE: usize = 1024;
 pub(crate) fn step_operations<F: Family>(
     config: &RunConfig,
     family: &F,
+    samples: &[Sample],
     outline: &F::Network,
     recomputed: f64,
 ) -> Result<f64, LoraError> {
-    let side = config.dataset.resolution as usize;
-    let [_, height, width] = family.latent_shape(side, side);
-    let image = F::image_tokens([height, width]) as f64;
+    let image = picture_tokens(config, family, samples) as f64;
     let text = config.dataset.max_sequence_length as f64;
     let all = LoraConfig {
         r: 1,

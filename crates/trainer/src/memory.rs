@@ -13,6 +13,7 @@ use flux_model::weights::{Base, Sizes};
 use tracing::{info, warn};
 
 use crate::config::{BasePlace, Recompute, RunConfig};
+use crate::data::scan::Sample;
 use crate::device::NamedDevice;
 
 /// Bytes of a number in f32.
@@ -101,6 +102,14 @@ impl Need {
     }
 }
 
+/// Tokens of a sample's picture and references, of the sample that has most.
+pub fn picture_tokens<F: Family>(config: &RunConfig, family: &F, samples: &[Sample]) -> usize {
+    let side = config.dataset.resolution as usize;
+    let [_, height, width] = family.latent_shape(side, side);
+    let references = samples.iter().map(|sample| sample.references.len()).max();
+    (1 + references.unwrap_or(0)) * F::image_tokens([height, width])
+}
+
 /// What a run needs.
 ///
 /// # Errors
@@ -108,12 +117,11 @@ impl Need {
 pub fn need<F: Family>(
     config: &RunConfig,
     family: &F,
+    samples: &[Sample],
     trained: usize,
     device: &NamedDevice,
 ) -> anyhow::Result<Need> {
-    let side = config.dataset.resolution as usize;
-    let [_, height, width] = family.latent_shape(side, side);
-    let tokens = F::image_tokens([height, width]) + config.dataset.max_sequence_length;
+    let tokens = picture_tokens(config, family, samples) + config.dataset.max_sequence_length;
     Ok(Need {
         sizes: family.sizes(config.model.base_dtype, &device.device)?,
         tokens: (config.train.batch_size * tokens) as u64,
@@ -128,10 +136,11 @@ pub fn need<F: Family>(
 pub fn plan<F: Family>(
     config: &RunConfig,
     family: &F,
+    samples: &[Sample],
     trained: usize,
     device: &NamedDevice,
 ) -> anyhow::Result<MemoryPlan> {
-    let need = need(config, family, trained, device)?;
+    let need = need(config, family, samples, trained, device)?;
     let limit = config.memory.limit.map(|limit| limit.0);
     let limit = limit.or_else(|| available().filter(|_| device.is_cpu()));
     let plan = need.plan(config, limit, device.keeps_views());

@@ -159,7 +159,13 @@ fn train_family<F: Family>(
             Begin::New(check_new(config, &family, &run, &samples, &outline)?)
         }
     };
-    let plan = memory::plan(config, &family, trained(&outline, config)?, &device)?;
+    let plan = memory::plan(
+        config,
+        &family,
+        &samples,
+        trained(&outline, config)?,
+        &device,
+    )?;
     drop(outline);
     if matches!(begin, Begin::New(_)) || options.accepted.data {
         say_what_is_lost(warnings, &samples, config, &family)?;
