@@ -246,3 +246,22 @@ fn a_start_picture_is_kept_as_far_as_its_strength_says() {
         "{text}"
     );
 }
+
+#[test]
+fn a_grid_overwrites_none_of_its_pictures_unasked() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("grid-2.png"), "mine").unwrap();
+    let out = Command::new(program())
+        .args(["sample", "--model", "models/flux-nano", "--prompt", "a fox"])
+        .args(["--prompt", "an owl", "--out"])
+        .arg(folder.path().join("grid.png"))
+        .current_dir(root())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(2), "{text}");
+    assert!(text.contains("grid-2.png: it exists"), "{text}");
+    assert!(!folder.path().join("grid.png").exists());
+    let mine = fs::read(folder.path().join("grid-2.png")).unwrap();
+    assert_eq!(mine, b"mine");
+}
