@@ -12,7 +12,7 @@ use crate::data::image::{ImageLimits, load_image};
 use crate::image_file::ImagePlace;
 use crate::sample::draw;
 
-/// Things that the base model draws and the LoRA was not shown.
+/// Things that the base model draws, that the LoRA was not shown, and that come out well with it.
 const THINGS: [&str; 10] = [
     "fox", "dog", "giraffe", "penguin", "crab", "doughnut", "church", "guitar", "umbrella",
     "rocket",
