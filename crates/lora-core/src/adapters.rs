@@ -6,12 +6,15 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, Param, Reparameterization};
 use burn::tensor::{Device, Tensor};
 
 use crate::adapter::Adapter;
+use crate::files::quantised::Quantised;
 use crate::kinds::parts::WHOLE;
+use crate::ops::linear::Weight;
 use crate::site::WeightLayout;
 use crate::training::dropout;
 
@@ -19,6 +22,8 @@ use crate::training::dropout;
 #[derive(Debug, Clone)]
 pub(crate) struct Adapters {
     pub(crate) adapters: Vec<Adapter>,
+    /// The weight, if it is in few bits; the parameter is a placeholder then ([`frozen`](crate::frozen)).
+    pub(crate) frozen: Option<Arc<Quantised>>,
 }
 
 impl Adapters {
@@ -35,15 +40,28 @@ impl Adapters {
     /// The parameter, or what an active adapter has in place of it.
     pub(crate) fn replaced<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
         let whole = self.active().find_map(|adapter| adapter.factors.get(WHOLE));
-        match whole {
-            Some(value) => value.vector().reshape(base.shape()).cast(base.dtype()),
-            None => base,
+        match (whole, &self.frozen) {
+            (Some(value), _) => value.vector().reshape(base.shape()).cast(base.dtype()),
+            (None, Some(frozen)) => {
+                let frozen = Weight::from(frozen.clone()).dense(&base.device());
+                frozen.reshape(base.shape())
+            }
+            (None, None) => base,
+        }
+    }
+
+    /// As [`replaced`](Self::replaced), for a linear layer, which can take a weight in few bits as it is.
+    pub(crate) fn weight(&self, base: Tensor<2>) -> Weight {
+        match &self.frozen {
+            Some(frozen) if !self.active().any(Adapter::is_whole) => frozen.clone().into(),
+            _ => self.replaced(base).into(),
         }
     }
 
     pub(crate) fn each(self, f: impl FnMut(Adapter) -> Adapter) -> Self {
         Self {
             adapters: self.adapters.into_iter().map(f).collect(),
+            ..self
         }
     }
 
@@ -217,6 +235,7 @@ impl Module for Adapters {
     fn valid(&self) -> Self {
         Self {
             adapters: self.adapters.iter().map(Module::valid).collect(),
+            frozen: self.frozen.clone(),
         }
     }
 

@@ -370,6 +370,7 @@ impl Reparameterizer for Apply<'_> {
         }
         let adapters = adapter.map(|adapter| Adapters {
             adapters: vec![adapter],
+            frozen: None,
         });
         (param, adapters)
     }
@@ -417,7 +418,7 @@ fn initial_magnitudes<M: Module>(
         let (Some(a), Some(b)) = (factors.get(LORA_A), factors.get(LORA_B)) else {
             return;
         };
-        let (values, shape) = found.param().values();
+        let (values, shape) = found.values();
         let weight: Tensor<2> = values.reshape([shape[0] as i32, -1]);
         let weight = match site.layout {
             WeightLayout::InOut | WeightLayout::Table => weight,

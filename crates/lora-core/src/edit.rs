@@ -10,6 +10,7 @@ use burn::module::Module;
 use crate::adapter::Adapter;
 use crate::adapters::{Adapters, adapters_of, with_adapters};
 use crate::error::LoraError;
+use crate::frozen::{held, hold};
 
 /// Replaces the adapters of every parameter that has some by what `f` makes of them; `f` gets the parameter's path.
 pub(crate) fn edit<M: Module>(model: M, mut f: impl FnMut(&str, Adapters) -> Adapters) -> M {
@@ -114,9 +115,19 @@ pub fn delete_adapter<M: Module>(model: M, name: &str) -> Result<M, LoraError> {
 
 /// Removes every adapter without merging: the base model again, bit for bit.
 pub fn detach<M: Module>(model: M) -> M {
-    edit(model, |_, mut adapters| {
+    without_adapters(edit(model, |_, mut adapters| {
         adapters.adapters.clear();
         adapters
-    })
-    .materialize()
+    }))
+}
+
+/// What adapters make of the weights, in their places; weights in few bits, which no adapter may change, stay so.
+pub(crate) fn without_adapters<M: Module>(model: M) -> M {
+    let held = held(&model);
+    let model = edit(model, |_, mut adapters| {
+        adapters.frozen = None;
+        adapters
+    });
+    let model = model.materialize();
+    hold(model, held).expect("they were held")
 }

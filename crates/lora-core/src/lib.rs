@@ -10,6 +10,7 @@
 //! | `attach`, `site` | `Plan`: checked first, attached after; factors are born from their source; what they sit on |
 //! | `adapter`, `adapters`, `walk` | the adapter type on Burn's reparameterization; all of a parameter; one walk over a model by path |
 //! | `forward` | the fast path |
+//! | `frozen` | weights that stay in few bits |
 //! | `edit`, `combine`, `merge` | activate, weight, delete, detach; one adapter of several; into the base weights |
 //! | `state` | the state of adapters alone, counts, values on the host |
 //! | `kinds/` | LoRA, LoHa, LoKr, parameters trained in full: what they consist of and how they start |
@@ -26,6 +27,7 @@ pub mod edit;
 mod error;
 pub mod files;
 mod forward;
+pub mod frozen;
 pub mod kinds;
 mod linalg;
 pub mod merge;
@@ -52,6 +54,8 @@ mod test_model;
 mod tests;
 #[cfg(test)]
 mod tests_attach;
+#[cfg(test)]
+mod tests_frozen;
 #[cfg(test)]
 mod tests_initial;
 #[cfg(test)]

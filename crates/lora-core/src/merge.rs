@@ -12,7 +12,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::Tensor;
 
-use crate::adapters::adapters_of;
+use crate::adapters::{Adapters, adapters_of};
+use crate::edit::without_adapters;
 use crate::error::LoraError;
 use crate::state::each_parameter;
 
@@ -20,8 +21,18 @@ use crate::state::each_parameter;
 /// full in their places, and removes all adapters.
 ///
 /// # Errors
-/// A `lora_bias` on a layer without bias.
+/// A `lora_bias` on a layer without bias, an adapter on a weight in few bits: the sum would have to be rounded to them, and
+/// most of what was learned is smaller than that.
 pub fn merge<M: Module>(model: M) -> Result<M, LoraError> {
+    let changed = |(path, adapters): (String, Adapters)| {
+        let is_changed = adapters.frozen.is_some() && adapters.active().next().is_some();
+        is_changed.then_some(path)
+    };
+    if let Some(path) = adapters_of(&model).into_iter().find_map(changed) {
+        return Err(LoraError::Config(format!(
+            "`{path}` is held in few bits, and a change cannot be merged into it; load the model as bf16 or f32, or decode the weight first (`frozen::release`)"
+        )));
+    }
     let mut biases = BTreeMap::<String, Tensor<1>>::new();
     for (path, adapters) in adapters_of(&model) {
         let path = format!("{}.bias", path.strip_suffix(".weight").unwrap_or(&path));
@@ -40,7 +51,7 @@ pub fn merge<M: Module>(model: M) -> Result<M, LoraError> {
         path: Vec::new(),
         biases,
     };
-    let merged = model.materialize();
+    let merged = without_adapters(model);
     if add.biases.is_empty() {
         return Ok(merged);
     }

@@ -186,7 +186,7 @@ impl Scan {
                 return;
             };
             if parameter.is_linear() && parameter.dtype.is_none() {
-                parameter.shape = found.param().values().1;
+                parameter.shape = found.values().1;
                 parameter.dtype = found.param().dtype();
                 if let Some(layer) = path.strip_suffix(".weight") {
                     self.weights.insert(layer.into(), parameter.clone());

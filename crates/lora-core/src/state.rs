@@ -56,7 +56,7 @@ pub fn adapter_state<M: Module>(model: &M) -> BTreeMap<String, HostTensor> {
     let mut state = BTreeMap::new();
     walk(model, |found| {
         if found.factor().is_some() {
-            let (values, shape) = found.param().values();
+            let (values, shape) = found.values();
             state.insert(
                 found.path(),
                 HostTensor {
@@ -77,7 +77,7 @@ pub fn check_finite<M: Module>(model: &M) -> Result<(), LoraError> {
     let mut tensors = BTreeMap::new();
     walk(model, |found| {
         if found.param().is_trainable() {
-            tensors.insert(found.path(), found.param().values().0.inner());
+            tensors.insert(found.path(), found.values().0.inner());
         }
     });
     for (key, values) in gathered(tensors) {
@@ -125,7 +125,7 @@ pub(crate) fn each_parameter<M: Module>(
     walk(model, |found| {
         let path = found.path();
         if wanted(&path) {
-            let (values, shape) = found.param().values();
+            let (values, shape) = found.values();
             f(
                 path,
                 HostTensor {

@@ -1,9 +1,15 @@
 //! One walk over the parameters of a model, by path.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Gradients as BurnGradients, Tensor};
 
 use crate::adapters::{ADAPTER, Adapters};
+use crate::files::quantised::Quantised;
+use crate::frozen::held;
+use crate::ops::linear::Weight;
 use burn::module::Reparameterization;
 
 /// What Burn calls the container of everything that sits on a parameter.
@@ -14,6 +20,7 @@ pub(crate) struct Found<'a> {
     names: &'a [String],
     containers: &'a [String],
     param: &'a dyn AnyParam,
+    frozen: &'a BTreeMap<String, Arc<Quantised>>,
 }
 
 /// A float parameter of whatever rank.
@@ -83,6 +90,18 @@ impl Found<'_> {
         self.param
     }
 
+    /// The stored values, row by row, with their shape; makes a lazy parameter, decodes one that is in few bits.
+    pub(crate) fn values(&self) -> (Tensor<1>, Vec<usize>) {
+        match self.frozen.get(&self.path()) {
+            None => self.param.values(),
+            Some(frozen) => {
+                let values = Weight::from(frozen.clone()).dense(&self.param.device());
+                let shape = values.dims();
+                (values.reshape([shape[0] * shape[1]]), shape.to_vec())
+            }
+        }
+    }
+
     /// Of what sits on a parameter: that parameter's path, and what Burn calls the thing.
     pub(crate) fn sits_on(&self) -> Option<(String, &str)> {
         let at = (self.containers.iter()).position(|container| container == REPARAMETERIZATION)?;
@@ -109,6 +128,7 @@ pub(crate) fn walk<M: Module>(model: &M, f: impl FnMut(&Found<'_>)) {
     struct Walk<F> {
         names: Vec<String>,
         containers: Vec<String>,
+        frozen: BTreeMap<String, Arc<Quantised>>,
         f: F,
     }
     impl<F: FnMut(&Found<'_>)> ModuleVisitor for Walk<F> {
@@ -125,12 +145,14 @@ pub(crate) fn walk<M: Module>(model: &M, f: impl FnMut(&Found<'_>)) {
                 names: &self.names,
                 containers: &self.containers,
                 param,
+                frozen: &self.frozen,
             });
         }
     }
     model.visit(&mut Walk {
         names: Vec::new(),
         containers: Vec::new(),
+        frozen: held(model),
         f,
     });
 }

@@ -7,13 +7,56 @@
 //! dx = g Wᵀ + mask * (v A)        dA = vᵀ (mask * x)        dB = gᵀ u
 //! ```
 //!
-//! Kept for the backward pass are `x`, `u`, the mask and the weights, by reference. `W` is f32, bf16 or f16; a panel of
-//! its columns is f32 at a time. `W` and `b` get gradients too where they are trained (`dW = xᵀ g`, `db` the sum of `g`).
+//! Kept for the backward pass are `x`, `u`, the mask and the weights, by reference. `W` is f32, bf16, f16 or in few bits; a
+//! panel of its columns is f32 at a time. `W` and `b` get gradients too where they are trained (`dW = xᵀ g`, `db` the sum of
+//! `g`). The composition decodes a `W` in few bits as a whole, at every use.
 //!
 //! Source: Hu et al. 2021, arXiv:2106.09685; PEFT `lora.Linear.forward` (dropout on the adapter's input alone).
 
-use burn::tensor::Tensor;
+use std::sync::Arc;
+
 use burn::tensor::module::linear as burn_linear;
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::files::quantised::Quantised;
+
+/// The weight of [`linear`].
+#[derive(Debug, Clone)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it is made for one call, and a tensor is what it mostly is"
+)]
+pub enum Weight {
+    /// `[in, out]`, f32, bf16 or f16.
+    Dense(Tensor<2>),
+    /// `[out, in]`, in few bits; it gets no gradient.
+    Quantised(Arc<Quantised>),
+}
+
+impl From<Tensor<2>> for Weight {
+    fn from(weight: Tensor<2>) -> Self {
+        Self::Dense(weight)
+    }
+}
+
+impl From<Arc<Quantised>> for Weight {
+    fn from(weight: Arc<Quantised>) -> Self {
+        Self::Quantised(weight)
+    }
+}
+
+impl Weight {
+    /// `[in, out]`; what is in few bits is decoded to f32, on `device`.
+    pub fn dense(&self, device: &Device) -> Tensor<2> {
+        match self {
+            Self::Dense(weight) => weight.clone(),
+            Self::Quantised(weight) => {
+                let data = TensorData::new(weight.to_f32(), weight.shape().to_vec());
+                Tensor::<2>::from_data(data, device).transpose()
+            }
+        }
+    }
+}
 
 /// The adapter's part of [`linear`].
 #[derive(Debug, Clone)]
@@ -34,10 +77,11 @@ pub struct LowRank<const D: usize> {
 /// - `x`: `[..., in]`, `weight`: `[in, out]`, `bias`: `[out]`; returns `[..., out]`
 pub fn linear<const D: usize>(
     x: Tensor<D>,
-    weight: Tensor<2>,
+    weight: impl Into<Weight>,
     bias: Option<Tensor<1>>,
     adapter: Option<LowRank<D>>,
 ) -> Tensor<D> {
+    let weight = weight.into();
     #[cfg(feature = "flex")]
     if cpu::takes(&x, &weight, adapter.as_ref()) {
         return cpu::linear(x, weight, bias, adapter);
@@ -48,11 +92,11 @@ pub fn linear<const D: usize>(
 /// The composition of Burn's operations.
 fn plain<const D: usize>(
     x: Tensor<D>,
-    weight: Tensor<2>,
+    weight: Weight,
     bias: Option<Tensor<1>>,
     adapter: Option<LowRank<D>>,
 ) -> Tensor<D> {
-    let weight = weight.cast(x.dtype()); // free where it is the same
+    let weight = weight.dense(&x.device()).cast(x.dtype()); // free where it is the same
     let result = burn_linear(x.clone(), weight, bias);
     let Some(LowRank { a, b, scale, mask }) = adapter else {
         return result;
@@ -67,27 +111,33 @@ fn plain<const D: usize>(
 
 #[cfg(feature = "flex")]
 mod cpu {
+    use std::sync::Arc;
+
     use burn::backend::Flex;
     use burn::backend::flex::FlexTensor;
     use burn::backend::ops::FloatTensorOps;
-    use burn::tensor::{DType, Shape, Tensor, bf16, f16};
-    use half::slice::HalfFloatSliceExt;
+    use burn::tensor::{DType, Shape, Tensor};
     use rayon::prelude::*;
 
-    use super::LowRank;
-    use crate::ops::kernel::{
-        CHUNK, ROWS, dims, matrix, owned, packed, simd, tensor, transposed, values,
-    };
+    use super::{LowRank, Weight};
+    use crate::files::quantised::Quantised;
+    use crate::ops::kernel::{CHUNK, ROWS, dims, owned, packed, simd, tensor, transposed, values};
     use crate::ops::low_rank::{Strips, expand, outer, project};
+    use crate::ops::product::{Stored, last, product, product_with_transposed};
     use crate::ops::{Operation, apply, has_kernels};
 
     /// Whether the kernels take these operands; what they do not take is left to the composition, and to its errors.
     pub fn takes<const D: usize>(
         x: &Tensor<D>,
-        weight: &Tensor<2>,
+        weight: &Weight,
         adapter: Option<&LowRank<D>>,
     ) -> bool {
-        let is_float = matches!(weight.dtype(), DType::F32 | DType::BF16 | DType::F16);
+        let is_known = match weight {
+            Weight::Dense(weight) => {
+                matches!(weight.dtype(), DType::F32 | DType::BF16 | DType::F16)
+            }
+            Weight::Quantised(weight) => x.dims()[D - 1] == weight.shape()[1],
+        };
         let of_f32 = adapter.is_none_or(|adapter| {
             [adapter.a.dtype(), adapter.b.dtype()] == [DType::F32; 2]
                 && adapter.a.dims()[0] > 0
@@ -96,17 +146,22 @@ mod cpu {
                     .as_ref()
                     .is_none_or(|mask| mask.dims() == x.dims())
         });
-        has_kernels(x) && is_float && of_f32 && D > 1 && x.shape().num_elements() > 0
+        has_kernels(x) && is_known && of_f32 && D > 1 && x.shape().num_elements() > 0
     }
 
     pub fn linear<const D: usize>(
         x: Tensor<D>,
-        weight: Tensor<2>,
+        weight: Weight,
         bias: Option<Tensor<1>>,
         adapter: Option<LowRank<D>>,
     ) -> Tensor<D> {
         let none = Tensor::<1>::empty([0], &x.device());
+        let (weight, quantised) = match weight {
+            Weight::Dense(weight) => (weight.into_dispatch(), None),
+            Weight::Quantised(weight) => (none.clone().into_dispatch(), Some(weight)),
+        };
         let operation = Linear {
+            quantised,
             has_bias: bias.is_some(),
             scale: adapter.as_ref().map(|adapter| adapter.scale as f32),
             has_mask: adapter
@@ -114,7 +169,7 @@ mod cpu {
                 .is_some_and(|adapter| adapter.mask.is_some()),
         };
         let bias = bias.unwrap_or_else(|| none.clone()).into_dispatch();
-        let mut inputs = vec![x.into_dispatch(), weight.into_dispatch(), bias];
+        let mut inputs = vec![x.into_dispatch(), weight, bias];
         match adapter {
             None => inputs.extend([none.clone().into_dispatch(), none.into_dispatch()]),
             Some(LowRank { a, b, mask, .. }) => {
@@ -128,6 +183,8 @@ mod cpu {
     /// Inputs: `x`, `W`, `b`, `A`, `B`, the mask; what is absent is empty.
     #[derive(Debug, Clone)]
     struct Linear {
+        /// The weight, if it is no tensor.
+        quantised: Option<Arc<Quantised>>,
         has_bias: bool,
         scale: Option<f32>,
         has_mask: bool,
@@ -136,7 +193,7 @@ mod cpu {
     #[derive(Debug, Clone)]
     struct Saved {
         x: FlexTensor,
-        weight: FlexTensor,
+        weight: Stored,
         /// `A`, `B`, `u` and the mask.
         adapter: Option<[FlexTensor; 4]>,
     }
@@ -148,6 +205,10 @@ mod cpu {
             let mut inputs = inputs.into_iter();
             let mut next = || inputs.next().expect("as many inputs as `linear` gives");
             let (x, weight, bias) = (packed(next()), next(), packed(next()));
+            let weight = match &self.quantised {
+                None => Stored::Dense(weight),
+                Some(weight) => Stored::Quantised(weight.clone()),
+            };
             let bias = if self.has_bias { values(&bias) } else { &[] };
             let mut y = product(&x, &weight);
             let Some(scale) = self.scale else {
@@ -182,7 +243,7 @@ mod cpu {
             let Saved { x, weight, adapter } = saved;
             let grad = packed(grad);
             let width = last(&grad);
-            let mut dx = want_x.then(|| product(&grad, &transposed(weight.clone())));
+            let mut dx = want_x.then(|| product_with_transposed(&grad, &weight));
             let dw = want_weight.then(|| {
                 let rows = |x: &FlexTensor| x.reshape(Shape::from(rows_of(x)));
                 Flex::float_matmul(transposed(rows(&x)), rows(&grad))
@@ -256,80 +317,8 @@ mod cpu {
         });
     }
 
-    fn last(x: &FlexTensor) -> usize {
-        let shape = x.layout().shape();
-        shape[shape.num_dims() - 1]
-    }
-
     fn rows_of(x: &FlexTensor) -> [usize; 2] {
         [x.layout().num_elements() / last(x), last(x)]
-    }
-
-    /// `x W`, with `x` packed and `[..., in]`.
-    fn product(x: &FlexTensor, weight: &FlexTensor) -> FlexTensor {
-        let rows = x.reshape(Shape::from(rows_of(x)));
-        let [_, outer] = dims(weight);
-        let y = match weight.dtype() {
-            DType::BF16 => product_by_panels(&rows, weight, FlexTensor::storage::<bf16>),
-            DType::F16 => product_by_panels(&rows, weight, FlexTensor::storage::<f16>),
-            _ => Flex::float_matmul(rows, weight.clone()),
-        };
-        let mut shape = x.layout().shape().clone();
-        let end = shape.num_dims() - 1;
-        shape[end] = outer;
-        y.reshape(shape)
-    }
-
-    /// Columns of a weight that are f32 at a time.
-    const PANEL: usize = 512;
-
-    fn product_by_panels<E: Sync>(
-        x: &FlexTensor,
-        weight: &FlexTensor,
-        elements: fn(&FlexTensor) -> &[E],
-    ) -> FlexTensor
-    where
-        [E]: HalfFloatSliceExt,
-    {
-        let [rows, _] = dims(x);
-        let [inner, outer] = dims(weight);
-        let weight = match weight.layout().strides() {
-            [_, 1] | [1, _] => weight.clone(),
-            _ => weight.to_contiguous(),
-        };
-        let layout = weight.layout();
-        let strides = [layout.strides()[0] as usize, layout.strides()[1] as usize];
-        let by_rows = strides[1] == 1;
-        let source = &elements(&weight)[layout.start_offset()..];
-        let mut y = vec![0f32; rows * outer];
-        for first in (0..outer).step_by(PANEL) {
-            let columns = PANEL.min(outer - first);
-            let mut panel = vec![0f32; inner * columns];
-            // in the order of the storage: rows of the panel, or its columns
-            let (line, step, shape) = match by_rows {
-                true => (columns, strides[0], [columns, 1]),
-                false => (inner, strides[1], [1, inner]),
-            };
-            let start = if by_rows { first } else { first * strides[1] };
-            let tasks = panel.par_chunks_mut(line * ROWS).enumerate();
-            tasks.for_each(|(task, panel)| {
-                for (i, line) in panel.chunks_exact_mut(line).enumerate() {
-                    let from = &source[start + (task * ROWS + i) * step..][..line.len()];
-                    from.convert_to_f32_slice(line);
-                }
-            });
-            let panel = matrix(
-                &tensor(panel, [inner * columns]),
-                [inner, columns],
-                shape,
-                0,
-            );
-            let part = Flex::float_matmul(x.clone(), panel);
-            y.par_chunks_mut(outer)
-                .zip(values(&part).par_chunks(columns))
-                .for_each(|(y, part)| y[first..first + columns].copy_from_slice(part));
-        }
-        tensor(y, [rows, outer])
     }
 }
 
@@ -338,7 +327,7 @@ mod tests {
     use burn::tensor::DType;
 
     use super::*;
-    use crate::ops::check::{agree, random};
+    use crate::ops::check::{agree, random, same_bits_with_any_threads_and_vectors};
 
     #[test]
     fn a_layer_agrees_with_its_composition_for_every_storage_of_its_weight() {
@@ -357,6 +346,70 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Weights in few bits, of every kind, and of sizes that end inside of blocks and panels.
+    fn in_few_bits() -> Vec<Weight> {
+        let mut all = Vec::new();
+        for [inner, outer] in [[5, 7], [67, 600], [300, 513]] {
+            let values: Vec<f32> =
+                (random([outer, inner]).into_data().try_into_vec()).expect("f32");
+            all.push(Arc::new(Quantised::nf4([outer, inner], &values)));
+            all.push(Arc::new(Quantised::int8([outer, inner], &values)));
+            let more: Vec<f32> = [&values[..inner], &values].concat();
+            let slice = Quantised::nf4([outer + 1, inner], &more).rows(1..outer + 1);
+            all.push(Arc::new(slice));
+        }
+        all.into_iter().map(Weight::from).collect()
+    }
+
+    #[test]
+    fn a_layer_in_few_bits_agrees_with_its_composition() {
+        for weight in in_few_bits() {
+            let [inner, outer] = weight.dense(&burn::tensor::Device::flex()).dims();
+            for rows in [1, 70] {
+                agree([random([2, rows, inner])], |[x]| {
+                    linear(x, weight.clone(), Some(random([outer])), None)
+                });
+            }
+            let rank = 3;
+            agree(
+                [
+                    random([1, 40, inner]),
+                    random([1, rank, inner]),
+                    random([1, outer, rank]),
+                ],
+                |[x, a, b]| {
+                    let adapter = LowRank {
+                        a: a.squeeze_dim(0),
+                        b: b.squeeze_dim(0),
+                        scale: 0.7,
+                        mask: None,
+                    };
+                    linear(x, weight.clone(), None, Some(adapter))
+                },
+            );
+        }
+    }
+
+    #[test]
+    fn a_layer_in_few_bits_has_the_same_bits_with_any_threads_and_vectors() {
+        let (weights, mut x) = (in_few_bits(), Vec::new());
+        for weight in &weights {
+            let [inner, _] = weight.dense(&burn::tensor::Device::flex()).dims();
+            x.push(random([70, inner]));
+        }
+        same_bits_with_any_threads_and_vectors(|| {
+            let pairs = weights.iter().zip(&x);
+            let all = pairs.flat_map(|(weight, x)| {
+                let x = x.clone().require_grad();
+                let y = linear(x.clone(), weight.clone(), None, None);
+                let gradients = y.clone().square().sum().backward();
+                let dx = x.grad(&gradients).expect("a gradient");
+                [y.inner(), dx].map(|t| t.into_data().try_into_vec::<f32>().expect("f32"))
+            });
+            all.flatten().collect()
+        });
     }
 
     #[test]

@@ -22,6 +22,8 @@ mod low_rank;
 #[cfg(feature = "flex")]
 mod node;
 #[cfg(feature = "flex")]
+mod product;
+#[cfg(feature = "flex")]
 pub mod tile;
 
 use std::cell::Cell;

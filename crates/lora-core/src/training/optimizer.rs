@@ -136,7 +136,7 @@ impl PathOptimizer {
                 if found.param().is_trainable()
                     && let Some(gradient) = gradients.get(&found.path())
                 {
-                    let tensor = found.param().values().0.inner();
+                    let tensor = found.values().0.inner();
                     let state = self.state.get(&found.path());
                     let state = state.map(DynState::downcast_ref);
                     let found = prodigy.terms(learning_rate, tensor, gradient.clone(), state);
