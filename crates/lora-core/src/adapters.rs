@@ -254,9 +254,9 @@ impl Reparameterization for Adapters {
         let Some(first) = changes().next() else {
             return base;
         };
-        let (shape, dtype) = (base.shape(), base.dtype());
+        let shape = base.shape();
         let rows = shape[0] as i32;
-        let base = base.cast(first.dtype()); // the sum is rounded once
+        let base = base.cast(first.dtype()); // a change is not rounded to what the weight was kept as
         let base: Tensor<2> = match first.site.layout {
             WeightLayout::InOut | WeightLayout::Table => base.reshape([rows, -1]),
             WeightLayout::OutIn => base.reshape([rows, -1]).transpose(),
@@ -267,10 +267,9 @@ impl Reparameterization for Adapters {
             }
             adapter.apply(weight, &base)
         });
-        let weight = match first.site.layout {
+        match first.site.layout {
             WeightLayout::InOut | WeightLayout::Table => weight.reshape(shape),
             WeightLayout::OutIn => weight.transpose().reshape(shape),
-        };
-        weight.cast(dtype)
+        }
     }
 }

@@ -22,7 +22,7 @@ use crate::data::degradation::{cropped_and_enlarged, cut_texts};
 use crate::data::scan::{Sample, Scan, scan};
 use crate::device::{self, NamedDevice};
 use crate::estimate::{self, device_speed, step_operations};
-use crate::memory::{self, MemoryPlan};
+use crate::memory;
 use crate::nearest::sentence;
 use crate::previews::prompts_of;
 use crate::run::folder::RunDir;
@@ -277,28 +277,18 @@ fn cost<F: Family>(
         return Ok(());
     };
     let need = memory::need(config, family, samples, count, device)?;
-    let blocks = need.sizes.blocks.len();
-    let shown = |plan: &MemoryPlan| {
-        format!(
-            "about {}, base {}, {} of {blocks} blocks computed again",
-            memory::gib(need.estimate(plan.base.is_streamed, plan.recomputed)),
-            if plan.base.is_streamed {
-                "streamed"
-            } else {
-                "resident"
-            },
-            plan.recomputed
-        )
-    };
-    report.row("memory (estimate)", shown(&plan));
+    report.row("memory (estimate)", plan.describe());
+    report.notes.extend(plan.warning());
     for (name, gigabytes) in CARDS {
         let limit = gigabytes * CARD_SHARE / 100;
         let plan = need.plan(config, Some(limit), true);
-        let fits = need.estimate(plan.base.is_streamed, plan.recomputed) <= limit;
-        let fits = if fits { "fits" } else { "does not fit" };
-        report.row(name, format!("{fits}: {}", shown(&plan)));
+        let fits = match plan.warning() {
+            None => "fits",
+            Some(_) => "does not fit",
+        };
+        report.row(name, format!("{fits}: {}", plan.describe()));
     }
-    let recomputed = plan.recomputed as f64 / blocks.max(1) as f64;
+    let recomputed = plan.recomputed as f64 / plan.blocks.max(1) as f64;
     let operations = step_operations(config, family, samples, outline, recomputed)?;
     let seconds = operations / device_speed(&device.device);
     report.row(

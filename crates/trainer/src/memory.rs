@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::bail;
 use flux_model::family::Family;
 use flux_model::weights::{Base, Sizes};
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::config::{BasePlace, Recompute, RunConfig};
 use crate::data::scan::Sample;
@@ -21,13 +21,51 @@ const F32: u64 = 4;
 /// What a trained parameter takes: itself, its gradient, two moments, and copies while they are looked at.
 const COPIES: u64 = 6;
 
-/// Where the base weights are and what is computed again.
+/// Where the base weights are, what is computed again, and what that takes.
 #[derive(Debug, Clone, Copy)]
 pub struct MemoryPlan {
     /// How base weights are held.
     pub base: Base,
     /// Blocks, from the first on, that are computed again in the backward pass.
     pub recomputed: usize,
+    /// All blocks.
+    pub blocks: usize,
+    /// Bytes of a step at its peak, about.
+    pub estimate: u64,
+    /// Bytes that there are, where that is known.
+    pub limit: Option<u64>,
+}
+
+impl MemoryPlan {
+    /// For people.
+    pub fn describe(&self) -> String {
+        format!(
+            "about {}{}; base weights {}, {} of {} blocks computed again",
+            gib(self.estimate),
+            self.limit
+                .map_or_else(String::new, |limit| format!(" of {}", gib(limit))),
+            match self.base.is_streamed {
+                true => "read block by block",
+                false => "in memory",
+            },
+            self.recomputed,
+            self.blocks,
+        )
+    }
+
+    /// What is said where it does not fit.
+    pub fn warning(&self) -> Option<String> {
+        let limit = self.limit.filter(|limit| self.estimate > *limit)?;
+        Some(format!(
+            "a step takes about {}, and {} are there: a smaller `dataset.resolution` or `train.batch_size` takes less{}",
+            gib(self.estimate),
+            gib(limit),
+            match self.base.is_streamed {
+                true => "",
+                false => ", and so does `memory.base = \"stream\"`",
+            }
+        ))
+    }
 }
 
 /// What an estimate depends on besides the plan.
@@ -94,11 +132,16 @@ impl Need {
                 .unwrap_or(blocks),
             Recompute::Auto | Recompute::All => blocks,
         };
-        let base = Base {
-            dtype: config.model.base_dtype,
-            is_streamed,
-        };
-        MemoryPlan { base, recomputed }
+        MemoryPlan {
+            base: Base {
+                dtype: config.model.base_dtype,
+                is_streamed,
+            },
+            recomputed,
+            blocks,
+            estimate: self.estimate(is_streamed, recomputed),
+            limit,
+        }
     }
 }
 
@@ -129,7 +172,7 @@ pub fn need<F: Family>(
     })
 }
 
-/// Decides where the base weights are and what is computed again, and says what that will take.
+/// Decides where the base weights are and what is computed again; `trained` numbers are.
 ///
 /// # Errors
 /// Headers that cannot be read; streaming on a backend that keeps no placeholder small.
@@ -148,29 +191,6 @@ pub fn plan<F: Family>(
         bail!(
             "`memory.base`: blocks cannot be streamed on {}, which makes a copy of every view; use \"resident\" or another device",
             device.name
-        );
-    }
-    let estimate = need.estimate(plan.base.is_streamed, plan.recomputed);
-    info!(
-        estimate = gib(estimate),
-        limit = limit.map_or_else(|| "unknown".into(), gib),
-        base = if plan.base.is_streamed {
-            "streamed"
-        } else {
-            "resident"
-        },
-        recomputed_blocks = format!("{} of {}", plan.recomputed, need.sizes.blocks.len()),
-        "memory"
-    );
-    if let Some(limit) = limit.filter(|limit| estimate > *limit) {
-        warn!(
-            "the run takes about {}, {} are there: a smaller `dataset.resolution` or `train.batch_size` takes less{}",
-            gib(estimate),
-            gib(limit),
-            match plan.base.is_streamed {
-                true => "",
-                false => ", and so does `memory.base = \"stream\"`",
-            }
         );
     }
     Ok(plan)
@@ -268,5 +288,75 @@ fn field(path: &str, name: &str) -> Option<u64> {
 
 /// For people.
 pub fn gib(bytes: u64) -> String {
-    format!("{:.2} GiB", bytes as f64 / (1u64 << 30) as f64)
+    match bytes as f64 / (1u64 << 20) as f64 {
+        mib if mib < 1000.0 => format!("{mib:.0} MiB"),
+        mib => format!("{:.2} GiB", mib / 1024.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flux_model::weights::BlockSize;
+
+    use super::*;
+
+    fn need() -> Need {
+        let block = BlockSize {
+            weights: 1000,
+            activations: 10,
+        };
+        Need {
+            sizes: Sizes {
+                blocks: vec![block; 4],
+                rest: 100,
+                width: 2,
+            },
+            tokens: 5,
+            trained: 0,
+        }
+    }
+
+    #[test]
+    fn as_few_blocks_are_computed_again_as_fit_and_none_is_in_memory_where_even_that_is_too_much() {
+        let need = need();
+        // Weights 4100, a graph of 200 for each block that is kept, 40 for the input of each that is not, twice a graph to run.
+        assert_eq!(need.estimate(false, 0), 4100 + 800 + 400);
+        assert_eq!(need.estimate(false, 4), 4100 + 160 + 400);
+        assert_eq!(need.estimate(true, 4), 2100 + 160 + 400);
+        let plan = |limit| {
+            let plan = need.plan(&RunConfig::default(), limit, true);
+            (plan.base.is_streamed, plan.recomputed)
+        };
+        assert_eq!(plan(None), (false, 4));
+        assert_eq!(plan(Some(5300)), (false, 0));
+        assert_eq!(plan(Some(5299)), (false, 1));
+        assert_eq!(plan(Some(4660)), (false, 4));
+        assert_eq!(plan(Some(4659)), (true, 4));
+        assert_eq!(plan(Some(1)), (true, 4));
+    }
+
+    #[test]
+    fn what_is_asked_for_is_done() {
+        let plan = |change: fn(&mut RunConfig), limit| {
+            let mut config = RunConfig::default();
+            change(&mut config);
+            let plan = need().plan(&config, limit, true);
+            (plan.base.is_streamed, plan.recomputed)
+        };
+        assert_eq!(plan(|c| c.memory.base = BasePlace::Stream, None), (true, 4));
+        assert_eq!(
+            plan(|c| c.memory.base = BasePlace::Resident, Some(1)),
+            (false, 4)
+        );
+        assert_eq!(
+            plan(|c| c.memory.recompute = Recompute::First(9), None),
+            (false, 4)
+        );
+        // What is kept of a block keeps its weights, and DoRA starts from them.
+        assert_eq!(
+            plan(|c| c.memory.recompute = Recompute::First(1), Some(1)),
+            (false, 1)
+        );
+        assert_eq!(plan(|c| c.lora.use_dora = true, Some(1)), (false, 4));
+    }
 }

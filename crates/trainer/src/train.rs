@@ -166,6 +166,10 @@ fn train_family<F: Family>(
         trained(&outline, config)?,
         &device,
     )?;
+    info!("memory: {}", plan.describe());
+    if let Some(warning) = plan.warning() {
+        warn!("{warning}");
+    }
     drop(outline);
     if matches!(begin, Begin::New(_)) || options.accepted.data {
         say_what_is_lost(warnings, &samples, config, &family)?;

@@ -431,7 +431,7 @@ impl Training {
         if let Some(lines) = self.child.stderr.take() {
             for line in BufReader::new(lines).lines() {
                 let line = line?;
-                if line.contains("train count=") {
+                if line.contains("steps_per_epoch=") {
                     break;
                 }
             }
