@@ -294,7 +294,7 @@ fn cost<F: Family>(
     report.row(
         "time (estimate)",
         format!(
-            "at least {} a step, {} in all, by how fast {} multiplies just now",
+            "about {} a step, {} in all, by how fast {} multiplies just now",
             estimate::shown(seconds),
             estimate::shown(seconds * config.train.steps as f64),
             device.name

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::cli::{CheckArgs, Cli, Command, TrainArgs, UsageError};
 use crate::config::{ConfigError, RunConfig};
-use crate::convert::{convert, load_loras, make_parent};
+use crate::convert::{convert, load_loras};
 use crate::dev::{bench, parity, quickstart, random_weights};
 use crate::device::{self, BACKENDS, DeviceError};
 use crate::nearest::printable;
@@ -49,7 +49,7 @@ pub fn run(command: Command, output: Output) -> anyhow::Result<ExitCode> {
             ];
             output.result("merged", &fields);
         }
-        Command::Inspect { path } => print!("{}", inspect::describe(&path)?),
+        Command::Inspect { path } => output.text("inspected", &inspect::describe(&path)?),
         Command::Check(args) => return check_run(&args, output),
         Command::Compare { a, b } => compare_runs(&a, &b, output)?,
         Command::Export(args) => {
@@ -73,9 +73,7 @@ pub fn run(command: Command, output: Output) -> anyhow::Result<ExitCode> {
         Command::Report { run, out } => {
             let run = report::open_run(&run)?;
             let out = out.unwrap_or_else(|| run.path().join("report.html"));
-            let page = report::page(&run)?;
-            make_parent(&out)?;
-            std::fs::write(&out, page).with_context(|| format!("write {}", out.display()))?;
+            report::write_page(&run, &out)?;
             output.result("report", &[("report", json!(out))]);
         }
         Command::Watch { run, port } => {
@@ -84,7 +82,7 @@ pub fn run(command: Command, output: Output) -> anyhow::Result<ExitCode> {
             server.serve();
         }
         Command::Parity(args) => return parity::run(&args),
-        Command::Devices => devices(),
+        Command::Devices => output.text("devices", &devices()),
         Command::Bench(command) => bench::run(&command)?,
         Command::Quickstart(args) => print!("{}", quickstart::show(&args)?),
         Command::RandomWeights { folder, out, seed } => {
@@ -229,18 +227,23 @@ fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-fn devices() {
+/// What this binary can run on, a line each.
+fn devices() -> String {
+    let mut lines = Vec::new();
     for backend in BACKENDS {
         if !backend.compiled {
-            println!(
+            lines.push(format!(
                 "{:<8} not in this binary ({}); build with --features {}",
                 backend.name, backend.about, backend.name
-            );
+            ));
             continue;
         }
         let found = device::list(backend.name);
         if found.is_empty() {
-            println!("{:<8} no device found ({})", backend.name, backend.about);
+            lines.push(format!(
+                "{:<8} no device found ({})",
+                backend.name, backend.about
+            ));
         }
         for device in found {
             let dtypes: Vec<&str> = [
@@ -256,13 +259,14 @@ fn devices() {
             } else {
                 ""
             };
-            println!(
+            lines.push(format!(
                 "{:<8} {} ({}; storage types {}{fault})",
                 device.name,
                 device.hardware,
                 backend.about,
                 dtypes.join(" ")
-            );
+            ));
         }
     }
+    lines.join("\n") + "\n"
 }

@@ -1,5 +1,5 @@
-//! How long a step will take, from what the layers compute and how fast this device multiplies: an estimate, and a low one,
-//! since it counts the linear layers and attention alone.
+//! How long a step will take, from what the layers compute and how fast this device multiplies just now: a rough estimate, of
+//! the linear layers and attention alone.
 
 use std::time::{Duration, Instant};
 

@@ -80,6 +80,17 @@ impl Output {
         }
     }
 
+    /// A result that is text for people; for a program an event with its lines.
+    pub fn text(self, event: &str, text: &str) {
+        match self {
+            Self::Json => {
+                let lines: Vec<&str> = text.lines().collect();
+                print_line(&json!({"event": event, "lines": lines}));
+            }
+            _ => print!("{text}"),
+        }
+    }
+
     /// What went wrong: a line on stderr, and for a program an event too.
     pub fn error(self, message: &str) {
         if self == Self::Json {

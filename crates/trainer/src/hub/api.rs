@@ -54,7 +54,7 @@ pub(crate) struct HubError {
 }
 
 /// Asks for one repository.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub(crate) struct Client<'a> {
     pub(crate) hub: &'a Hub,
     pub(crate) id: &'a HubId,

@@ -91,8 +91,8 @@ pub fn folder_of(model: &Path, replaced: Replaced, offline: bool) -> anyhow::Res
     }
 }
 
-/// Where repositories come from, and where they are kept.
-#[derive(Debug, Clone)]
+/// Where repositories come from, and where they are kept. Not to be printed: it has the token.
+#[derive(Clone)]
 pub(crate) struct Hub {
     endpoint: String,
     token: Option<String>,

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Cursor, ErrorKind};
+use std::io::{Cursor, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -17,7 +17,9 @@ use image::codecs::jpeg::JpegEncoder;
 use lora_core::files::strict_json::read_file;
 use serde_json::{Value, json};
 
+use crate::cli::UsageError;
 use crate::config::RunConfig;
+use crate::convert::make_parent;
 use crate::run::checkpoint::{State, read_state};
 use crate::run::folder::RunDir;
 use crate::run::logs::rows;
@@ -61,7 +63,7 @@ pub(crate) fn open_run(path: &Path) -> anyhow::Result<RunDir> {
 ///
 /// # Errors
 /// A folder that is no run's, a picture that cannot be read.
-pub(crate) fn page(run: &RunDir) -> anyhow::Result<String> {
+fn page(run: &RunDir) -> anyhow::Result<String> {
     let mut data = data(run)?;
     let mut reduced = false;
     let pictures = samples(run)
@@ -85,6 +87,30 @@ pub(crate) fn page(run: &RunDir) -> anyhow::Result<String> {
     data["samples"] = pictures.into();
     data["reduced"] = reduced.into();
     Ok(with_data(&data))
+}
+
+/// What a page of ours has near its beginning.
+const GENERATOR: &str = "<meta name=\"generator\" content=\"flux-lora report\">";
+
+/// Writes the page of a run to `out`, in place of another page of this kind at most.
+///
+/// # Errors
+/// See [`page`]; a file at `out` that is something else.
+pub(crate) fn write_page(run: &RunDir, out: &Path) -> anyhow::Result<()> {
+    if out.exists() {
+        let mut beginning = Vec::new();
+        let file = fs::File::open(out).with_context(|| format!("open {}", out.display()))?;
+        let _ = file.take(2000).read_to_end(&mut beginning);
+        if !String::from_utf8_lossy(&beginning).contains(GENERATOR) {
+            bail!(UsageError(format!(
+                "{} exists and is no report: choose another --out",
+                out.display()
+            )));
+        }
+    }
+    let page = page(run)?;
+    make_parent(out)?;
+    fs::write(out, page).with_context(|| format!("write {}", out.display()))
 }
 
 /// The page with a JSON object in it, in which nothing can end the element it stands in.
@@ -248,6 +274,7 @@ mod tests {
 
     #[test]
     fn nothing_in_the_data_ends_its_element() {
+        assert!(PAGE.contains(GENERATOR));
         let page = with_data(&json!({"name": "</script><script>alert(1)</script>"}));
         assert_eq!(page.matches("alert(1)").count(), 1);
         assert!(!page.contains("<script>alert"), "{page}");

@@ -29,6 +29,8 @@ pub(crate) struct Logs {
     timings: PathBuf,
     csv: PathBuf,
     columns: Vec<String>,
+    /// Whether it holds all lines so far.
+    csv_is_whole: bool,
     events: Option<File>,
     events_folder: PathBuf,
 }
@@ -42,6 +44,7 @@ impl Logs {
             timings: run.timings_path(),
             csv: run.csv_path(),
             columns: Vec::new(),
+            csv_is_whole: false,
             events: None,
             events_folder: run.tensorboard_path(),
         };
@@ -52,10 +55,11 @@ impl Logs {
     /// Adds a line that was just added to the metrics log.
     pub(crate) fn append(&mut self, line: &Value, timing: Option<&Timing>) {
         let row = row(line, timing);
-        if self.section.csv
+        if self.csv_is_whole
             && let Err(error) = self.append_csv(&row)
         {
             tell("metrics.csv", &error.into());
+            self.csv_is_whole = false;
         }
         let time = timing.map_or_else(unix_time, |timing| timing.time);
         if let Some(file) = &mut self.events
@@ -85,7 +89,7 @@ impl Logs {
         let rows = rows(&self.metrics, &self.timings);
         if self.section.csv {
             match write_csv(&self.csv, &rows) {
-                Ok(columns) => self.columns = columns,
+                Ok(columns) => (self.columns, self.csv_is_whole) = (columns, true),
                 Err(error) => tell("metrics.csv", &error.into()),
             }
         }
