@@ -460,7 +460,7 @@ impl Scan {
                     Dim::In => inputs,
                     Dim::Out => outputs,
                     Dim::Rank => rank,
-                    Dim::Any => own[axis],
+                    Dim::Any | Dim::Outer => own[axis],
                 })
                 .collect();
             let expected = site.file_shape(part, &dims);

@@ -7,7 +7,7 @@ use std::path::Path;
 use flux_model::WeightsError;
 use flux_model::families::{self, Visitor};
 use flux_model::family::Family;
-use flux_model::lora::{Factors, ModelShape, read};
+use flux_model::lora::{ModelShape, read};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::weights::Checkpoint;
 
@@ -163,15 +163,14 @@ fn lora(text: &mut String, path: &Path) -> anyhow::Result<()> {
             .iter()
             .map(|tensor| tensor.shape().iter().product::<usize>())
             .sum::<usize>();
-        let kind = match (&update.factors, update.rank()) {
+        let kind = match (update.kind(), update.rank()) {
             (_, Some(rank)) => {
-                format!(
-                    "rank {rank}, alpha {}",
-                    update.alpha.unwrap_or(update.scale * rank as f64)
-                )
+                let alpha = update.alpha.unwrap_or(update.scale * rank as f64);
+                format!("rank {rank}, alpha {alpha}")
             }
-            (Some(Factors::LoHa { .. }), _) => format!("LoHa, scale {}", update.scale),
-            (Some(Factors::LoKr(_)), _) => format!("LoKr, scale {}", update.scale),
+            (Some(kind), _) if kind.peft_type().is_some() => {
+                format!("{kind}, scale {}", update.scale)
+            }
             (Some(_), _) => "full".into(),
             (None, _) => "bias only".into(),
         };

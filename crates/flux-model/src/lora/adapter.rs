@@ -7,15 +7,15 @@ use std::collections::BTreeMap;
 
 use lora_core::AdapterFile;
 use lora_core::files::host::HostTensor;
-use lora_core::kinds::parts::{DIFF, Kind, LORA_A, LORA_B, LORA_BIAS, MAGNITUDE, WHOLE};
-use lora_core::kinds::{AdapterSpec, ModuleAdapter, Side};
+use lora_core::kinds::parts::{DIFF, Kind, LORA_BIAS, MAGNITUDE};
+use lora_core::kinds::{AdapterSpec, ModuleAdapter};
 
 use super::delta::{BaseWeight, group, group_delta};
 use super::error::LoraFormatError;
 use super::lycoris::to_low_rank;
 use super::shape::ModelShape;
 use super::tensor::TensorRef;
-use super::{Axis, Bias, Component, Factors, LoKr, LoraSet, ModuleUpdate};
+use super::{Axis, Bias, Component, LoraSet, Magnitude, ModuleUpdate};
 
 /// A change of a base parameter, to be made before the adapter is attached.
 #[derive(Debug, Clone)]
@@ -66,16 +66,11 @@ impl Residual {
                 let own = group
                     .iter()
                     .find_map(|(module, update)| update.filter(|_| module == path));
-                let shape = match own {
-                    Some(ModuleUpdate {
-                        factors: Some(Factors::Full(tensor)),
-                        ..
-                    }) => tensor.shape(),
-                    _ => own
-                        .and_then(ModuleUpdate::size)
-                        .map_or_else(Vec::new, |(out, input)| vec![out, input]),
-                };
-                Ok(HostTensor::from_f32(shape, &values))
+                let shape = own.and_then(|update| match update.factors.as_ref()?.get(DIFF) {
+                    Some(change) => Some(change.shape()), // of a norm it is a vector
+                    None => update.size().map(|(out, input)| vec![out, input]),
+                });
+                Ok(HostTensor::from_f32(shape.unwrap_or_default(), &values))
             }
         }
     }
@@ -101,14 +96,12 @@ impl LoraSet {
             let bias_is_adapted = adapter
                 .as_ref()
                 .is_some_and(|adapter| adapter.factors.get(LORA_BIAS).is_some());
-            match (adapter, &update.factors) {
-                (Some(adapter), _) => {
+            match adapter {
+                Some(adapter) => {
                     modules.insert(path.clone(), adapter);
                 }
-                (None, None) => {}
-                (None, Some(factors)) => {
-                    residuals.push(weight_residual(path, update, factors, all))
-                }
+                None if update.factors.is_none() => {}
+                None => residuals.push(weight_residual(path, update, all)),
             }
             if let Some(bias) = update.bias.as_ref().filter(|_| !bias_is_adapted) {
                 residuals.push(Residual {
@@ -141,31 +134,15 @@ impl LoraSet {
                 _ => module.spec.scale(),
             };
             let kind = factors.kind();
-            let ours = match (factors.products(), factors.sides()) {
-                (Some([[a1, b1], [a2, b2]]), _) => Factors::LoHa {
-                    a: [a1, a2].map(TensorRef::clone),
-                    b: [b1, b2].map(TensorRef::clone),
-                },
-                (_, Some(sides)) => {
-                    let [w1, w2] = sides.map(Side::cloned);
-                    Factors::LoKr(LoKr { w1, w2, rows: None })
-                }
-                _ if kind == Kind::Diff => Factors::Full(factors[DIFF].clone()),
-                _ if kind == Kind::Whole => Factors::Replace(factors[WHOLE].clone()),
-                _ => Factors::LowRank {
-                    down: factors[LORA_A].clone(),
-                    up: factors[LORA_B].clone(),
-                },
-            };
             let is_lora = kind == Kind::Lora && !module.spec.use_rslora;
             let update = ModuleUpdate {
                 alpha: Some(module.spec.alpha).filter(|_| is_lora),
                 bias: factors.get(LORA_BIAS).cloned().map(Bias::Scaled),
-                magnitude: factors.get(MAGNITUDE).map(|values| super::Magnitude {
+                magnitude: factors.get(MAGNITUDE).map(|values| Magnitude {
                     values: values.clone(),
                     axis: Axis::Output,
                 }),
-                ..ModuleUpdate::of(ours, scale)
+                ..ModuleUpdate::of(Some(factors.without(MAGNITUDE).without(LORA_BIAS)), scale)
             };
             (path.clone(), update)
         });
@@ -186,7 +163,7 @@ fn adapter(update: &ModuleUpdate) -> Result<Option<ModuleAdapter>, LoraFormatErr
     let Some(low_rank) = to_low_rank(update) else {
         return Ok(None);
     };
-    let Some(Factors::LowRank { down, up }) = &low_rank.factors else {
+    let Some((down, up)) = low_rank.pair() else {
         return Ok(None);
     };
     let rank = down.size().0;
@@ -221,12 +198,11 @@ fn adapter(update: &ModuleUpdate) -> Result<Option<ModuleAdapter>, LoraFormatErr
 fn weight_residual(
     path: &str,
     update: &ModuleUpdate,
-    factors: &Factors,
     all: &BTreeMap<String, ModuleUpdate>,
 ) -> Residual {
-    let (change, source) = match factors {
-        Factors::Replace(value) => (Change::Replace, Source::Value(value.clone())),
-        _ => {
+    let (change, source) = match update.replacement() {
+        Some(value) => (Change::Replace, Source::Value(value.clone())),
+        None => {
             let group = group(path, update);
             let group = group
                 .into_iter()

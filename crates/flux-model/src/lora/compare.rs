@@ -15,53 +15,38 @@ pub(super) fn same_weight(a: &ModuleUpdate, b: &ModuleUpdate) -> Result<bool, Lo
         (Some(a), Some(b)) => a.axis == b.axis && same_values(&a.values, &b.values, 1.0, 1.0)?,
         _ => false,
     };
-    if !magnitudes || a.size() != b.size() {
+    if !magnitudes || a.size() != b.size() || a.rows != b.rows {
         return Ok(false);
     }
-    match (&a.factors, &b.factors) {
-        (
-            Some(Factors::LowRank {
-                down: down_a,
-                up: up_a,
-            }),
-            Some(Factors::LowRank {
-                down: down_b,
-                up: up_b,
-            }),
-        ) => {
-            let first = [Dense::load(up_a)?, Dense::load(down_a)?];
-            let second = [Dense::load(up_b)?, Dense::load(down_b)?];
-            let cross = inner(&first, &second) * a.scale * b.scale;
-            let norms = [
-                inner(&first, &first) * a.scale.powi(2),
-                inner(&second, &second) * b.scale.powi(2),
-            ];
-            let difference = (norms[0] + norms[1] - 2.0 * cross).max(0.0).sqrt();
-            Ok(difference <= TOLERANCE * norms[0].max(norms[1]).sqrt())
-        }
-        (Some(first), Some(second))
-            if std::mem::discriminant(first) == std::mem::discriminant(second) =>
-        {
-            let tensors = |update: &ModuleUpdate| {
-                let factors = ModuleUpdate::of(update.factors.clone()?, update.scale);
-                Some(factors.tensors().into_iter().cloned().collect::<Vec<_>>())
-            };
-            let (first, second) = (
-                tensors(a).unwrap_or_default(),
-                tensors(b).unwrap_or_default(),
-            );
-            if first.len() != second.len() || a.scale != b.scale {
-                return Ok(false);
-            }
-            for (a, b) in first.iter().zip(&second) {
-                if !same_values(a, b, 1.0, 1.0)? {
-                    return Ok(false);
-                }
-            }
-            Ok(true)
-        }
-        _ => Ok(false),
+    if let (Some((down_a, up_a)), Some((down_b, up_b))) = (a.pair(), b.pair()) {
+        let first = [Dense::load(up_a)?, Dense::load(down_a)?];
+        let second = [Dense::load(up_b)?, Dense::load(down_b)?];
+        let cross = inner(&first, &second) * a.scale * b.scale;
+        let norms = [
+            inner(&first, &first) * a.scale.powi(2),
+            inner(&second, &second) * b.scale.powi(2),
+        ];
+        let difference = (norms[0] + norms[1] - 2.0 * cross).max(0.0).sqrt();
+        return Ok(difference <= TOLERANCE * norms[0].max(norms[1]).sqrt());
     }
+    let (Some(first), Some(second)) = (&a.factors, &b.factors) else {
+        return Ok(false);
+    };
+    let parts = |factors: &Factors| {
+        factors
+            .iter()
+            .map(|(part, _)| part.name)
+            .collect::<Vec<_>>()
+    };
+    if parts(first) != parts(second) || a.scale != b.scale {
+        return Ok(false);
+    }
+    for ((_, a), (_, b)) in first.iter().zip(second.iter()) {
+        if !same_values(a, b, 1.0, 1.0)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Whether both change the bias in the same way.

@@ -7,7 +7,7 @@ use lora_core::files::host::HostTensor;
 
 use super::error::LoraFormatError;
 use super::lycoris::dense;
-use super::{Axis, Bias, Component, Factors, LoraSet, Magnitude, ModuleUpdate};
+use super::{Axis, Bias, Component, LoraSet, Magnitude, ModuleUpdate};
 
 /// Looks up a base weight `[out, in]`, row-major, by module path.
 pub type BaseWeight<'a> = dyn FnMut(&str) -> Option<Vec<f32>> + 'a;
@@ -80,14 +80,13 @@ pub(super) fn group_delta(
     let own = group
         .iter()
         .find_map(|(module, update)| update.filter(|_| module == path));
-    let Some((update, factors)) = own.and_then(|update| Some((update, update.factors.as_ref()?)))
-    else {
+    let Some(update) = own.filter(|update| update.factors.is_some()) else {
         return Ok(Vec::new());
     };
-    if let Factors::Replace(value) = factors {
+    if let Some(value) = update.replacement() {
         return Ok(minus(value.load_f32()?, &weight(path)?));
     }
-    let change = scaled_dense(update, factors)?;
+    let change = scaled_dense(update)?;
     let Some(magnitude) = &update.magnitude else {
         return Ok(change);
     };
@@ -107,10 +106,8 @@ pub(super) fn group_delta(
             let mut squares = column_squares(&changed, columns);
             for (module, update) in group.iter().filter(|(module, _)| module != path) {
                 let mut other = weight(module)?;
-                if let Some((update, factors)) =
-                    update.and_then(|update| Some((update, update.factors.as_ref()?)))
-                {
-                    other = plus(scaled_dense(update, factors)?, &other);
+                if let Some(update) = update.filter(|update| update.factors.is_some()) {
+                    other = plus(scaled_dense(update)?, &other);
                 }
                 let more = column_squares(&other, columns);
                 squares
@@ -152,8 +149,8 @@ impl ModuleUpdate {
     }
 }
 
-fn scaled_dense(update: &ModuleUpdate, factors: &Factors) -> Result<Vec<f32>, LoraFormatError> {
-    let mut change = dense(factors)?;
+fn scaled_dense(update: &ModuleUpdate) -> Result<Vec<f32>, LoraFormatError> {
+    let mut change = dense(update)?;
     if update.scale != 1.0 {
         change
             .iter_mut()

@@ -8,12 +8,12 @@
 use std::collections::BTreeSet;
 
 use lora_core::files::host::{Dtype, HostTensor};
-use lora_core::kinds::Side;
+use lora_core::kinds::parts::{Kind, LORA_A, LORA_B};
 
 use super::error::LoraFormatError;
 use super::format::Loss;
 use super::fuse::{FuseError, Piece, assemble, fuse};
-use super::lycoris::{LoKr, to_full, to_low_rank};
+use super::lycoris::{to_full, to_low_rank};
 use super::names::{Names, Target};
 use super::split::split;
 use super::tensor::TensorRef;
@@ -271,57 +271,13 @@ fn emit(
         return;
     }
     emitted.modules += 1;
-    let cut = |factors: &Factors| matches!(factors, Factors::LoKr(LoKr { rows: Some(_), .. }));
-    let whole = match &update.factors {
-        Some(factors) if cut(factors) => to_low_rank(update).or_else(|| to_full(update)),
-        _ => None,
+    let whole = match update.rows {
+        Some(_) => to_low_rank(update).or_else(|| to_full(update)),
+        None => None,
     };
     let update = whole.as_ref().unwrap_or(update);
-    let mut stated = None;
-    match &update.factors {
-        None => {}
-        Some(Factors::LowRank { down, up }) => {
-            emitted
-                .outputs
-                .push(Output::new(key("lora_down.weight"), down.clone()));
-            emitted
-                .outputs
-                .push(Output::new(key("lora_up.weight"), up.clone()));
-            stated = Some(alpha(update, down.size().0));
-        }
-        Some(Factors::LoHa { a, b }) => {
-            for (i, (a, b)) in a.iter().zip(b).enumerate() {
-                emitted
-                    .outputs
-                    .push(Output::new(key(&format!("hada_w{}_a", i + 1)), a.clone()));
-                emitted
-                    .outputs
-                    .push(Output::new(key(&format!("hada_w{}_b", i + 1)), b.clone()));
-            }
-            stated = Some(alpha(update, b[0].size().0));
-        }
-        Some(Factors::LoKr(lokr)) => stated = Some(emit_lokr(lokr, update, &key, emitted)),
-        Some(Factors::Full(tensor)) => {
-            emitted
-                .outputs
-                .push(Output::scaled(key("diff"), tensor, update.scale));
-        }
-        Some(Factors::Replace(tensor)) => {
-            emitted
-                .outputs
-                .push(Output::new(key("set_weight"), tensor.clone()));
-        }
-    }
-    if !matches!(update.factors, None | Some(Factors::LowRank { .. })) {
-        emitted
-            .notes
-            .insert("diffusers does not load LoKr, LoHa or full changes");
-    }
-    if let Some(alpha) = stated {
-        emitted.outputs.push(Output::fixed(
-            key("alpha"),
-            HostTensor::from_f32([], &[alpha as f32]),
-        ));
+    if let Some(factors) = &update.factors {
+        emit_factors(factors, update, &key, emitted);
     }
     if let Some(bias) = &update.bias {
         let scale = if let Bias::Scaled(_) = bias {
@@ -353,48 +309,52 @@ fn emit(
     }
 }
 
-/// Why the format cannot hold an update, if it cannot.
-fn obstacle(update: &ModuleUpdate, style: Style) -> Option<&'static str> {
-    match (&update.factors, &update.bias) {
-        (_, Some(Bias::Replaced(_))) => Some("it replaces a bias"),
-        (Some(Factors::Replace(_)), _) if style == Style::Kohya => Some("it replaces a weight"),
-        _ => None,
-    }
-}
-
-/// The factors of a whole Kronecker product; returns the alpha that gives its scale.
-fn emit_lokr(
-    lokr: &LoKr,
+/// Factors under LyCORIS' names, and the alpha that gives their scale.
+fn emit_factors(
+    factors: &Factors,
     update: &ModuleUpdate,
     key: &dyn Fn(&str) -> String,
     emitted: &mut Emitted,
-) -> f64 {
-    let rank = match (&lokr.w1, &lokr.w2) {
-        (_, Side::Product(_, b)) | (Side::Product(_, b), _) => Some(b.size().0),
-        (Side::Full(_), Side::Full(_)) => None,
-    };
-    // Of two full factors the alpha is ignored, so their scale has to be in one of them.
-    let folded = if rank.is_none() { update.scale } else { 1.0 };
-    for (name, matrix, scale) in [("lokr_w1", &lokr.w1, folded), ("lokr_w2", &lokr.w2, 1.0)] {
-        match matrix {
-            Side::Full(tensor) => emitted
-                .outputs
-                .push(Output::scaled(key(name), tensor, scale)),
-            Side::Product(left, right) => {
-                emitted
-                    .outputs
-                    .push(Output::new(key(&format!("{name}_a")), left.clone()));
-                emitted
-                    .outputs
-                    .push(Output::new(key(&format!("{name}_b")), right.clone()));
-            }
-        }
+) {
+    let kind = factors.kind();
+    let rank = factors.rank_part().map(|part| part.size().0);
+    for (i, (part, tensor)) in factors.iter().enumerate() {
+        let name = match part {
+            LORA_A => "lora_down.weight",
+            LORA_B => "lora_up.weight",
+            _ if kind == Kind::Whole => "set_weight",
+            _ => part.name,
+        };
+        // Readers ignore alpha where there is no rank, so the scale has to be in one of the parts.
+        let is_scaled = rank.is_none() && i == 0 && kind != Kind::Whole;
+        let scale = if is_scaled { update.scale } else { 1.0 };
+        emitted
+            .outputs
+            .push(Output::scaled(key(name), tensor, scale));
     }
-    match rank {
-        Some(rank) => alpha(update, rank),
-        None => update
-            .alpha
-            .filter(|alpha| alpha.is_finite())
-            .unwrap_or(1.0),
+    if kind != Kind::Lora {
+        emitted
+            .notes
+            .insert("diffusers does not load LoKr, LoHa or full changes");
+    }
+    if kind.peft_type().is_some() {
+        let alpha = match rank {
+            Some(rank) => alpha(update, rank),
+            None => update
+                .alpha
+                .filter(|alpha| alpha.is_finite())
+                .unwrap_or(1.0),
+        };
+        let value = HostTensor::from_f32([], &[alpha as f32]);
+        emitted.outputs.push(Output::fixed(key("alpha"), value));
+    }
+}
+
+/// Why the format cannot hold an update, if it cannot.
+fn obstacle(update: &ModuleUpdate, style: Style) -> Option<&'static str> {
+    match (update.replacement(), &update.bias) {
+        (_, Some(Bias::Replaced(_))) => Some("it replaces a bias"),
+        (Some(_), _) if style == Style::Kohya => Some("it replaces a weight"),
+        _ => None,
     }
 }

@@ -2,7 +2,7 @@
 
 use super::emit::{Emitted, Output, alpha};
 use super::lycoris::to_low_rank;
-use super::{Axis, Bias, Component, Factors, LoraSet, ModuleUpdate};
+use super::{Axis, Bias, Component, LoraSet, ModuleUpdate};
 
 /// A module as PEFT describes it.
 pub(super) struct PeftModule {
@@ -41,7 +41,7 @@ pub(super) fn peft(
     let any_dora = updates.values().any(|update| update.magnitude.is_some());
     for (path, update) in updates {
         let key = |suffix: &str| format!("{prefix}{path}{suffix}");
-        if let Some(Factors::Replace(value)) = &update.factors
+        if let Some(value) = update.replacement()
             && *norms
             && path
                 .rsplit('.')
@@ -64,7 +64,7 @@ pub(super) fn peft(
                 continue;
             }
         };
-        let Some(Factors::LowRank { down, up }) = &low_rank.factors else {
+        let Some((down, up)) = low_rank.pair() else {
             continue;
         };
         let rank = down.size().0;

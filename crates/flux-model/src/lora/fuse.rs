@@ -5,11 +5,12 @@
 //! other, each up projection in its own rows and columns, the rank the sum of the ranks.
 
 use lora_core::files::host::{Dtype, HostTensor};
-use lora_core::kinds::Side;
+use lora_core::kinds::parts::{DIFF, Kind};
 
 use super::error::LoraFormatError;
-use super::lycoris::{LoKr, to_low_rank};
+use super::lycoris::to_low_rank;
 use super::rows::Rows;
+use super::split::is_cut;
 use super::tensor::TensorRef;
 use super::{Axis, Bias, Factors, Magnitude, ModuleUpdate};
 
@@ -100,13 +101,7 @@ pub(super) fn fuse(
     }
     let magnitude = fuse_magnitudes(parts, paths)?;
     let mut fused = if present.iter().all(|part| part.factors.is_none()) {
-        ModuleUpdate {
-            factors: None,
-            scale: 1.0,
-            alpha: None,
-            bias: None,
-            magnitude: None,
-        }
+        ModuleUpdate::of(None, 1.0)
     } else {
         match rejoin(parts) {
             Some(whole) => whole,
@@ -238,114 +233,40 @@ fn fuse_biases(parts: &[Option<&ModuleUpdate>], rows: &[usize]) -> Result<Option
     Ok(Some(Bias::Added(assemble(vec![row], pieces))))
 }
 
-/// The update that [`super::split`] took apart, if all parts are there and unchanged.
+/// The update that [`super::split`] took apart, if all parts are there and unchanged: what it cut stacks up to rows of one
+/// tensor, and all else is the same tensor.
 fn rejoin(parts: &[Option<&ModuleUpdate>]) -> Option<ModuleUpdate> {
     let parts: Vec<&ModuleUpdate> = parts.iter().copied().collect::<Option<_>>()?;
     let first = parts[0];
-    if parts.iter().any(|part| part.scale != first.scale) {
-        return None;
-    }
     let factors: Vec<&Factors> = parts
         .iter()
         .map(|part| part.factors.as_ref())
         .collect::<Option<_>>()?;
-    let joined = match factors[0] {
-        Factors::LowRank { down, .. } => {
-            let ups = factors.iter().map(|factors| match factors {
-                Factors::LowRank { down: other, up } if other.is_same(down) => Some(up),
-                _ => None,
-            });
-            Factors::LowRank {
-                down: down.clone(),
-                up: TensorRef::stacked(&ups.collect::<Option<Vec<_>>>()?)?,
-            }
-        }
-        Factors::LoHa { b, .. } => {
-            let side = |i: usize| {
-                let ups = factors.iter().map(|factors| match factors {
-                    Factors::LoHa { a, b: other } if other[i].is_same(&b[i]) => Some(&a[i]),
-                    _ => None,
-                });
-                TensorRef::stacked(&ups.collect::<Option<Vec<_>>>()?)
-            };
-            Factors::LoHa {
-                a: [side(0)?, side(1)?],
-                b: b.clone(),
-            }
-        }
-        Factors::LoKr(_) => {
-            let parts = factors.iter().map(|factors| match factors {
-                Factors::LoKr(lokr) => Some(lokr),
-                _ => None,
-            });
-            Factors::LoKr(rejoin_lokr(&parts.collect::<Option<Vec<_>>>()?)?)
-        }
-        Factors::Full(_) => {
-            let parts = factors.iter().map(|factors| match factors {
-                Factors::Full(tensor) => Some(tensor),
-                _ => None,
-            });
-            Factors::Full(TensorRef::stacked(&parts.collect::<Option<Vec<_>>>()?)?)
-        }
-        Factors::Replace(_) => {
-            let parts = factors.iter().map(|factors| match factors {
-                Factors::Replace(tensor) => Some(tensor),
-                _ => None,
-            });
-            Factors::Replace(TensorRef::stacked(&parts.collect::<Option<Vec<_>>>()?)?)
-        }
-    };
-    Some(ModuleUpdate {
-        factors: Some(joined),
-        ..first.clone()
-    })
-}
-
-fn rejoin_lokr(parts: &[&LoKr]) -> Option<LoKr> {
-    let first = parts[0];
-    let same = |a: &Side<TensorRef>, b: &Side<TensorRef>| {
-        a.iter().count() == b.iter().count() && a.iter().zip(b.iter()).all(|(a, b)| a.is_same(b))
-    };
-    if !parts.iter().all(|part| same(&part.w2, &first.w2)) {
+    let alike = parts.iter().all(|part| {
+        let rows = part.rows.is_some() == first.rows.is_some();
+        part.scale == first.scale && part.kind() == first.kind() && rows
+    });
+    if !alike {
         return None;
     }
     if first.rows.is_some() {
-        let rows = parts
-            .iter()
-            .map(|part| part.rows.clone())
-            .collect::<Option<Vec<_>>>()?;
-        let rows = Rows::stacked(&rows);
-        let (all, _) = first.whole();
-        let unchanged = parts.iter().all(|part| same(&part.w1, &first.w1));
-        return (unchanged && rows == Rows::all(all)).then(|| LoKr {
-            rows: None,
-            ..first.clone()
-        });
-    }
-    if parts.iter().any(|part| part.rows.is_some()) {
-        return None;
-    }
-    let w1 = match &first.w1 {
-        Side::Full(_) => {
-            let outer = parts.iter().map(|part| match &part.w1 {
-                Side::Full(tensor) => Some(tensor),
-                Side::Product(..) => None,
-            });
-            Side::Full(TensorRef::stacked(&outer.collect::<Option<Vec<_>>>()?)?)
+        let rows = Rows::stacked(parts.iter().filter_map(|part| part.rows.as_ref()));
+        if rows != Rows::all(factors[0].size(TensorRef::axes)[0]) {
+            return None;
         }
-        Side::Product(_, right) => {
-            let outer = parts.iter().map(|part| match &part.w1 {
-                Side::Product(left, other) if other.is_same(right) => Some(left),
-                _ => None,
-            });
-            Side::Product(
-                TensorRef::stacked(&outer.collect::<Option<Vec<_>>>()?)?,
-                right.clone(),
-            )
+    }
+    let joined = factors[0].as_ref().try_map(|part, tensor| {
+        let tensors = factors.iter().map(|factors| factors.get(part));
+        let tensors: Vec<&TensorRef> = tensors.collect::<Option<_>>().ok_or(())?;
+        if first.rows.is_none() && is_cut(part) {
+            return TensorRef::stacked(&tensors).ok_or(());
         }
-    };
-    Some(LoKr {
-        w1,
+        let same = tensors.iter().all(|other| other.is_same(tensor));
+        same.then(|| tensor.clone()).ok_or(())
+    });
+    Some(ModuleUpdate {
+        factors: Some(joined.ok()?),
+        rows: None,
         ..first.clone()
     })
 }
@@ -354,7 +275,7 @@ fn fuse_factors(
     parts: &[Option<&ModuleUpdate>],
     rows: &[usize],
 ) -> Result<ModuleUpdate, FuseError> {
-    let full = |part: &&ModuleUpdate| matches!(part.factors, Some(Factors::Full(_)));
+    let full = |part: &&ModuleUpdate| part.kind() == Some(Kind::Diff);
     let changed: Vec<_> = parts
         .iter()
         .map(|part| part.filter(|part| part.factors.is_some()))
@@ -372,13 +293,10 @@ fn fuse_factors(
         .collect::<Result<_, _>>()?;
     let pairs: Vec<_> = low_rank
         .iter()
-        .map(|part| match part {
-            Some(ModuleUpdate {
-                factors: Some(Factors::LowRank { down, up }),
-                scale,
-                ..
-            }) => Some((down, up, *scale)),
-            _ => None,
+        .map(|part| {
+            let part = part.as_ref()?;
+            let (down, up) = part.pair()?;
+            Some((down, up, part.scale))
         })
         .collect();
     let present: Vec<_> = pairs.iter().flatten().collect();
@@ -430,23 +348,20 @@ fn fuse_full(parts: &[Option<&ModuleUpdate>], rows: &[usize], out: usize) -> Mod
     let mut pieces = Vec::new();
     let (mut row, mut input) = (0, 0);
     for (part, height) in parts.iter().zip(rows) {
-        if let Some(ModuleUpdate {
-            factors: Some(Factors::Full(tensor)),
-            scale,
-            ..
-        }) = part
-        {
+        if let Some((part, factors)) = part.and_then(|part| Some((part, part.factors.as_ref()?))) {
+            let tensor = factors[DIFF].clone();
             input = tensor.size().1;
             pieces.push(Piece {
                 row,
                 column: 0,
-                scale: *scale,
-                tensor: tensor.clone(),
+                scale: part.scale,
+                tensor,
             });
         }
         row += height;
     }
-    ModuleUpdate::of(Factors::Full(assemble(vec![out, input], pieces)), 1.0)
+    let change = Factors::diff(assemble(vec![out, input], pieces));
+    ModuleUpdate::of(Some(change), 1.0)
 }
 
 /// Whether two tensors hold the same bytes.

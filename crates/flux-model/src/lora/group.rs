@@ -1,15 +1,15 @@
 //! The keys of one module, checked and put together to an update.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use lora_core::files::safetensors::TensorFile;
-use lora_core::kinds::Side;
+use lora_core::kinds::parts::{Dim, Kind, LORA_A, WHOLE};
 
 use super::error::{KeyProblem, LoraFormatError};
 use super::key::Param;
-use super::lycoris::LoKr;
 use super::names::Target;
 use super::peft::{Algorithm, PeftConfig};
 use super::shape::ModuleShape;
@@ -49,27 +49,21 @@ impl Group {
 
     /// Rows and columns of the change, where the shapes alone show them.
     pub(super) fn size(&self, file: &TensorFile) -> (Option<usize>, Option<usize>) {
-        let axis = |param, axis: usize| {
-            let key = self.params.get(&param)?;
-            file.info(key)?.shape.get(axis).copied()
+        let shape = |param| Some(file.info(self.params.get(&param)?)?.shape.as_slice());
+        let factors = Kind::ALL.into_iter().find_map(|kind| {
+            lora_core::kinds::Factors::collect(kind, |part| shape(Param::Factor(kind, part.name)))
+                .ok()
+        });
+        let axis = |shape: &[usize], axis: usize| shape.get(axis).copied().unwrap_or_default();
+        let [out, input] = match factors {
+            Some(factors) => factors.size(|shape| [0, 1].map(|i| axis(shape, i))),
+            None => {
+                let bias = shape(Param::DiffBias).or_else(|| shape(Param::UpBias));
+                [bias.map_or(0, |bias| axis(bias, 0)), 0]
+            }
         };
-        let product = |a: Option<usize>, b: Option<usize>| a?.checked_mul(b?);
-        let outer =
-            |i| axis(Param::LokrW1, i).or_else(|| axis([Param::LokrW1A, Param::LokrW1B][i], i));
-        let inner =
-            |i| axis(Param::LokrW2, i).or_else(|| axis([Param::LokrW2A, Param::LokrW2B][i], i));
-        let out = axis(Param::Up, 0)
-            .or_else(|| axis(Param::HadaW1A, 0))
-            .or_else(|| product(outer(0), inner(0)));
-        let input = axis(Param::Down, 1)
-            .or_else(|| axis(Param::HadaW1B, 1))
-            .or_else(|| product(outer(1), inner(1)));
-        let plain = |i| axis(Param::Diff, i).or_else(|| axis(Param::Set, i));
-        let bias = || axis(Param::DiffBias, 0).or_else(|| axis(Param::UpBias, 0));
-        (
-            out.or_else(|| plain(0)).or_else(bias),
-            input.or_else(|| plain(1)),
-        )
+        let known = |size: usize| Some(size).filter(|size| *size > 0);
+        (known(out), known(input))
     }
 }
 
@@ -84,11 +78,10 @@ impl GroupReader<'_> {
         let bias = self.bias(factors.as_ref())?;
         let magnitude = self.magnitude(factors.as_ref())?;
         Ok(ModuleUpdate {
-            factors,
-            scale,
             alpha,
             bias,
             magnitude,
+            ..ModuleUpdate::of(factors, scale)
         })
     }
 
@@ -124,13 +117,13 @@ impl GroupReader<'_> {
         let Some(tensor) = self.tensor(param)? else {
             return Ok(None);
         };
-        self.expect(&tensor, &tensor.shape(), &[len])?;
+        self.expect(tensor.key(), &tensor.shape(), &[len])?;
         Ok(Some(tensor))
     }
 
     fn expect(
         &self,
-        tensor: &TensorRef,
+        key: &str,
         found: &[usize],
         expected: &[usize],
     ) -> Result<(), LoraFormatError> {
@@ -142,174 +135,111 @@ impl GroupReader<'_> {
             expected: expected.to_vec(),
             found: found.to_vec(),
         };
-        Err(self.error(tensor.key(), problem))
-    }
-
-    /// Both tensors of a pair, with equal inner sizes.
-    fn pair(
-        &self,
-        left: Param,
-        right: Param,
-    ) -> Result<Option<(TensorRef, TensorRef)>, LoraFormatError> {
-        let (first, second) = match (self.matrix(left)?, self.matrix(right)?) {
-            (None, None) => return Ok(None),
-            (Some(first), Some(second)) => (first, second),
-            (Some(lone), None) | (None, Some(lone)) => {
-                let missing = partner(lone.key());
-                return Err(self.error(lone.key(), KeyProblem::NoPartner { missing }));
-            }
-        };
-        let (rank, other_rank) = (first.size().1, second.size().0);
-        if rank != other_rank {
-            let other = second.key().to_string();
-            let problem = KeyProblem::Rank {
-                rank,
-                other,
-                other_rank,
-            };
-            return Err(self.error(first.key(), problem));
-        }
-        Ok(Some((first, second)))
+        Err(self.error(key, problem))
     }
 
     fn factors(&self) -> Result<Option<Factors>, LoraFormatError> {
-        let forms = [
-            self.low_rank()?,
-            self.loha()?,
-            self.lokr()?,
-            self.plain(Param::Diff)?.map(Factors::Full),
-            self.plain(Param::Set)?.map(Factors::Replace),
-        ];
-        let mut forms = forms.into_iter().flatten();
-        let first = forms.next();
-        if let (Some(first), Some(second)) = (&first, forms.next()) {
-            let (key, other) = (first_key(&second), first_key(first));
-            return Err(self.error(&key, KeyProblem::Mixed { other }));
+        let kinds = Kind::ALL.map(|kind| self.of_kind(kind));
+        let kinds = kinds.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let mut kinds = kinds.into_iter().flatten();
+        let first = kinds.next();
+        if let (Some(first), Some(second)) = (&first, kinds.next()) {
+            let other = first_key(first).into();
+            return Err(self.error(first_key(&second), KeyProblem::Mixed { other }));
         }
         Ok(first)
     }
 
-    fn low_rank(&self) -> Result<Option<Factors>, LoraFormatError> {
-        let Some((up, down)) = self.pair(Param::Up, Param::Down)? else {
+    /// The factors of one kind, complete and of the sizes of the module; `None` if none of its parts is there.
+    fn of_kind(&self, kind: Kind) -> Result<Option<Factors>, LoraFormatError> {
+        let plain = matches!(kind, Kind::Diff | Kind::Whole);
+        let mut tensors = BTreeMap::new();
+        for part in kind.parts() {
+            let param = Param::Factor(kind, part.name);
+            let tensor = match self.target.shape {
+                ModuleShape::Norm { len } if plain => self.vector(param, len)?,
+                _ => self.matrix(param)?,
+            };
+            tensors.extend(tensor.map(|tensor| (part.name, tensor)));
+        }
+        let Some(first) = tensors.values().next() else {
             return Ok(None);
         };
+        if let (ModuleShape::Norm { .. }, false) = (self.target.shape, plain) {
+            return Err(self.not_a_vector(first));
+        }
+        for part in kind.parts() {
+            let whole = part.instead_of.and_then(|whole| tensors.get(whole));
+            if let (Some(tensor), Some(whole)) = (tensors.get(part.name), whole) {
+                let other = whole.key().into();
+                return Err(self.error(tensor.key(), KeyProblem::Mixed { other }));
+            }
+        }
+        let factors = Factors::collect(kind, |part| tensors.get(part.name).cloned());
+        let mut factors = factors.map_err(|missing| {
+            let alike = |own: &&str| {
+                let pairs = own.bytes().zip(missing.name.bytes());
+                Reverse(pairs.take_while(|(a, b)| a == b).count())
+            };
+            // The most similar part, the first of several.
+            let lone = tensors.iter().min_by_key(|(own, _)| alike(own));
+            let (own, key) = lone.map_or(("", ""), |(own, tensor)| (*own, tensor.key()));
+            let missing = spelled(key, own, missing.name);
+            self.error(key, KeyProblem::NoPartner { missing })
+        })?;
+        self.check_ranks(&factors)?;
+        self.fit(&mut factors)?;
+        Ok(Some(factors))
+    }
+
+    /// The two factors of every product have equal inner sizes.
+    fn check_ranks(&self, factors: &Factors) -> Result<(), LoraFormatError> {
+        let with = |axis| {
+            factors
+                .iter()
+                .filter(move |(part, _)| part.has(axis, Dim::Rank))
+        };
+        for ((_, left), (_, right)) in with(1).zip(with(0)) {
+            let (rank, other_rank) = (left.size().1, right.size().0);
+            if rank != other_rank {
+                let other = right.key().to_string();
+                let problem = KeyProblem::Rank {
+                    rank,
+                    other,
+                    other_rank,
+                };
+                return Err(self.error(left.key(), problem));
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks the sizes. An `x_embedder` may have other inputs than the network: fewer are filled up, more are for the
+    /// caller to see.
+    fn fit(&self, factors: &mut Factors) -> Result<(), LoraFormatError> {
         let ModuleShape::Linear { out, input } = self.target.shape else {
-            return Err(self.not_a_vector(&up));
+            return Ok(()); // checked as a vector
         };
-        self.expect(&up, &up.shape(), &[out, up.size().1])?;
-        let (rank, found) = down.size();
+        if let Some([rows, columns]) = factors.sides().map(|_| factors.size(TensorRef::axes)) {
+            return self.expect(first_key(factors), &[rows, columns], &[out, input]);
+        }
         let widened = self.target.places[0].path == "x_embedder";
-        if found < input && widened {
-            return Ok(Some(Factors::LowRank {
-                down: down.pad_columns(input),
-                up,
-            }));
-        }
-        if !(found > input && widened) {
-            self.expect(&down, &down.shape(), &[rank, input])?;
-        }
-        Ok(Some(Factors::LowRank { down, up }))
-    }
-
-    fn loha(&self) -> Result<Option<Factors>, LoraFormatError> {
-        let first = self.pair(Param::HadaW1A, Param::HadaW1B)?;
-        let second = self.pair(Param::HadaW2A, Param::HadaW2B)?;
-        let ((a1, b1), (a2, b2)) = match (first, second) {
-            (None, None) => return Ok(None),
-            (Some(first), Some(second)) => (first, second),
-            (Some((lone, _)), None) | (None, Some((lone, _))) => {
-                let missing = match lone.key().contains("hada_w1") {
-                    true => lone.key().replace("hada_w1", "hada_w2"),
-                    false => lone.key().replace("hada_w2", "hada_w1"),
-                };
-                return Err(self.error(lone.key(), KeyProblem::NoPartner { missing }));
-            }
-        };
-        for (a, b) in [(&a1, &b1), (&a2, &b2)] {
-            self.expect_size(a, (a.size().0, b.size().1))?;
-        }
-        Ok(Some(Factors::LoHa {
-            a: [a1, a2],
-            b: [b1, b2],
-        }))
-    }
-
-    fn lokr(&self) -> Result<Option<Factors>, LoraFormatError> {
-        let outer = self.kronecker_factor([Param::LokrW1, Param::LokrW1A, Param::LokrW1B])?;
-        let inner = self.kronecker_factor([Param::LokrW2, Param::LokrW2A, Param::LokrW2B])?;
-        let (w1, w2) = match (outer, inner) {
-            (None, None) => return Ok(None),
-            (Some(outer), Some(inner)) => (outer, inner),
-            (Some((_, lone)), None) => {
-                let missing = lone
-                    .replace("lokr_w1_a", "lokr_w2")
-                    .replace("lokr_w1", "lokr_w2");
-                return Err(self.error(&lone, KeyProblem::NoPartner { missing }));
-            }
-            (None, Some((_, lone))) => {
-                let missing = lone
-                    .replace("lokr_w2_a", "lokr_w1")
-                    .replace("lokr_w2", "lokr_w1");
-                return Err(self.error(&lone, KeyProblem::NoPartner { missing }));
-            }
-        };
-        let lokr = LoKr {
-            w1: w1.0,
-            w2: w2.0,
-            rows: None,
-        };
-        let first = lokr.tensors()[0].clone();
-        self.expect_size(&first, lokr.size())?;
-        Ok(Some(Factors::LoKr(lokr)))
-    }
-
-    fn kronecker_factor(
-        &self,
-        [full, left, right]: [Param; 3],
-    ) -> Result<Option<(Side<TensorRef>, String)>, LoraFormatError> {
-        let (whole, product) = (self.matrix(full)?, self.pair(left, right)?);
-        Ok(match (whole, product) {
-            (None, None) => None,
-            (Some(whole), None) => {
-                let key = whole.key().to_string();
-                Some((Side::Full(whole), key))
-            }
-            (None, Some((left, right))) => {
-                let key = left.key().to_string();
-                Some((Side::Product(left, right), key))
-            }
-            (Some(whole), Some((left, _))) => {
-                let other = whole.key().to_string();
-                return Err(self.error(left.key(), KeyProblem::Mixed { other }));
-            }
-        })
-    }
-
-    /// A change or a value of the whole parameter.
-    fn plain(&self, param: Param) -> Result<Option<TensorRef>, LoraFormatError> {
-        match self.target.shape {
-            ModuleShape::Norm { len } => self.vector(param, len),
-            ModuleShape::Linear { out, input } => {
-                let Some(tensor) = self.matrix(param)? else {
-                    return Ok(None);
-                };
-                self.expect(&tensor, &tensor.shape(), &[out, input])?;
-                Ok(Some(tensor))
+        for (axis, dim, expected) in [(0, Dim::Out, out), (1, Dim::In, input)] {
+            for (part, tensor) in factors.iter_mut() {
+                if !part.has(axis, dim) && part != WHOLE || widened && (axis, part) == (1, LORA_A) {
+                    continue;
+                }
+                let found = tensor.shape();
+                let mut wanted = found.clone();
+                wanted[axis] = expected;
+                self.expect(tensor.key(), &found, &wanted)?;
             }
         }
-    }
-
-    fn expect_size(
-        &self,
-        tensor: &TensorRef,
-        (rows, columns): (usize, usize),
-    ) -> Result<(), LoraFormatError> {
-        match self.target.shape {
-            ModuleShape::Linear { out, input } => {
-                self.expect(tensor, &[rows, columns], &[out, input])
-            }
-            ModuleShape::Norm { .. } => Err(self.not_a_vector(tensor)),
+        let narrow = factors.iter_mut().filter(|(part, _)| *part == LORA_A);
+        for (_, down) in narrow.filter(|(_, down)| widened && down.size().1 < input) {
+            *down = down.pad_columns(input);
         }
+        Ok(())
     }
 
     fn not_a_vector(&self, tensor: &TensorRef) -> LoraFormatError {
@@ -332,15 +262,10 @@ impl GroupReader<'_> {
             .map(|key| self.number(key))
             .transpose()?
             .unwrap_or(1.0);
-        let rank = match factors {
-            Factors::LowRank { down, .. } => Some(down.size().0),
-            Factors::LoHa { b, .. } => Some(b[0].size().0),
-            Factors::LoKr(LoKr { w1, w2, .. }) => match (w1, w2) {
-                (_, Side::Product(_, b)) | (Side::Product(_, b), _) => Some(b.size().0),
-                (Side::Full(_), Side::Full(_)) => None,
-            },
-            Factors::Full(_) | Factors::Replace(_) => return Ok((None, scalar)),
-        };
+        if factors.kind().peft_type().is_none() {
+            return Ok((None, scalar));
+        }
+        let rank = factors.rank_part().map(|part| part.size().0);
         let from_tensor = match (tensor, rank) {
             (None, _) => None,
             // Two full factors: the alpha is a placeholder, often infinite in half precision.
@@ -359,10 +284,8 @@ impl GroupReader<'_> {
                 let (configured, alpha, scale) = config.resolve(&self.target.name);
                 match rank {
                     Some(stored) if stored != configured => {
-                        let key = first_key(factors);
-                        return Err(
-                            self.error(&key, KeyProblem::RankDisagrees { stored, configured })
-                        );
+                        let problem = KeyProblem::RankDisagrees { stored, configured };
+                        return Err(self.error(first_key(factors), problem));
                     }
                     None if config.algorithm == Algorithm::Lora => None,
                     _ => Some((alpha, scale)),
@@ -452,10 +375,10 @@ impl GroupReader<'_> {
         let ModuleShape::Linear { out, input } = self.target.shape else {
             return Err(self.not_a_vector(&values));
         };
-        if !matches!(
-            factors,
-            Some(Factors::LowRank { .. } | Factors::LoHa { .. } | Factors::LoKr(_))
-        ) {
+        if factors
+            .and_then(|factors| factors.kind().peft_type())
+            .is_none()
+        {
             let missing = format!("{}.lora_A.weight", self.target.name);
             return Err(self.error(values.key(), KeyProblem::NoPartner { missing }));
         }
@@ -485,30 +408,21 @@ impl GroupReader<'_> {
     }
 }
 
-fn first_key(factors: &Factors) -> String {
-    let update = ModuleUpdate::of(factors.clone(), 1.0);
-    update.tensors()[0].key().into()
+/// The key that stands for the factors in messages.
+fn first_key(factors: &Factors) -> &str {
+    let mut parts = factors.iter();
+    parts.next().map_or("", |(_, tensor)| tensor.key())
 }
 
-/// The other key of a pair.
-fn partner(key: &str) -> String {
-    const PAIRS: [(&str, &str); 8] = [
-        ("lora_down", "lora_up"),
-        ("lora_A", "lora_B"),
-        (".down.", ".up."),
-        ("hada_w1_a", "hada_w1_b"),
-        ("hada_w2_a", "hada_w2_b"),
-        ("lokr_w1_a", "lokr_w1_b"),
-        ("lokr_w2_a", "lokr_w2_b"),
-        ("_a", "_b"),
-    ];
-    for (one, other) in PAIRS {
-        if key.contains(one) {
-            return key.replace(one, other);
-        }
-        if key.contains(other) {
-            return key.replace(other, one);
-        }
+/// The key of the part `missing`, spelled as that of the part `own` is.
+fn spelled(key: &str, own: &str, missing: &str) -> String {
+    const LORA: [(&str, &str); 2] = [("lora_down", "lora_up"), (".down.", ".up.")];
+    if key.contains(own) {
+        return key.replace(own, missing);
     }
-    key.into()
+    let pairs = LORA.into_iter().flat_map(|(a, b)| [(a, b), (b, a)]);
+    let mut swapped = pairs.filter(|(a, _)| key.contains(a));
+    swapped
+        .next()
+        .map_or_else(|| key.into(), |(a, b)| key.replace(a, b))
 }

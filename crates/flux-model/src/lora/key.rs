@@ -1,25 +1,17 @@
 //! Keys: a prefix that names the component, the path of a module in some spelling, and a parameter.
 
+use std::sync::LazyLock;
+
+use lora_core::kinds::parts::{DIFF, Kind, LORA_A, LORA_B, WHOLE};
+
 use super::Component;
 
 /// What the last part of a key says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Param {
-    Down,
-    Up,
+    /// A part of this kind's factors, by its name.
+    Factor(Kind, &'static str),
     UpBias,
-    HadaW1A,
-    HadaW1B,
-    HadaW2A,
-    HadaW2B,
-    LokrW1,
-    LokrW1A,
-    LokrW1B,
-    LokrW2,
-    LokrW2A,
-    LokrW2B,
-    Diff,
-    Set,
     DiffBias,
     SetBias,
     Magnitude,
@@ -33,12 +25,18 @@ pub(super) enum Param {
 }
 
 impl Param {
+    pub(super) const DOWN: Self = Self::Factor(Kind::Lora, LORA_A.name);
+    pub(super) const UP: Self = Self::Factor(Kind::Lora, LORA_B.name);
+    pub(super) const DIFF: Self = Self::Factor(Kind::Diff, DIFF.name);
+    /// A new value of the weight.
+    pub(super) const SET: Self = Self::Factor(Kind::Whole, WHOLE.name);
+
     /// Whether a key of this parameter is part of an adapter, so that a file with one is meant to be a LoRA.
     ///
     /// A whole weight or bias is none, unless its name says that it replaces one.
     pub(super) fn adapts(self, key: &str) -> bool {
         match self {
-            Self::Set => key.ends_with(".set_weight"),
+            Self::SET => key.ends_with(".set_weight"),
             Self::SetBias | Self::Alpha | Self::Scalar | Self::Unused(_) => false,
             _ => true,
         }
@@ -72,20 +70,30 @@ const VERA: Param = Param::Refused(
 const SPARSE: Param = Param::Unused("a sparse bias of old LyCORIS files");
 const EMBEDDING: Param = Param::Unused("adapters of embeddings are not supported");
 
-/// Every suffix of a key; the longest that fits counts.
-const SUFFIXES: &[(&str, Param)] = &[
-    (".lora_down.weight", Param::Down),
-    (".lora_up.weight", Param::Up),
-    (".lora_A.weight", Param::Down),
-    (".lora_B.weight", Param::Up),
-    (".lora_A", Param::Down),
-    (".lora_B", Param::Up),
-    (".lora.down.weight", Param::Down),
-    (".lora.up.weight", Param::Up),
-    ("_lora.down.weight", Param::Down),
-    ("_lora.up.weight", Param::Up),
-    (".lora_linear_layer.down.weight", Param::Down),
-    (".lora_linear_layer.up.weight", Param::Up),
+/// Every suffix of a key, those of [`SPELLED`] and PEFT's names of the parts of other kinds; the longest that fits counts.
+static SUFFIXES: LazyLock<Vec<(&str, Param)>> = LazyLock::new(|| {
+    let kinds = Kind::ALL.into_iter().filter(|kind| *kind != Kind::Lora);
+    let parts = kinds.flat_map(|kind| {
+        let parts = kind.parts().iter();
+        parts.filter_map(move |part| Some((part.key?, Param::Factor(kind, part.name))))
+    });
+    SPELLED.iter().copied().chain(parts).collect()
+});
+
+/// What programs call the factors of a LoRA, and what is no factor.
+const SPELLED: &[(&str, Param)] = &[
+    (".lora_down.weight", Param::DOWN),
+    (".lora_up.weight", Param::UP),
+    (".lora_A.weight", Param::DOWN),
+    (".lora_B.weight", Param::UP),
+    (".lora_A", Param::DOWN),
+    (".lora_B", Param::UP),
+    (".lora.down.weight", Param::DOWN),
+    (".lora.up.weight", Param::UP),
+    ("_lora.down.weight", Param::DOWN),
+    ("_lora.up.weight", Param::UP),
+    (".lora_linear_layer.down.weight", Param::DOWN),
+    (".lora_linear_layer.up.weight", Param::UP),
     (".lora_B.bias", Param::UpBias),
     (".lora_up.bias", Param::UpBias),
     (".alpha", Param::Alpha),
@@ -94,24 +102,13 @@ const SUFFIXES: &[(&str, Param)] = &[
     (".lora_magnitude_vector", Param::Magnitude),
     (".lora_magnitude_vector.weight", Param::Magnitude),
     (".magnitude", Param::Magnitude),
-    (".hada_w1_a", Param::HadaW1A),
-    (".hada_w1_b", Param::HadaW1B),
-    (".hada_w2_a", Param::HadaW2A),
-    (".hada_w2_b", Param::HadaW2B),
-    (".lokr_w1", Param::LokrW1),
-    (".lokr_w1_a", Param::LokrW1A),
-    (".lokr_w1_b", Param::LokrW1B),
-    (".lokr_w2", Param::LokrW2),
-    (".lokr_w2_a", Param::LokrW2A),
-    (".lokr_w2_b", Param::LokrW2B),
-    (".diff", Param::Diff),
-    (".scale.diff", Param::Diff),
-    (".w_norm", Param::Diff),
+    (".scale.diff", Param::DIFF),
+    (".w_norm", Param::DIFF),
     (".diff_b", Param::DiffBias),
     (".b_norm", Param::DiffBias),
-    (".set_weight", Param::Set),
-    (".scale.set_weight", Param::Set),
-    (".weight.set_weight", Param::Set),
+    (".set_weight", Param::SET),
+    (".scale.set_weight", Param::SET),
+    (".weight.set_weight", Param::SET),
     (".reshape_weight", Param::Reshape),
     (".scalar", Param::Scalar),
     (
@@ -149,8 +146,8 @@ const SUFFIXES: &[(&str, Param)] = &[
 
 /// Suffixes that fit almost any tensor, tried last.
 const PLAIN: &[(&str, Param)] = &[
-    (".weight", Param::Set),
-    (".scale", Param::Set),
+    (".weight", Param::SET),
+    (".scale", Param::SET),
     (".bias", Param::SetBias),
 ];
 
@@ -285,19 +282,19 @@ fn unwrapped(key: &str) -> String {
 /// Module, parameter and adapter name.
 fn parameter(key: &str) -> Option<(&str, Param, Option<String>)> {
     // XLabs first: `processor.qkv_lora.down.weight` also ends like the parameter of a module `qkv`.
-    for (suffix, param) in [(".down.weight", Param::Down), (".up.weight", Param::Up)] {
+    for (suffix, param) in [(".down.weight", Param::DOWN), (".up.weight", Param::UP)] {
         if let Some(module) = key.strip_suffix(suffix)
             && is_xlabs(module)
         {
             return Some((module, param, None));
         }
     }
-    let longest = |table: &'static [(&str, Param)]| {
+    let longest = |table: &'static [(&'static str, Param)]| {
         let fits = table.iter().filter(|(suffix, _)| key.ends_with(suffix));
         fits.max_by_key(|(suffix, _)| suffix.len())
             .map(|(suffix, param)| (&key[..key.len() - suffix.len()], *param, None))
     };
-    longest(SUFFIXES)
+    longest(&SUFFIXES)
         .or_else(|| named_parameter(key))
         .or_else(|| longest(PLAIN))
 }
@@ -346,13 +343,13 @@ mod tests {
             );
         }
         for (suffix, param) in [
-            (".lora_A.default.weight", Param::Down),
-            (".lora_B.default.weight", Param::Up),
+            (".lora_A.default.weight", Param::DOWN),
+            (".lora_B.default.weight", Param::UP),
             (".lora_B.default.bias", Param::UpBias),
-            (".lora_B.default", Param::Up),
+            (".lora_B.default", Param::UP),
             (".lora_magnitude_vector.default.weight", Param::Magnitude),
-            (".lokr_w1.default", Param::LokrW1),
-            (".hada_w2_b.default", Param::HadaW2B),
+            (".lokr_w1.default", Param::Factor(Kind::Lokr, "lokr_w1")),
+            (".hada_w2_b.default", Param::Factor(Kind::Loha, "hada_w2_b")),
         ] {
             let parsed = parse(&format!("base_model.model.{q}{suffix}")).expect("a parameter");
             assert_eq!(

@@ -15,124 +15,137 @@ use std::ops::Range;
 
 use lora_core::files::host::{Dtype, HostTensor};
 use lora_core::kinds::Side;
+use lora_core::kinds::parts::DIFF;
 
 use super::error::LoraFormatError;
 use super::rows::Rows;
 use super::tensor::TensorRef;
 use super::{Factors, ModuleUpdate};
 
-/// `kron(w1, w2)`, of which one module may be some rows.
-#[derive(Debug, Clone)]
-pub struct LoKr {
-    /// The outer factor.
-    pub w1: Side<TensorRef>,
-    /// The inner factor.
-    pub w2: Side<TensorRef>,
-    /// Rows of the product that belong to this module; `None` for all.
-    pub rows: Option<Rows>,
-}
-
-fn select(side: &Side<TensorRef>, rows: &Rows) -> Side<TensorRef> {
-    match side {
-        Side::Full(tensor) => Side::Full(tensor.select(rows)),
-        Side::Product(left, right) => Side::Product(left.select(rows), right.clone()),
-    }
-}
-
-fn load(side: &Side<TensorRef>) -> Result<Dense, LoraFormatError> {
-    match side {
-        Side::Full(tensor) => Dense::load(tensor),
-        Side::Product(left, right) => Ok(Dense::load(left)?.times(&Dense::load(right)?)),
-    }
-}
-
-impl LoKr {
-    pub(super) fn size(&self) -> (usize, usize) {
-        let (out, input) = self.whole();
-        let selected = self.rows.as_ref();
-        (selected.map_or(out, Rows::count), input)
-    }
-
-    /// Size of the product.
-    pub(super) fn whole(&self) -> (usize, usize) {
-        let [[a, b], [c, d]] = [&self.w1, &self.w2].map(|side| side.size(TensorRef::axes));
-        (a.saturating_mul(c), b.saturating_mul(d))
-    }
-
-    pub(super) fn tensors(&self) -> Vec<&TensorRef> {
-        self.w1.iter().chain(self.w2.iter()).collect()
-    }
-
-    /// Some of the rows: of `w1`, or, if that would `cut` a row of it, of the product.
-    pub(super) fn select(&self, wanted: &Rows, cut: bool) -> Self {
-        let [inner, _] = self.w2.size(TensorRef::axes);
-        if cut || self.rows.is_some() {
-            let (out, _) = self.whole();
-            let current = self.rows.clone().unwrap_or_else(|| Rows::all(out));
-            let rows = current.select(wanted);
-            return Self {
-                rows: Some(rows).filter(|rows| *rows != Rows::all(out)),
-                ..self.clone()
-            };
-        }
-        let outer = wanted
-            .ranges()
-            .iter()
-            .map(|rows| rows.start / inner..rows.end / inner);
-        Self {
-            w1: select(&self.w1, &Rows::of(outer)),
-            ..self.clone()
-        }
-    }
-}
-
-/// The change without its scale, `[out, in]`.
-pub(super) fn dense(factors: &Factors) -> Result<Vec<f32>, LoraFormatError> {
-    Ok(match factors {
-        Factors::LowRank { down, up } => Dense::load(up)?.times(&Dense::load(down)?).values,
-        Factors::LoHa { a, b } => {
-            let mut product = Dense::load(&a[0])?.times(&Dense::load(&b[0])?).values;
-            let second = Dense::load(&a[1])?.times(&Dense::load(&b[1])?).values;
-            product.iter_mut().zip(second).for_each(|(x, y)| *x *= y);
-            product
-        }
-        Factors::LoKr(lokr) => {
-            let product = load(&lokr.w1)?.kron(&load(&lokr.w2)?);
-            match &lokr.rows {
-                None => product.values,
-                Some(rows) => product.rows(rows).values,
-            }
-        }
-        Factors::Full(tensor) | Factors::Replace(tensor) => tensor.load_f32()?,
+/// The change without its scale, `[out, in]`; empty if only the bias changes.
+pub(super) fn dense(update: &ModuleUpdate) -> Result<Vec<f32>, LoraFormatError> {
+    let Some(factors) = &update.factors else {
+        return Ok(Vec::new());
+    };
+    let product = |[a, b]: [&TensorRef; 2]| Ok(Dense::load(a)?.times(&Dense::load(b)?));
+    let whole = if let Some((down, up)) = update.pair() {
+        product([up, down])?
+    } else if let Some([first, second]) = factors.products() {
+        let mut whole = product(first)?;
+        let second = product(second)?.values;
+        whole
+            .values
+            .iter_mut()
+            .zip(second)
+            .for_each(|(x, y)| *x *= y);
+        whole
+    } else if let Some(sides) = factors.sides() {
+        let [w1, w2] = sides.map(|side| match side {
+            Side::Full(tensor) => Dense::load(tensor),
+            Side::Product(a, b) => product([a, b]),
+        });
+        w1?.kron(&w2?)
+    } else {
+        return match factors.iter().next() {
+            Some((_, change)) => change.load_f32(),
+            None => Ok(Vec::new()),
+        };
+    };
+    Ok(match &update.rows {
+        None => whole.values,
+        Some(rows) => whole.rows(rows).values,
     })
+}
+
+/// A factor of a Kronecker product.
+#[derive(Clone)]
+enum Operand {
+    Tensor(TensorRef),
+    Identity(usize),
+}
+
+impl Operand {
+    fn size(&self) -> (usize, usize) {
+        match self {
+            Self::Tensor(tensor) => tensor.size(),
+            Self::Identity(size) => (*size, *size),
+        }
+    }
+
+    fn load(&self) -> Result<Dense, LoraFormatError> {
+        match self {
+            Self::Tensor(tensor) => Dense::load(tensor),
+            Self::Identity(size) => Ok(Dense::identity(*size)),
+        }
+    }
+}
+
+/// What the up and the down projection of the table above are Kronecker products of.
+fn expanded(factors: &Factors) -> Option<[[Operand; 2]; 2]> {
+    let tensor = |tensor: &TensorRef| Operand::Tensor(tensor.clone());
+    if let Some([[a1, b1], [a2, b2]]) = factors.products() {
+        return Some([[a1, a2].map(tensor), [b1, b2].map(tensor)]);
+    }
+    let [(a1, b1), (a2, b2)] = match factors.sides()? {
+        [Side::Full(_), Side::Full(_)] => return None,
+        [Side::Full(w1), Side::Product(a2, b2)] => {
+            let one = Operand::Identity(w1.size().1);
+            [(tensor(w1), one), (tensor(a2), tensor(b2))]
+        }
+        [Side::Product(a1, b1), Side::Full(w2)] => {
+            let one = Operand::Identity(w2.size().0);
+            [(tensor(a1), tensor(b1)), (one, tensor(w2))]
+        }
+        [Side::Product(a1, b1), Side::Product(a2, b2)] => {
+            [(tensor(a1), tensor(b1)), (tensor(a2), tensor(b2))]
+        }
+    };
+    Some([[a1, a2], [b1, b2]])
 }
 
 /// The same update with low-rank factors: itself, or what the table above says if that is smaller than the dense change.
 ///
 /// The new factors are computed whenever they are loaded.
 pub(super) fn to_low_rank(update: &ModuleUpdate) -> Option<ModuleUpdate> {
-    let factors = update.factors.as_ref()?;
-    if let Factors::LowRank { .. } = factors {
+    if update.pair().is_some() {
         return Some(update.clone());
     }
+    let factors = update.factors.as_ref()?;
     let (out, input) = update.size()?;
-    let rank = expanded_rank(factors)?;
+    let [ups, downs] = expanded(factors)?;
+    let rank: usize = ups.iter().map(|operand| operand.size().1).product();
     if rank * (out + input) >= out * input {
         return None;
     }
+    let by_element = factors.products().is_some();
+    let rows = update.rows.clone();
     let name = |side: &str| format!("{side} of {}", update.tensors()[0].key());
-    let (for_down, for_up) = (factors.clone(), factors.clone());
-    let down = TensorRef::computed(
-        name("lora_down"),
-        vec![rank, input],
-        Dtype::F32,
-        move || expanded_down(&for_down).map(Dense::into_tensor),
-    );
-    let up = TensorRef::computed(name("lora_up"), vec![out, rank], Dtype::F32, move || {
-        expanded_up(&for_up).map(Dense::into_tensor)
-    });
+    let compute = move || {
+        let (first, second) = (downs[0].load()?, downs[1].load()?);
+        Ok(HostTensor::from(match by_element {
+            true => first
+                .transposed()
+                .kron_rows(&second.transposed())
+                .transposed(),
+            false => first.kron(&second),
+        }))
+    };
+    let down = TensorRef::computed(name("lora_down"), vec![rank, input], Dtype::F32, compute);
+    let compute = move || {
+        let (first, second) = (ups[0].load()?, ups[1].load()?);
+        let whole = match by_element {
+            true => first.kron_rows(&second),
+            false => first.kron(&second),
+        };
+        Ok(HostTensor::from(match &rows {
+            None => whole,
+            Some(rows) => whole.rows(rows),
+        }))
+    };
+    let up = TensorRef::computed(name("lora_up"), vec![out, rank], Dtype::F32, compute);
     Some(ModuleUpdate {
-        factors: Some(Factors::LowRank { down, up }),
+        factors: Some(Factors::lora(down, up)),
+        rows: None,
         alpha: None,
         ..update.clone()
     })
@@ -140,87 +153,27 @@ pub(super) fn to_low_rank(update: &ModuleUpdate) -> Option<ModuleUpdate> {
 
 /// The same update with the dense change as its only factor.
 pub(super) fn to_full(update: &ModuleUpdate) -> Option<ModuleUpdate> {
-    let factors = update.factors.clone()?;
+    let factors = update.factors.as_ref()?;
+    if update.replacement().is_some() {
+        return None;
+    }
     let (out, input) = update.size()?;
-    let tensor = match factors {
-        Factors::Replace(_) => return None,
-        Factors::Full(tensor) => tensor,
-        other => {
+    let tensor = match factors.get(DIFF) {
+        Some(tensor) => tensor.clone(),
+        None => {
             let name = format!("change by {}", update.tensors()[0].key());
+            let update = update.clone();
             TensorRef::computed(name, vec![out, input], Dtype::F32, move || {
-                Ok(HostTensor::from_f32([out, input], &dense(&other)?))
+                Ok(HostTensor::from_f32([out, input], &dense(&update)?))
             })
         }
     };
     Some(ModuleUpdate {
-        factors: Some(Factors::Full(tensor)),
+        factors: Some(Factors::diff(tensor)),
+        rows: None,
         alpha: None,
         ..update.clone()
     })
-}
-
-fn expanded_rank(factors: &Factors) -> Option<usize> {
-    match factors {
-        Factors::LowRank { down, .. } => Some(down.size().0),
-        Factors::LoHa { b, .. } => Some(b[0].size().0 * b[1].size().0),
-        Factors::LoKr(LoKr { w1, w2, .. }) => match (w1, w2) {
-            (Side::Product(_, b1), Side::Product(_, b2)) => Some(b1.size().0 * b2.size().0),
-            (Side::Full(w1), Side::Product(_, b2)) => Some(w1.size().1 * b2.size().0),
-            (Side::Product(_, b1), Side::Full(w2)) => Some(b1.size().0 * w2.size().0),
-            (Side::Full(_), Side::Full(_)) => None,
-        },
-        Factors::Full(_) | Factors::Replace(_) => None,
-    }
-}
-
-fn expanded_down(factors: &Factors) -> Result<Dense, LoraFormatError> {
-    match factors {
-        Factors::LoHa { b, .. } => {
-            let (first, second) = (
-                Dense::load(&b[0])?.transposed(),
-                Dense::load(&b[1])?.transposed(),
-            );
-            Ok(first.kron_rows(&second).transposed())
-        }
-        Factors::LoKr(LoKr { w1, w2, .. }) => match (w1, w2) {
-            (Side::Product(_, b1), Side::Product(_, b2)) => {
-                Ok(Dense::load(b1)?.kron(&Dense::load(b2)?))
-            }
-            (Side::Full(w1), Side::Product(_, b2)) => {
-                Ok(Dense::identity(w1.size().1).kron(&Dense::load(b2)?))
-            }
-            (Side::Product(_, b1), w2) => Ok(Dense::load(b1)?.kron(&load(w2)?)),
-            (Side::Full(_), Side::Full(_)) => load(w2),
-        },
-        Factors::LowRank { down: tensor, .. }
-        | Factors::Full(tensor)
-        | Factors::Replace(tensor) => Dense::load(tensor),
-    }
-}
-
-fn expanded_up(factors: &Factors) -> Result<Dense, LoraFormatError> {
-    match factors {
-        Factors::LoHa { a, .. } => Ok(Dense::load(&a[0])?.kron_rows(&Dense::load(&a[1])?)),
-        Factors::LoKr(LoKr { w1, w2, rows }) => {
-            let product = match (w1, w2) {
-                (Side::Product(a1, _), Side::Product(a2, _)) => {
-                    Dense::load(a1)?.kron(&Dense::load(a2)?)
-                }
-                (w1, Side::Product(a2, _)) => load(w1)?.kron(&Dense::load(a2)?),
-                (Side::Product(a1, _), w2) => {
-                    Dense::load(a1)?.kron(&Dense::identity(w2.size(TensorRef::axes)[0]))
-                }
-                (w1, _) => load(w1)?,
-            };
-            Ok(match rows {
-                None => product,
-                Some(rows) => product.rows(rows),
-            })
-        }
-        Factors::LowRank { up: tensor, .. } | Factors::Full(tensor) | Factors::Replace(tensor) => {
-            Dense::load(tensor)
-        }
-    }
 }
 
 /// A matrix in memory, row-major.
@@ -250,10 +203,6 @@ impl Dense {
             columns: size,
             values,
         }
-    }
-
-    fn into_tensor(self) -> HostTensor {
-        HostTensor::from_f32([self.rows, self.columns], &self.values)
     }
 
     /// Matrix product.
@@ -326,8 +275,16 @@ impl Dense {
     }
 }
 
+impl From<Dense> for HostTensor {
+    fn from(matrix: Dense) -> Self {
+        Self::from_f32([matrix.rows, matrix.columns], &matrix.values)
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::names::Place;
+    use super::super::split::split;
     use super::*;
 
     fn matrix(rows: usize, columns: usize, values: &[f32]) -> TensorRef {
@@ -356,25 +313,27 @@ mod tests {
     fn two_full_factors_have_no_low_rank_form() {
         let w1 = Side::Full(matrix(2, 2, &[1.0, 2.0, 3.0, 4.0]));
         let w2 = Side::Full(matrix(1, 1, &[3.0]));
-        let lokr = Factors::LoKr(LoKr { w1, w2, rows: None });
+        let lokr = ModuleUpdate::of(Some(Factors::lokr(w1, w2)), 1.0);
         assert_eq!(dense(&lokr).expect("in memory"), [3.0, 6.0, 9.0, 12.0]);
-        assert!(to_low_rank(&ModuleUpdate::of(lokr, 1.0)).is_none());
+        assert!(to_low_rank(&lokr).is_none());
     }
 
     #[test]
     fn rows_are_cut_from_the_outer_factor_or_the_product() {
         let w1 = Side::Full(matrix(4, 1, &[1.0, 2.0, 3.0, 4.0]));
         let w2 = Side::Full(matrix(2, 1, &[1.0, 10.0]));
-        let lokr = LoKr { w1, w2, rows: None };
-        let outer = lokr.select(&Rows::span(2..6), false);
+        let lokr = ModuleUpdate::of(Some(Factors::lokr(w1, w2)), 1.0);
+        let cut = |update: &ModuleUpdate, rows: Range<usize>| {
+            let place = Place {
+                path: String::new(),
+                rows: Rows::span(rows),
+            };
+            split(update, &[place]).remove(0)
+        };
+        let outer = cut(&lokr, 2..6);
         assert!(outer.rows.is_none());
-        assert_eq!(
-            dense(&Factors::LoKr(outer)).expect("in memory"),
-            [2.0, 20.0, 3.0, 30.0]
-        );
-        let cut = lokr
-            .select(&Rows::span(1..4), true)
-            .select(&Rows::span(1..3), true);
-        assert_eq!(dense(&Factors::LoKr(cut)).expect("in memory"), [2.0, 20.0]);
+        assert_eq!(dense(&outer).expect("in memory"), [2.0, 20.0, 3.0, 30.0]);
+        let inner = cut(&cut(&lokr, 1..4), 1..3);
+        assert_eq!(dense(&inner).expect("in memory"), [2.0, 20.0]);
     }
 }

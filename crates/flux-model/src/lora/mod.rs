@@ -34,7 +34,7 @@
 //! | `identity` | what a file is that is no LoRA for FLUX.1 |
 //! | `peft` | alpha from an adapter's configuration |
 //! | `tensor`, `rows` | tensors that are read when needed; which rows of them |
-//! | `lycoris`, `delta` | LoKr and LoHa as products; what a module's weight changes by |
+//! | `lycoris`, `delta` | the dense change and the low-rank form of each kind; what a module's weight changes by |
 //! | `split`, `fuse` | fused modules to parts and back |
 //! | `format` | the formats that can be written, and what writing one says |
 //! | `write`, `emit`, `emit_peft` | a set to a file, and the keys of each format |
@@ -72,12 +72,13 @@ mod tests;
 use std::collections::BTreeMap;
 use std::fmt;
 
+use lora_core::kinds::parts::{Kind, LORA_A, LORA_B, WHOLE};
+
 pub use adapter::{Change, Residual};
 pub use delta::{BaseWeight, delta};
 pub use error::{KeyProblem, LoraFormatError};
 pub use format::{LoraFormat, Loss, WriteOptions, WriteReport};
 pub use identity::Identity;
-pub use lycoris::LoKr;
 pub use read::read;
 pub use rows::Rows;
 pub use shape::{ModelShape, ModuleShape};
@@ -184,8 +185,11 @@ impl fmt::Display for Component {
 /// What a LoRA does to one module.
 #[derive(Debug, Clone)]
 pub struct ModuleUpdate {
-    /// Change of the weight; `None` if only the bias changes.
+    /// Change of the weight `[out, in]`, or of a norm's gain `[len]`, before the scale; `None` if only the bias changes.
     pub factors: Option<Factors>,
+    /// Rows of what the factors make that belong to this module; `None` for all. A Kronecker product of which a module is
+    /// a part that its outer factor does not show.
+    pub rows: Option<Rows>,
     /// Factor of the weight's change: alpha over rank, or whatever the format says. Not folded into the factors.
     pub scale: f64,
     /// Alpha as the file states it.
@@ -196,30 +200,8 @@ pub struct ModuleUpdate {
     pub magnitude: Option<Magnitude>,
 }
 
-/// Change of a weight `[out, in]`, or of a norm's gain `[len]`, before the scale.
-#[derive(Debug, Clone)]
-pub enum Factors {
-    /// `up * down`.
-    LowRank {
-        /// `[rank, in]`.
-        down: TensorRef,
-        /// `[out, rank]`.
-        up: TensorRef,
-    },
-    /// `(w1_a * w1_b) ⊙ (w2_a * w2_b)`, the `a` as `[out, rank]`, the `b` as `[rank, in]`.
-    LoHa {
-        /// Left factors of both products.
-        a: [TensorRef; 2],
-        /// Right factors of both products.
-        b: [TensorRef; 2],
-    },
-    /// A Kronecker product.
-    LoKr(LoKr),
-    /// The change itself.
-    Full(TensorRef),
-    /// A new value: not added, not scaled.
-    Replace(TensorRef),
-}
+/// The parts of an adapter, in files. Biases and magnitudes are not among them.
+pub type Factors = lora_core::kinds::Factors<TensorRef>;
 
 /// Change of a bias `[out]`.
 #[derive(Debug, Clone)]
@@ -265,12 +247,13 @@ pub enum Axis {
 impl ModuleUpdate {
     /// An update of low rank.
     pub fn low_rank(down: TensorRef, up: TensorRef, scale: f64) -> Self {
-        Self::of(Factors::LowRank { down, up }, scale)
+        Self::of(Some(Factors::lora(down, up)), scale)
     }
 
-    pub(crate) fn of(factors: Factors, scale: f64) -> Self {
+    pub(crate) fn of(factors: Option<Factors>, scale: f64) -> Self {
         Self {
-            factors: Some(factors),
+            factors,
+            rows: None,
             scale,
             alpha: None,
             bias: None,
@@ -278,33 +261,37 @@ impl ModuleUpdate {
         }
     }
 
+    /// The kind of the weight's change.
+    pub fn kind(&self) -> Option<Kind> {
+        self.factors.as_ref().map(Factors::kind)
+    }
+
+    /// Down and up projection of a low-rank update.
+    pub(crate) fn pair(&self) -> Option<(&TensorRef, &TensorRef)> {
+        let factors = self.factors.as_ref()?;
+        Some((factors.get(LORA_A)?, factors.get(LORA_B)?))
+    }
+
+    /// The new value of the weight, if it is not a change.
+    pub(crate) fn replacement(&self) -> Option<&TensorRef> {
+        self.factors.as_ref()?.get(WHOLE)
+    }
+
     /// Rank of a low-rank update.
     pub fn rank(&self) -> Option<usize> {
-        match &self.factors {
-            Some(Factors::LowRank { down, .. }) => Some(down.size().0),
-            _ => None,
-        }
+        Some(self.pair()?.0.size().0)
     }
 
     /// Rows and columns of the weight that changes.
     pub fn size(&self) -> Option<(usize, usize)> {
-        Some(match self.factors.as_ref()? {
-            Factors::LowRank { down, up } => (up.size().0, down.size().1),
-            Factors::LoHa { a, b } => (a[0].size().0, b[0].size().1),
-            Factors::LoKr(lokr) => lokr.size(),
-            Factors::Full(tensor) | Factors::Replace(tensor) => tensor.size(),
-        })
+        let [out, input] = self.factors.as_ref()?.size(TensorRef::axes);
+        Some((self.rows.as_ref().map_or(out, Rows::count), input))
     }
 
     /// Every tensor of the update.
     pub fn tensors(&self) -> Vec<&TensorRef> {
-        let mut tensors = match &self.factors {
-            None => Vec::new(),
-            Some(Factors::LowRank { down, up }) => vec![down, up],
-            Some(Factors::LoHa { a, b }) => a.iter().chain(b).collect(),
-            Some(Factors::LoKr(lokr)) => lokr.tensors(),
-            Some(Factors::Full(tensor) | Factors::Replace(tensor)) => vec![tensor],
-        };
+        let factors = self.factors.iter().flat_map(Factors::iter);
+        let mut tensors: Vec<_> = factors.map(|(_, tensor)| tensor).collect();
         tensors.extend(self.bias.as_ref().map(Bias::tensor));
         tensors.extend(self.magnitude.as_ref().map(|magnitude| &magnitude.values));
         tensors

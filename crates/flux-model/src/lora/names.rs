@@ -307,7 +307,7 @@ mod tests {
                     );
                 for key in keys {
                     let parsed = parse(&key).expect("a parameter");
-                    assert_eq!(parsed.param, Param::Down, "{key}");
+                    assert_eq!(parsed.param, Param::DOWN, "{key}");
                     let target = names.resolve(&parsed).unwrap_or_else(|| panic!("{key}"));
                     assert!(
                         target.places.iter().any(|place| place.path == path),
@@ -325,7 +325,7 @@ mod tests {
             (places, param),
             (
                 vec!["transformer_blocks.3.attn.to_q".to_string()],
-                Param::Up
+                Param::UP
             )
         );
         let (places, _) = resolved("transformer.transformer_blocks.3.attn.to_out_lora.down.weight");
@@ -340,7 +340,7 @@ mod tests {
             places,
             ["to_q", "to_k", "to_v"].map(|name| format!("{block}.{name}"))
         );
-        assert_eq!(param, Param::Down);
+        assert_eq!(param, Param::DOWN);
         let (places, _) =
             resolved("diffusion_model.double_blocks.18.processor.proj_lora2.up.weight");
         assert_eq!(places, ["transformer_blocks.18.attn.to_add_out"]);
@@ -423,7 +423,7 @@ mod tests {
             {
                 for (separator, end) in ends.iter().flat_map(|end| [('.', end), ('_', end)]) {
                     let key = format!("{prefix}{separator}{path}{end}");
-                    assert_eq!(resolved(&key), (vec![whole.clone()], Param::Up), "{key}");
+                    assert_eq!(resolved(&key), (vec![whole.clone()], Param::UP), "{key}");
                 }
             }
             let key = format!("base_model.model.{whole}.lora_B.weight");
@@ -442,7 +442,7 @@ mod tests {
             format!("transformer.{}.lora_A.weight", q.replace('.', "_")),
             format!("{}.lora_A.weight", q.replace('.', "_")),
         ] {
-            assert_eq!(resolved(&key), (vec![q.to_string()], Param::Down), "{key}");
+            assert_eq!(resolved(&key), (vec![q.to_string()], Param::DOWN), "{key}");
         }
     }
 
@@ -455,7 +455,7 @@ mod tests {
             "transformer.transformer_blocks.0.attn.norm_q.weight",
         ] {
             let expected = vec!["transformer_blocks.0.attn.norm_q".to_string()];
-            assert_eq!(resolved(key), (expected, Param::Set), "{key}");
+            assert_eq!(resolved(key), (expected, Param::SET), "{key}");
         }
     }
 

@@ -14,6 +14,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use lora_core::kinds::parts::Kind;
+
 use super::compare::{same_bias, same_weight};
 use super::error::{KeyProblem, LoraFormatError};
 use super::group::{Group, GroupReader};
@@ -25,7 +27,7 @@ use super::peft::PeftConfig;
 use super::shape::ModelShape;
 use super::source::{Source, locate};
 use super::split::split;
-use super::{Bias, Component, Factors, LoraSet, ModuleUpdate, Report};
+use super::{Bias, Component, LoraSet, ModuleUpdate, Report};
 
 /// Reads a LoRA: a `.safetensors` file of any format, or the folder of a PEFT or diffusers adapter.
 ///
@@ -330,7 +332,7 @@ impl Proof {
     fn check(&self, path: &Path, used: usize, shape: &ModelShape) -> Result<(), LoraFormatError> {
         let unknown = self.unknown.iter().filter_map(|((_, module), group)| {
             let half =
-                group.params.contains_key(&Param::Up) != group.params.contains_key(&Param::Down);
+                group.params.contains_key(&Param::UP) != group.params.contains_key(&Param::DOWN);
             Some((module, group.params.values().next().filter(|_| !half)?))
         });
         for (module, key) in unknown.clone() {
@@ -410,7 +412,7 @@ fn diffusion_version(source: &Source, model: &'static str) -> &'static str {
         return model;
     }
     let width = source.file.names().find_map(|key| {
-        let parsed = parse(key).filter(|parsed| parsed.param == Param::Down)?;
+        let parsed = parse(key).filter(|parsed| parsed.param == Param::DOWN)?;
         flattened(&parsed.module)
             .ends_with("attn2_to_k")
             .then(|| source.file.info(key)?.shape.get(1).copied())?
@@ -450,7 +452,7 @@ fn unused_value(
     let linear = target.spelling == Spelling::Text
         || !matches!(target.shape, super::ModuleShape::Norm { .. });
     match param {
-        Param::Set if linear && !key.ends_with("set_weight") && !saved() => {
+        Param::SET if linear && !key.ends_with("set_weight") && !saved() => {
             Some("a whole weight, not a change of one")
         }
         Param::SetBias if !saved() && !config.is_some_and(|config| config.trains_bias) => {
@@ -527,19 +529,11 @@ fn formats(prefix: &str, target: &Target, group: &Group, update: &ModuleUpdate) 
         (prefix, _) if prefix.starts_with("text_encoders") => "ComfyUI text encoder",
         _ => "diffusers text encoder",
     };
-    let algorithm = match update.factors {
-        Some(Factors::LoKr(_)) => Some("LoKr"),
-        Some(Factors::LoHa { .. }) => Some("LoHa"),
-        Some(Factors::Full(_)) => Some("full change"),
-        Some(Factors::Replace(_)) => Some("replaced weight"),
-        Some(Factors::LowRank { .. }) | None => None,
-    };
+    let algorithm = update.kind().filter(|kind| *kind != Kind::Lora);
     let dora = update.magnitude.as_ref().map(|_| "DoRA");
-    [Some(format), algorithm, dora]
-        .into_iter()
-        .flatten()
-        .map(str::to_string)
-        .collect()
+    let algorithm = algorithm.map(|kind| kind.to_string());
+    let said = [Some(format), dora].map(|said| said.map(str::to_string));
+    said.into_iter().chain([algorithm]).flatten().collect()
 }
 
 /// What a header or a missing configuration lets one expect that the tensors do not say.

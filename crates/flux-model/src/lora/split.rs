@@ -4,45 +4,73 @@
 //! rows of the up projection: always exact. [`LoraSet::pruned`] then drops what the rows do not use, which undoes the
 //! block-diagonal form in which separate parts are fused.
 
+use lora_core::kinds::parts::{Dim, Part, WHOLE};
+
 use super::error::LoraFormatError;
 use super::names::Place;
 use super::rows::Rows;
 use super::tensor::TensorRef;
 use super::{Axis, Bias, Component, Factors, LoraSet, Magnitude, ModuleUpdate};
 
+/// Whether rows of the part are rows of the module, each as many as [`rows_each`] says; the others every part of a fused
+/// module has in common.
+pub(super) fn is_cut(part: Part) -> bool {
+    part.has(0, Dim::Out) || part.has(0, Dim::Outer) || part == WHOLE
+}
+
+/// Rows of the module that a row of what is cut stands for: of a Kronecker product's outer factor, those of the inner one.
+fn rows_each(factors: &Factors) -> usize {
+    let inner = factors
+        .sides()
+        .map(|[_, w2]| w2.size(|part| part.axes())[0]);
+    inner.unwrap_or(1).max(1)
+}
+
 /// The update of each place.
 pub(super) fn split(update: &ModuleUpdate, places: &[Place]) -> Vec<ModuleUpdate> {
     // All parts of a Kronecker product are cut the same way, so that they can be joined again.
-    let inner = match &update.factors {
-        Some(Factors::LoKr(lokr)) => lokr.w2.size(TensorRef::axes)[0].max(1),
-        _ => 1,
-    };
+    let each = update.factors.as_ref().map_or(1, rows_each);
     let mut bounds = places
         .iter()
         .flat_map(|place| place.rows.ranges())
         .flat_map(|rows| [rows.start, rows.end]);
-    let cut = bounds.any(|bound| !bound.is_multiple_of(inner));
+    let whole = update.rows.is_none() && bounds.all(|bound| bound.is_multiple_of(each));
     let across: Vec<String> = places.iter().map(|place| place.path.clone()).collect();
     places
         .iter()
-        .map(|place| part(update, &place.rows, cut, &across))
+        .map(|place| {
+            let mut part = update.clone();
+            match &update.factors {
+                Some(factors) if whole => {
+                    part.factors = Some(of_rows(factors, &place.rows, each));
+                }
+                Some(factors) => part.rows = of_product(update, factors, &place.rows),
+                None => {}
+            }
+            beside(part, &place.rows, &across)
+        })
         .collect()
 }
 
-fn part(update: &ModuleUpdate, rows: &Rows, cut: bool, across: &[String]) -> ModuleUpdate {
-    let factors = update.factors.as_ref().map(|factors| match factors {
-        Factors::LowRank { down, up } => Factors::LowRank {
-            down: down.clone(),
-            up: up.select(rows),
-        },
-        Factors::LoHa { a, b } => Factors::LoHa {
-            a: a.clone().map(|a| a.select(rows)),
-            b: b.clone(),
-        },
-        Factors::LoKr(lokr) => Factors::LoKr(lokr.select(rows, cut)),
-        Factors::Full(tensor) => Factors::Full(tensor.select(rows)),
-        Factors::Replace(tensor) => Factors::Replace(tensor.select(rows)),
-    });
+/// The factors of some rows, each of which is a multiple of `each`.
+pub(super) fn of_rows(factors: &Factors, rows: &Rows, each: usize) -> Factors {
+    let ranges = rows.ranges().iter();
+    let rows = Rows::of(ranges.map(|rows| rows.start / each..rows.end / each));
+    factors.clone().map(|part, tensor| match is_cut(part) {
+        true => tensor.select(&rows),
+        false => tensor,
+    })
+}
+
+/// Some of the rows of what the factors make; `None` for all.
+fn of_product(update: &ModuleUpdate, factors: &Factors, wanted: &Rows) -> Option<Rows> {
+    let all = Rows::all(factors.size(TensorRef::axes)[0]);
+    let rows = update.rows.as_ref().unwrap_or(&all).select(wanted);
+    Some(rows).filter(|rows| *rows != all)
+}
+
+/// The part of the bias and of the magnitude.
+fn beside(update: ModuleUpdate, rows: &Rows, across: &[String]) -> ModuleUpdate {
     let bias = update.bias.as_ref().map(|bias| match bias {
         Bias::Scaled(tensor) => Bias::Scaled(tensor.select(rows)),
         Bias::Added(tensor) => Bias::Added(tensor.select(rows)),
@@ -64,10 +92,9 @@ fn part(update: &ModuleUpdate, rows: &Rows, cut: bool, across: &[String]) -> Mod
             },
         });
     ModuleUpdate {
-        factors,
         bias,
         magnitude,
-        ..update.clone()
+        ..update
     }
 }
 
@@ -84,7 +111,7 @@ impl LoraSet {
             let mut kept = std::mem::take(self.modules_mut(component));
             let mut empty = Vec::new();
             for (path, update) in &mut kept {
-                let Some(Factors::LowRank { down, up }) = &mut update.factors else {
+                let Some((down, up)) = update.pair() else {
                     continue;
                 };
                 let used = used_columns(&up.load_f32()?, up.size().1);
@@ -97,8 +124,8 @@ impl LoraSet {
                     }
                     continue;
                 }
-                *down = down.select(&Rows::of(used.iter().map(|&i| i..i + 1)));
-                *up = up.pick_columns(&used);
+                let down = down.select(&Rows::of(used.iter().map(|&i| i..i + 1)));
+                update.factors = Some(Factors::lora(down, up.pick_columns(&used)));
                 update.alpha = None; // the scale stays; alpha over the new rank would be another one
             }
             for path in &empty {

@@ -22,6 +22,7 @@ use std::path::Path;
 use lora_core::files::host::{Dtype, HostTensor};
 use lora_core::files::replace::replace_file;
 use lora_core::files::safetensors::write_streaming;
+use lora_core::kinds::parts::Kind;
 use lora_core::peft::METADATA_KEY;
 use serde_json::{Map, Value, json};
 
@@ -29,7 +30,7 @@ use super::emit::{Emitted, Output, Style, fused};
 use super::emit_peft::{PeftModule, PeftStyle, peft};
 use super::error::{KeyProblem, LoraFormatError};
 use super::format::{LoraFormat, WriteOptions, WriteReport};
-use super::{Component, Factors, LoraSet};
+use super::{Component, LoraSet};
 
 /// Writes a set: a file at `path`, or a folder for [`LoraFormat::Peft`].
 ///
@@ -178,9 +179,8 @@ fn kohya_metadata(set: &LoraSet) -> BTreeMap<String, String> {
         .iter()
         .filter_map(|(_, _, update)| Some((update.rank()?, update.scale)))
         .collect();
-    let is_lycoris =
-        |factors: &Option<Factors>| !matches!(factors, None | Some(Factors::LowRank { .. }));
-    let lycoris = set.iter().any(|(_, _, update)| is_lycoris(&update.factors));
+    let mut kinds = set.iter().filter_map(|(_, _, update)| update.kind());
+    let lycoris = kinds.any(|kind| kind != Kind::Lora);
     let schnell = set
         .shape
         .transformer

@@ -188,14 +188,22 @@ impl<T> Factors<T> {
         Some([side(w1)?, side(w2)?])
     }
 
-    /// The part whose rows are the rank, where one shows it: a LoKr of two full matrices has none.
+    /// The part whose rows are the rank, where one shows it: a LoKr of two full matrices has none. Where there are two, it is
+    /// the first product's of a LoHa and the inner matrix's of a LoKr, as in LyCORIS.
     pub fn rank_part(&self) -> Option<&T> {
-        let mut parts = self.parts.iter().rev();
-        parts.find_map(|(part, value)| part.has(0, Dim::Rank).then_some(value))
+        let mut ranked = self.parts.iter().filter(|(part, _)| part.has(0, Dim::Rank));
+        let (_, value) = match self.kind {
+            Kind::Lokr => ranked.next_back(),
+            _ => ranked.next(),
+        }?;
+        Some(value)
     }
 
     /// Outputs and inputs of the change, from rows and columns of its parts; saturating.
     pub fn size(&self, size: impl Fn(&T) -> [usize; 2]) -> [usize; 2] {
+        if let Some(whole) = self.get(WHOLE) {
+            return size(whole);
+        }
         if let Some(sides) = self.sides() {
             let [[a, b], [c, d]] = sides.map(|side| side.size(|part| size(part)));
             return [a.saturating_mul(c), b.saturating_mul(d)];
@@ -394,5 +402,14 @@ mod tests {
         let right = Side::Product([3, 2], [2, 4]);
         assert_eq!(size(Factors::lokr(Side::Full([2, 5]), right)), [6, 20]);
         assert_eq!(size(Factors::lora([2, 5], [7, 2])), [7, 5]);
+    }
+
+    // LyCORIS `loha.py`, `lokr.py`, `make_module_from_state_dict`; ComfyUI divides alpha by the same.
+    #[test]
+    fn of_two_ranks_the_one_counts_that_lycoris_divides_alpha_by() {
+        let loha = Factors::loha([[7, 2], [2, 5]], [[7, 3], [3, 5]]);
+        assert_eq!(loha.rank_part(), Some(&[2, 5]));
+        let [w1, w2] = [2, 3].map(|rank| Side::Product([4, rank], [rank, 5]));
+        assert_eq!(Factors::lokr(w1, w2).rank_part(), Some(&[3, 5]));
     }
 }

@@ -1,5 +1,7 @@
 //! What an adapter can consist of: one table of parts for each kind, which everything that walks parts reads.
 
+use std::fmt;
+
 use crate::peft::selection::PeftType;
 
 /// A kind of adapter.
@@ -32,7 +34,7 @@ impl Kind {
         }
     }
 
-    /// What PEFT calls it, if PEFT has it.
+    /// What PEFT calls it, if PEFT has it: the kinds that have a scale.
     pub fn peft_type(self) -> Option<PeftType> {
         match self {
             Self::Lora => Some(PeftType::Lora),
@@ -51,6 +53,18 @@ impl Kind {
                 parts.find(|part| part.needed && !there(part)).copied()
             }
         }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Lora => "LoRA",
+            Self::Loha => "LoHa",
+            Self::Lokr => "LoKr",
+            Self::Diff => "full change",
+            Self::Whole => "replaced weight",
+        })
     }
 }
 
@@ -82,6 +96,8 @@ pub enum Dim {
     In,
     /// Outputs.
     Out,
+    /// A divisor of the outputs: a row stands for several of them.
+    Outer,
     /// The rank.
     Rank,
     /// Any length: the kind checks it.
@@ -186,12 +202,12 @@ pub(crate) const LOHA: [Part; 4] = [
 /// The two sides of a LoKr, each as a matrix or as the factors of one.
 pub(crate) const SIDES: [[Part; 3]; 2] = [
     [
-        either(None, "lokr_w1", ".lokr_w1", &[Dim::Any, Dim::Any]),
+        either(None, "lokr_w1", ".lokr_w1", &[Dim::Outer, Dim::Any]),
         either(
             Some("lokr_w1"),
             "lokr_w1_a",
             ".lokr_w1_a",
-            &[Dim::Any, Dim::Rank],
+            &[Dim::Outer, Dim::Rank],
         ),
         either(
             Some("lokr_w1"),

@@ -373,8 +373,8 @@ fn a_peft_folder_saves_whole_modules() {
     assert_eq!(set.report.ignored, []);
     let update = &set.transformer["proj_out"];
     assert!(matches!(
-        (&update.factors, &update.bias),
-        (Some(Factors::Replace(_)), Some(Bias::Replaced(_)))
+        (update.kind(), &update.bias),
+        (Some(Kind::Whole), Some(Bias::Replaced(_)))
     ));
     let (adapter, residuals) = set.to_adapter(Component::Transformer).expect("readable");
     assert_eq!(adapter.modules().len(), 1);

@@ -513,11 +513,8 @@ fn bfl_control_has_biases_norms_and_a_wider_input() {
     let stored = noise("final_layer.adaLN_modulation.1", 16);
     assert_eq!(bias("norm_out.linear"), Some(swapped(&stored)));
 
-    let Some(Factors::Replace(gain)) =
-        &set.transformer["transformer_blocks.1.attn.norm_added_k"].factors
-    else {
-        panic!("a norm's gain is replaced")
-    };
+    let gain = set.transformer["transformer_blocks.1.attn.norm_added_k"].replacement();
+    let gain = gain.expect("a norm's gain is replaced");
     let stored = noise("double_blocks.1.txt_attn.norm.key_norm.scale", 4);
     assert_eq!(gain.load_f32().expect("readable"), stored);
     assert!(

@@ -309,13 +309,10 @@ proptest! {
             true => Side::Product(host(&format!("{name}a"), rows, rank), host(&format!("{name}b"), rank, columns)),
             false => Side::Full(host(name, rows, columns)),
         };
-        let lokr = LoKr { w1: matrix("w1", a, b, factored[0]), w2: matrix("w2", c, d, factored[1]), rows: None };
-        let lokr = ModuleUpdate::of(Factors::LoKr(lokr), 0.5);
-        let loha = Factors::LoHa {
-            a: [host("a1", a * c, rank), host("a2", a * c, rank)],
-            b: [host("b1", rank, b * d), host("b2", rank, b * d)],
-        };
-        for update in [lokr, ModuleUpdate::of(loha, 2.0)] {
+        let lokr = Factors::lokr(matrix("w1", a, b, factored[0]), matrix("w2", c, d, factored[1]));
+        let product = |i: usize| [host(&format!("a{i}"), a * c, rank), host(&format!("b{i}"), rank, b * d)];
+        let loha = Factors::loha(product(1), product(2));
+        for update in [ModuleUpdate::of(Some(lokr), 0.5), ModuleUpdate::of(Some(loha), 2.0)] {
             let direct = delta(&update, None).expect("in memory");
             if let Some(expanded) = super::super::lycoris::to_low_rank(&update) {
                 prop_assert!(expanded.rank().is_some());
@@ -325,11 +322,12 @@ proptest! {
     }
 
     #[test]
-    fn loha_is_the_product_of_two_products(rank in 1usize..4, seed in any::<u64>()) {
+    fn loha_is_the_product_of_two_products(rank in 1usize..4, second in 1usize..4, seed in any::<u64>()) {
         let mut file = Builder::default();
         let name = |part: &str| format!("lora_unet_single_blocks_1_linear1.hada_{part}");
-        let [a1, a2] = ["w1_a", "w2_a"].map(|part| random(&format!("{part}{seed}"), 56, rank));
-        let [b1, b2] = ["w1_b", "w2_b"].map(|part| random(&format!("{part}{seed}"), rank, 8));
+        let ranks = [rank, second]; // the first is the one that alpha is divided by
+        let [a1, a2] = [1, 2].map(|i| random(&format!("w{i}_a{seed}"), 56, ranks[i - 1]));
+        let [b1, b2] = [1, 2].map(|i| random(&format!("w{i}_b{seed}"), ranks[i - 1], 8));
         for (part, tensor) in [("w1_a", &a1), ("w1_b", &b1), ("w2_a", &a2), ("w2_b", &b2)] {
             file.put(&name(part), tensor.clone());
         }

@@ -85,7 +85,7 @@ fn rank_zero() {
     ]);
     assert_eq!(
         empty.error(),
-        "`lora.safetensors`: `transformer.proj_out.lora_B.weight` has rank 0: remove the module or train it again"
+        "`lora.safetensors`: `transformer.proj_out.lora_A.weight` has rank 0: remove the module or train it again"
     );
 }
 
@@ -482,7 +482,7 @@ fn absurd_sizes() {
     for shape in [shape(), ModelShape::default()] {
         let error = absurd.read_as(&shape).expect_err("rank 0").to_string();
         assert!(error.ends_with(
-            "`transformer.proj_out.lora_B.weight` has rank 0: remove the module or train it again"
+            "`transformer.proj_out.lora_A.weight` has rank 0: remove the module or train it again"
         ));
     }
 }
