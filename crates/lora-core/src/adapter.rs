@@ -7,8 +7,8 @@ use burn::tensor::{DType, Device, Tensor};
 
 use crate::kinds::factors::{Factor, Factors, Layer};
 use crate::kinds::lora;
-use crate::kinds::module::AdapterSpec;
 use crate::kinds::parts::{Kind, LORA_A, LORA_B, LORA_BIAS};
+use crate::kinds::spec::AdapterSpec;
 use crate::ops::linear::LowRank;
 use crate::peft::config::InitLoraWeights;
 use crate::site::Site;

@@ -14,8 +14,9 @@ use crate::edit::edit;
 use crate::error::LoraError;
 use crate::files::host::HostTensor;
 use crate::kinds::factors::Factors;
-use crate::kinds::module::{AdapterSpec, ModuleAdapter};
+use crate::kinds::module::ModuleAdapter;
 use crate::kinds::parts::{Kind, LORA_A, LORA_B};
+use crate::kinds::spec::AdapterSpec;
 use crate::linalg::{Matrix, Svd, qr};
 use crate::peft::file::AdapterFile;
 

@@ -99,7 +99,7 @@ pub enum LoraError {
         source: std::io::Error,
     },
     /// JSON inside a file is malformed.
-    #[error("{what} is malformed")]
+    #[error("{what} is malformed: write it again")]
     Json {
         /// Which JSON text.
         what: String,

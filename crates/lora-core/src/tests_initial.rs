@@ -480,7 +480,7 @@ fn a_split_file_that_does_not_fit_its_header_is_refused() {
     }
     assert_eq!(
         refused("pissa_niter_3", "pissa_niter_x"),
-        "`lora_core_split_adapter` of x is malformed"
+        "`lora_core_split_adapter` of x is malformed: write it again"
     );
 }
 

@@ -1,16 +1,44 @@
 //! The keys and tensors of the formats with PEFT's parameters: diffusers files and PEFT folders.
 
+use lora_core::LoraConfig;
+use lora_core::kinds::AdapterSpec;
+use lora_core::peft::Targets;
+
 use super::emit::{Emitted, Output, alpha};
 use super::lycoris::to_low_rank;
 use super::{Axis, Bias, Component, LoraSet, ModuleUpdate};
 
-/// A module as PEFT describes it.
-pub(super) struct PeftModule {
-    pub path: String,
-    pub rank: usize,
-    pub alpha: f64,
-    pub dora: bool,
-    pub bias: bool,
+/// Modules as PEFT describes them.
+#[derive(Default)]
+pub(super) struct Described {
+    /// Rank and alpha, by path.
+    pub layers: Vec<(String, AdapterSpec)>,
+    use_dora: bool,
+    lora_bias: bool,
+}
+
+impl Described {
+    /// The configuration that describes them.
+    pub(super) fn config(&self) -> LoraConfig {
+        let layers = self.layers.iter();
+        let config = LoraConfig::of_layers(layers.map(|(path, spec)| (path.as_str(), *spec)));
+        LoraConfig {
+            target_modules: self.targets(),
+            use_dora: self.use_dora,
+            lora_bias: self.lora_bias,
+            ..config
+        }
+    }
+
+    /// The modules as a list, or as one expression where an entry of a list would match other modules by its end.
+    fn targets(&self) -> Targets {
+        let paths = || self.layers.iter().map(|(path, _)| path);
+        if paths().any(|path| path == "proj_out") {
+            let escaped: Vec<_> = paths().map(|path| path.replace('.', r"\.")).collect();
+            return Targets::Pattern(escaped.join("|"));
+        }
+        Targets::List(paths().cloned().collect())
+    }
 }
 
 /// How a format with PEFT's parameters differs from the others.
@@ -29,14 +57,14 @@ pub(super) fn peft(
     component: Component,
     style: &PeftStyle,
     emitted: &mut Emitted,
-) -> Vec<PeftModule> {
+) -> Described {
     let PeftStyle {
         prefix,
         fold,
         norms,
     } = style;
     let fold = *fold;
-    let mut described = Vec::new();
+    let mut described = Described::default();
     let updates = set.modules(component);
     let any_dora = updates.values().any(|update| update.magnitude.is_some());
     for (path, update) in updates {
@@ -100,13 +128,15 @@ pub(super) fn peft(
                 .insert("ComfyUI ignores `lora_magnitude_vector`: it plays a DoRA as a plain LoRA");
         }
         emitted.modules += 1;
-        described.push(PeftModule {
-            path: path.clone(),
+        described.use_dora |= low_rank.magnitude.is_some();
+        described.lora_bias |= low_rank.bias.is_some();
+        let spec = AdapterSpec {
             rank,
             alpha,
-            dora: low_rank.magnitude.is_some(),
-            bias: low_rank.bias.is_some(),
-        });
+            use_rslora: false,
+            dropout: 0.0,
+        };
+        described.layers.push((path.clone(), spec));
     }
     described
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use lora_core::LoraError;
 use lora_core::files::host::Dtype;
 use lora_core::files::safetensors::FileError;
 
@@ -19,16 +20,9 @@ pub enum LoraFormatError {
     /// The system refused.
     #[error("cannot access `{path}`")]
     Io { path: PathBuf, source: io::Error },
-    /// JSON beside or inside the file is malformed.
-    #[error("`{path}`: the {part} is malformed: write it again")]
-    Json {
-        path: PathBuf,
-        part: &'static str,
-        source: serde_json::Error,
-    },
-    /// An adapter configuration whose meaning is not that of a plain LoRA.
-    #[error("`{path}`: {problem}")]
-    Config { path: PathBuf, problem: String },
+    /// The configuration beside or inside the file is wrong.
+    #[error(transparent)]
+    Adapter(#[from] LoraError),
     /// A folder without the files an adapter consists of.
     #[error(
         "`{path}` holds no adapter: expected `adapter_config.json` with `adapter_model.safetensors`, or one file such as `pytorch_lora_weights.safetensors`"

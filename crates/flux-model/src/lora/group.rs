@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use lora_core::LoraConfig;
 use lora_core::files::safetensors::TensorFile;
 use lora_core::kinds::parts::{Dim, Kind, LORA_A, WHOLE};
+use lora_core::peft::PeftType;
 
 use super::error::{KeyProblem, LoraFormatError};
 use super::key::Param;
 use super::names::Target;
-use super::peft::{Algorithm, PeftConfig};
 use super::shape::ModuleShape;
 use super::tensor::TensorRef;
 use super::{Axis, Bias, Factors, Magnitude, ModuleUpdate};
@@ -28,7 +29,7 @@ pub(super) struct GroupReader<'a> {
     pub file: &'a Arc<TensorFile>,
     pub group: &'a Group,
     pub target: &'a Target,
-    pub config: Option<&'a PeftConfig>,
+    pub config: Option<&'a LoraConfig>,
     /// Things to tell the user.
     pub warnings: &'a mut Vec<String>,
 }
@@ -224,16 +225,18 @@ impl GroupReader<'_> {
             return self.expect(first_key(factors), &[rows, columns], &[out, input]);
         }
         let widened = self.target.places[0].path == "x_embedder";
-        for (axis, dim, expected) in [(0, Dim::Out, out), (1, Dim::In, input)] {
-            for (part, tensor) in factors.iter_mut() {
-                if !part.has(axis, dim) && part != WHOLE || widened && (axis, part) == (1, LORA_A) {
-                    continue;
-                }
-                let found = tensor.shape();
-                let mut wanted = found.clone();
-                wanted[axis] = expected;
-                self.expect(tensor.key(), &found, &wanted)?;
-            }
+        for (part, tensor) in factors.iter() {
+            let found = tensor.shape();
+            let sizes = part.dims.iter().zip(&found).map(|(dim, found)| match dim {
+                Dim::Out => out,
+                Dim::In if !widened => input,
+                _ => *found,
+            });
+            let wanted = match part == WHOLE {
+                true => vec![out, input],
+                false => sizes.collect(),
+            };
+            self.expect(tensor.key(), &found, &wanted)?;
         }
         let narrow = factors.iter_mut().filter(|(part, _)| *part == LORA_A);
         for (_, down) in narrow.filter(|(_, down)| widened && down.size().1 < input) {
@@ -281,14 +284,16 @@ impl GroupReader<'_> {
         let from_config = match self.config {
             None => None,
             Some(config) => {
-                let (configured, alpha, scale) = config.resolve(&self.target.name);
+                let spec = config.spec(&self.target.name)?;
                 match rank {
-                    Some(stored) if stored != configured => {
+                    Some(stored) if stored != spec.rank => {
+                        let configured = spec.rank;
                         let problem = KeyProblem::RankDisagrees { stored, configured };
                         return Err(self.error(first_key(factors), problem));
                     }
-                    None if config.algorithm == Algorithm::Lora => None,
-                    _ => Some((alpha, scale)),
+                    // PEFT scales a LoKr of two full factors too, but a LoRA's configuration says nothing about it.
+                    None if config.peft_type == PeftType::Lora => None,
+                    _ => Some((spec.alpha, spec.scale())),
                 }
             }
         };

@@ -32,7 +32,6 @@
 //! | `key`, `names` | keys to prefix, module and parameter; every name of every module |
 //! | `shape`, `infer` | the modules of a network, from its configuration or from a file |
 //! | `identity` | what a file is that is no LoRA for FLUX.1 |
-//! | `peft` | alpha from an adapter's configuration |
 //! | `tensor`, `rows` | tensors that are read when needed; which rows of them |
 //! | `lycoris`, `delta` | the dense change and the low-rank form of each kind; what a module's weight changes by |
 //! | `split`, `fuse` | fused modules to parts and back |
@@ -57,7 +56,6 @@ mod infer;
 mod key;
 mod lycoris;
 mod names;
-mod peft;
 mod read;
 mod rows;
 mod shape;

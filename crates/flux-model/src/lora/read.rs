@@ -14,7 +14,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use lora_core::LoraConfig;
 use lora_core::kinds::parts::Kind;
+use lora_core::peft::TrainBias;
 
 use super::compare::{same_bias, same_weight};
 use super::error::{KeyProblem, LoraFormatError};
@@ -23,7 +25,6 @@ use super::identity::{other_model, whole};
 use super::infer::{Sighting, block_index, complete, foreign};
 use super::key::{Param, ParsedKey, flattened, parse};
 use super::names::{Names, Spelling, Target};
-use super::peft::PeftConfig;
 use super::shape::ModelShape;
 use super::source::{Source, locate};
 use super::split::split;
@@ -438,7 +439,7 @@ fn noise(key: &str) -> Option<&'static str> {
 
 /// Why a whole weight or bias in the file is not meant to be used, if it is not.
 fn unused_value(
-    config: Option<&PeftConfig>,
+    config: Option<&LoraConfig>,
     target: &Target,
     key: &str,
     param: Param,
@@ -455,7 +456,9 @@ fn unused_value(
         Param::SET if linear && !key.ends_with("set_weight") && !saved() => {
             Some("a whole weight, not a change of one")
         }
-        Param::SetBias if !saved() && !config.is_some_and(|config| config.trains_bias) => {
+        Param::SetBias
+            if !saved() && !config.is_some_and(|config| config.bias != TrainBias::None) =>
+        {
             Some("a whole bias, which the configuration does not say is trained")
         }
         _ => None,

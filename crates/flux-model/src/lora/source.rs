@@ -4,17 +4,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use lora_core::LoraConfig;
 use lora_core::files::safetensors::TensorFile;
-use lora_core::files::strict_json::{parse_json, read_file};
-use lora_core::peft::METADATA_KEY;
-use serde_json::{Map, Value};
+use lora_core::peft::folder::{CONFIG as PEFT_CONFIG, TENSORS as PEFT_WEIGHTS};
 
 use super::Component;
 use super::error::LoraFormatError;
-use super::peft::{PeftConfig, header_config};
 
-const PEFT_WEIGHTS: &str = "adapter_model.safetensors";
-const PEFT_CONFIG: &str = "adapter_config.json";
 const DIFFUSERS_WEIGHTS: &str = "pytorch_lora_weights.safetensors";
 /// In the run folders and checkpoints of this project.
 const RUN_WEIGHTS: &str = "lora.safetensors";
@@ -22,33 +18,28 @@ const RUN_WEIGHTS: &str = "lora.safetensors";
 const INDEX: &str = ".safetensors.index.json";
 const CHECKPOINT_ADVICE: &str =
     "a whole model is part of a pipeline folder (`--model`, `model.path`)";
-/// Largest adapter configuration read, in bytes; one that names every module stays below one MiB.
-const MAX_CONFIG: u64 = 16 << 20;
 
 /// One file of the LoRA, with the configuration beside it.
 pub(super) struct Source {
     pub file: Arc<TensorFile>,
-    pub config: Option<PeftConfig>,
+    pub config: Option<LoraConfig>,
     /// Configurations in the header, by component.
-    pub header: BTreeMap<Component, PeftConfig>,
+    pub header: BTreeMap<Component, LoraConfig>,
 }
 
 impl Source {
     fn open(path: &Path, config: Option<&Path>) -> Result<Self, LoraFormatError> {
         let file = Arc::new(TensorFile::open(path)?);
-        let config = config.map(read_config).transpose()?;
+        let config = config.map(LoraConfig::from_peft).transpose()?;
         let mut header = BTreeMap::new();
-        if let Some(text) = file.metadata().get(METADATA_KEY) {
-            let fields: Map<String, Value> =
-                parse_json(text.as_bytes()).map_err(|source| LoraFormatError::Json {
-                    path: path.into(),
-                    part: METADATA_KEY,
-                    source,
-                })?;
-            for component in Component::ALL {
-                let config = header_config(&fields, component).map_err(config_error(path))?;
-                header.extend(config.map(|config| (component, config)));
-            }
+        for component in Component::ALL {
+            let config = LoraConfig::from_header(&file, &format!("{component}."))?;
+            header.extend(config.map(|config| (component, config)));
+        }
+        if header.is_empty() {
+            // Saved by the network itself, without a prefix.
+            let config = LoraConfig::from_header(&file, "")?;
+            header.extend(config.map(|config| (Component::Transformer, config)));
         }
         Ok(Self {
             file,
@@ -58,26 +49,9 @@ impl Source {
     }
 
     /// What says alpha for a component, apart from its tensors.
-    pub(super) fn config(&self, component: Component) -> Option<&PeftConfig> {
+    pub(super) fn config(&self, component: Component) -> Option<&LoraConfig> {
         self.config.as_ref().or_else(|| self.header.get(&component))
     }
-}
-
-fn config_error(path: &Path) -> impl Fn(String) -> LoraFormatError {
-    move |problem| LoraFormatError::Config {
-        path: path.into(),
-        problem,
-    }
-}
-
-fn read_config(path: &Path) -> Result<PeftConfig, LoraFormatError> {
-    let text = read_file(path, MAX_CONFIG).map_err(LoraFormatError::io(path))?;
-    let fields: Map<String, Value> = parse_json(&text).map_err(|source| LoraFormatError::Json {
-        path: path.into(),
-        part: "adapter configuration",
-        source,
-    })?;
-    PeftConfig::parse(&fields).map_err(config_error(path))
 }
 
 /// The files that make up the LoRA at `path`.

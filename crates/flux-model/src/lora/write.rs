@@ -23,11 +23,11 @@ use lora_core::files::host::{Dtype, HostTensor};
 use lora_core::files::replace::replace_file;
 use lora_core::files::safetensors::write_streaming;
 use lora_core::kinds::parts::Kind;
-use lora_core::peft::METADATA_KEY;
+use lora_core::peft::{METADATA_KEY, folder};
 use serde_json::{Map, Value, json};
 
 use super::emit::{Emitted, Output, Style, fused};
-use super::emit_peft::{PeftModule, PeftStyle, peft};
+use super::emit_peft::{Described, PeftStyle, peft};
 use super::error::{KeyProblem, LoraFormatError};
 use super::format::{LoraFormat, WriteOptions, WriteReport};
 use super::{Component, LoraSet};
@@ -64,34 +64,33 @@ pub fn write(
                     fold: true,
                     norms: component == Component::Transformer,
                 };
-                let modules = peft(set, component, &style, &mut emitted);
-                let fields = config(&modules).into_iter();
-                header.extend(fields.map(|(key, value)| (format!("{prefix}{key}"), value)));
+                let described = peft(set, component, &style, &mut emitted);
+                if !described.layers.is_empty() {
+                    header.extend(described.config().to_peft(&prefix));
+                }
             }
             note_diffusers(set, options, &mut emitted);
             metadata.insert(METADATA_KEY.into(), Value::from(header).to_string());
         }
         LoraFormat::Peft => {
             let style = PeftStyle {
-                prefix: "base_model.model.".into(),
+                prefix: folder::PREFIX.into(),
                 fold: false,
                 norms: false,
             };
             for component in Component::ALL {
                 let first = emitted.outputs.len();
-                let modules = peft(set, component, &style, &mut emitted);
+                let described = peft(set, component, &style, &mut emitted);
                 let folder = match component {
                     Component::Transformer => path.to_path_buf(),
                     Component::ClipL | Component::T5 => path.join(component.to_string()),
                 };
-                if modules
-                    .iter()
-                    .any(|module| module.alpha != module.rank as f64)
-                {
+                let mut specs = described.layers.iter().map(|(_, spec)| spec);
+                if specs.any(|spec| spec.alpha != spec.rank as f64) {
                     emitted.notes.insert("alpha is in `adapter_config.json`: what reads the weights without it plays them at another strength");
                 }
                 if emitted.outputs.len() > first {
-                    folders.push((folder, first, adapter_config(component, &modules)));
+                    folders.push((folder, first, adapter_config(component, &described)));
                 }
             }
         }
@@ -117,9 +116,9 @@ pub fn write(
     if format == LoraFormat::Peft {
         for (folder, first, config) in folders.into_iter().rev() {
             fs::create_dir_all(&folder).map_err(LoraFormatError::io(&folder))?;
-            let weights = folder.join("adapter_model.safetensors");
+            let weights = folder.join(folder::TENSORS);
             write_file(&weights, outputs.split_off(first), &metadata, options)?;
-            let config_path = folder.join("adapter_config.json");
+            let config_path = folder.join(folder::CONFIG);
             replace(&config_path, |file| {
                 io::Write::write_all(file, config.as_bytes()).map_err(Failure::Io)
             })?;
@@ -240,61 +239,7 @@ fn most_common<T: Ord + Copy>(values: impl Iterator<Item = T>) -> Option<T> {
         .map(|(value, _)| value)
 }
 
-/// The fields of PEFT's `LoraConfig` that describe these modules; none if there are none.
-fn config(modules: &[PeftModule]) -> Map<String, Value> {
-    let Some(rank) = most_common(modules.iter().map(|module| module.rank)) else {
-        return Map::new();
-    };
-    let alpha = most_common(modules.iter().map(|module| module.alpha.to_bits()))
-        .map_or(0.0, f64::from_bits);
-    let rooted = |module: &PeftModule| format!("^{}", module.path.replace('.', r"\."));
-    let ranks = modules.iter().filter(|module| module.rank != rank);
-    let alphas = modules.iter().filter(|module| module.alpha != alpha);
-    let fields = [
-        (
-            "alpha_pattern",
-            alphas
-                .map(|module| (rooted(module), json!(module.alpha)))
-                .collect(),
-        ),
-        ("bias", json!("none")),
-        ("init_lora_weights", json!(true)),
-        ("lora_alpha", json!(alpha)),
-        ("lora_bias", json!(modules.iter().any(|module| module.bias))),
-        ("lora_dropout", json!(0.0)),
-        ("r", json!(rank)),
-        (
-            "rank_pattern",
-            ranks
-                .map(|module| (rooted(module), json!(module.rank)))
-                .collect(),
-        ),
-        ("target_modules", targets(modules)),
-        ("use_dora", json!(modules.iter().any(|module| module.dora))),
-        ("use_rslora", json!(false)),
-    ];
-    fields
-        .into_iter()
-        .map(|(key, value): (_, Value)| (key.to_string(), value))
-        .collect()
-}
-
-/// The modules as a list, or as one expression where an entry of a list would match other modules by its end.
-fn targets(modules: &[PeftModule]) -> Value {
-    let paths: Vec<_> = modules.iter().map(|module| module.path.as_str()).collect();
-    if paths.contains(&"proj_out") {
-        return json!(
-            paths
-                .iter()
-                .map(|path| path.replace('.', r"\."))
-                .collect::<Vec<_>>()
-                .join("|")
-        );
-    }
-    json!(paths)
-}
-
-fn adapter_config(component: Component, modules: &[PeftModule]) -> String {
+fn adapter_config(component: Component, described: &Described) -> String {
     let (class, library) = match component {
         Component::Transformer => (
             "FluxTransformer2DModel",
@@ -303,24 +248,15 @@ fn adapter_config(component: Component, modules: &[PeftModule]) -> String {
         Component::ClipL => ("CLIPTextModel", "transformers.models.clip.modeling_clip"),
         Component::T5 => ("T5EncoderModel", "transformers.models.t5.modeling_t5"),
     };
-    let mut fields: BTreeMap<String, Value> = config(modules).into_iter().collect();
-    fields.extend([
+    let more = [
         (
-            "auto_mapping".into(),
+            "auto_mapping",
             json!({"base_model_class": class, "parent_library": library}),
         ),
-        ("base_model_name_or_path".into(), Value::Null),
-        ("fan_in_fan_out".into(), json!(false)),
-        ("inference_mode".into(), json!(true)),
-        ("peft_type".into(), json!("LORA")),
-        ("task_type".into(), Value::Null),
-    ]);
-    let mut text = String::new();
-    // Numbers, strings and lists always have a text form.
-    if let Ok(pretty) = serde_json::to_string_pretty(&fields) {
-        text = pretty;
-    }
-    text + "\n"
+        ("base_model_name_or_path", Value::Null),
+        ("task_type", Value::Null),
+    ];
+    folder::config_json(&described.config(), more)
 }
 
 /// Element type of an output in the file.

@@ -17,11 +17,13 @@ pub(crate) mod lora;
 pub(crate) mod lycoris;
 pub(crate) mod module;
 pub mod parts;
+pub(crate) mod spec;
 pub(crate) mod split;
 pub(crate) mod start;
 
 pub use factors::{Factors, Side};
-pub use module::{AdapterSpec, ModuleAdapter};
+pub use module::ModuleAdapter;
+pub use spec::AdapterSpec;
 
 use burn::tensor::Tensor;
 

@@ -264,14 +264,15 @@ pub const WHOLE: Part = Part {
     ..Part::new("whole", "", &[Dim::Any])
 };
 
-/// The first part that a LoKr lacks: of each side the matrix, or both of its factors.
+/// The first part that a LoKr lacks: the other half of a product, else a whole side.
 fn missing_of_lokr(there: impl Fn(&Part) -> bool) -> Option<Part> {
-    SIDES.into_iter().find_map(|[full, left, right]| {
+    let half = SIDES.into_iter().find_map(|[full, left, right]| {
         match (there(&full), there(&left), there(&right)) {
-            (true, ..) | (_, true, true) => None,
-            (_, true, false) => Some(right),
-            (_, false, true) => Some(left),
-            (_, false, false) => Some(full),
+            (false, true, false) => Some(right),
+            (false, false, true) => Some(left),
+            _ => None,
         }
-    })
+    });
+    let absent = |[full, left, _]: [Part; 3]| (!there(&full) && !there(&left)).then_some(full);
+    half.or_else(|| SIDES.into_iter().find_map(absent))
 }

@@ -18,8 +18,9 @@ use burn::module::Module;
 use crate::error::LoraError;
 use crate::files::host::HostTensor;
 use crate::kinds::factors::Factors;
-use crate::kinds::module::{AdapterSpec, ModuleAdapter};
+use crate::kinds::module::ModuleAdapter;
 use crate::kinds::parts::{INITIAL_A, INITIAL_B, LORA_A, LORA_B, LORA_BIAS, MAGNITUDE};
+use crate::kinds::spec::AdapterSpec;
 use crate::linalg::{Matrix, Svd, qr};
 use crate::peft::config::{InitLoraWeights, LoraConfig};
 use crate::random::{Stream, name_hash};
@@ -68,13 +69,11 @@ fn factors(
         return Err(LoraError::NotFinite { key, index });
     }
     let method = config.init_lora_weights;
-    let (rank, alpha) = config.resolve(layer)?;
     let spec = AdapterSpec {
-        rank,
-        alpha,
-        use_rslora: config.use_rslora,
         dropout: 0.0,
+        ..config.spec(layer)?
     };
+    let rank = spec.rank;
     let (inputs, outputs) = (weight.shape[0], weight.shape[1]);
     let weight = Matrix::new(inputs, outputs, weight.to_f64()); // PEFT's is its transpose
     let (a, b) = match method {
@@ -158,7 +157,8 @@ pub(crate) fn cut(
     module: &ModuleAdapter,
     config: &LoraConfig,
 ) -> Result<Option<ModuleAdapter>, LoraError> {
-    let (rank, alpha) = config.resolve(layer)?;
+    let spec = config.spec(layer)?;
+    let rank = spec.rank;
     let method = config.init_lora_weights;
     let factors = &module.factors;
     let (true, Some(a), Some(b)) = (
@@ -183,12 +183,6 @@ pub(crate) fn cut(
     let cut = beside(factors, a.rows(0..rank), half(0, 1.0))
         .with(INITIAL_A, a.rows(rank..2 * rank))
         .with(INITIAL_B, half(rank, -1.0));
-    let spec = AdapterSpec {
-        rank,
-        alpha,
-        use_rslora: config.use_rslora,
-        dropout: config.lora_dropout,
-    };
     let cut = ModuleAdapter {
         split: Some(method),
         ..ModuleAdapter::new(spec, cut)

@@ -6,7 +6,7 @@ use crate::error::LoraError;
 use crate::files::host::HostTensor;
 use crate::kinds::factors::Factors;
 use crate::kinds::lycoris;
-use crate::kinds::module::{AdapterSpec, ModuleAdapter};
+use crate::kinds::module::ModuleAdapter;
 use crate::kinds::parts::{INITIAL_A, INITIAL_B, LORA_A, LORA_B, LORA_BIAS};
 use crate::linalg::{Matrix, qr};
 use crate::peft::config::{InitLoraWeights, LoraConfig};
@@ -75,13 +75,8 @@ pub(crate) fn fresh(
     seed: u64,
     split: Option<[HostTensor; 2]>,
 ) -> Result<ModuleAdapter, LoraError> {
-    let (rank, alpha) = config.resolve(&site.key)?;
-    let spec = AdapterSpec {
-        rank,
-        alpha,
-        use_rslora: config.use_rslora,
-        dropout: config.lora_dropout,
-    };
+    let spec = config.spec(&site.key)?;
+    let rank = spec.rank;
     let factors = match config.peft_type {
         PeftType::Lora => lora(site, rank, config, seed, split.as_ref()),
         PeftType::Loha | PeftType::Lokr => lycoris::fresh(site, rank, config, seed),

@@ -1,15 +1,17 @@
 //! `LoraConfig`: which layers are adapted and how, in PEFT's names and with PEFT's meaning.
 //!
-//! Source: PEFT 0.19 `LoraConfig` and `check_target_module_exists`, `get_pattern_key`.
+//! Source: PEFT 0.19 `LoraConfig`.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::de::{self, MapAccess, Visitor};
-use serde::ser::SerializeMap;
+use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::LoraError;
-pub use crate::peft::selection::{OneOrMany, PeftType, TrainBias};
+use crate::kinds::spec::AdapterSpec;
+use crate::peft::pattern::{Patterns, Targets};
+use crate::peft::selection::{OneOrMany, PeftType, TrainBias};
 
 /// Configuration of one adapter. Field names, defaults and semantics are PEFT's; one type stands for its `LoraConfig`,
 /// `LoHaConfig` and `LoKrConfig`, with the names of the first.
@@ -105,6 +107,43 @@ impl LoraConfig {
         Ok((rank, alpha))
     }
 
+    /// Rank, alpha and scale of the layer at `path`.
+    ///
+    /// # Errors
+    /// As [`resolve`](Self::resolve).
+    pub fn spec(&self, path: &str) -> Result<AdapterSpec, LoraError> {
+        let (rank, alpha) = self.resolve(path)?;
+        Ok(AdapterSpec {
+            rank,
+            alpha,
+            use_rslora: self.use_rslora,
+            dropout: self.lora_dropout,
+        })
+    }
+
+    /// The configuration that gives these layers, by path, their ranks and alphas: what most have, and patterns for the
+    /// others. Every layer is a target by its name.
+    pub fn of_layers<'a>(layers: impl Iterator<Item = (&'a str, AdapterSpec)> + Clone) -> Self {
+        let r = most_common(layers.clone().map(|(_, spec)| spec.rank)).unwrap_or_default();
+        let alphas = layers.clone().map(|(_, spec)| spec.alpha.to_bits());
+        let lora_alpha = f64::from_bits(most_common(alphas).unwrap_or_default());
+        let rooted = |layer: &str| format!("^{}", layer.replace('.', r"\."));
+        let ranks = layers.clone().filter(|(_, spec)| spec.rank != r);
+        let alphas = layers.clone().filter(|(_, spec)| spec.alpha != lora_alpha);
+        Self {
+            r,
+            lora_alpha,
+            rank_pattern: ranks
+                .map(|(layer, spec)| (rooted(layer), spec.rank))
+                .collect(),
+            alpha_pattern: alphas
+                .map(|(layer, spec)| (rooted(layer), spec.alpha))
+                .collect(),
+            target_modules: Targets::List(layers.map(|(layer, _)| layer.into()).collect()),
+            ..Self::default()
+        }
+    }
+
     /// Checks what does not depend on a model.
     ///
     /// # Errors
@@ -133,6 +172,8 @@ impl LoraConfig {
                 "alpha of `{key}` is {alpha}; it must be a finite number"
             ));
         }
+        self.rank_pattern.validate()?;
+        self.alpha_pattern.validate()?;
         if let InitLoraWeights::PissaNiter(n) = self.init_lora_weights
             && n > MAX_PISSA_ROUNDS
         {
@@ -230,6 +271,15 @@ impl LoraConfig {
     }
 }
 
+fn most_common<T: Ord>(values: impl Iterator<Item = T>) -> Option<T> {
+    let mut counts = BTreeMap::new();
+    values.for_each(|value| *counts.entry(value).or_insert(0usize) += 1);
+    counts
+        .into_iter()
+        .max_by_key(|(_, count)| *count)
+        .map(|(value, _)| value)
+}
+
 /// `init_lora_weights`: how fresh factors are drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum InitLoraWeights {
@@ -316,238 +366,9 @@ impl<'de> Deserialize<'de> for InitLoraWeights {
     }
 }
 
-/// Names of layers: a list of names or suffixes, or one regular expression.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "expected a string or a list of strings")]
-pub enum Targets {
-    /// `"all-linear"`, or a regular expression that must match the whole path.
-    Pattern(String),
-    /// A layer matches if its path equals an entry or ends with `.entry`.
-    List(Vec<String>),
-}
-
-impl From<&str> for Targets {
-    fn from(pattern: &str) -> Self {
-        Self::Pattern(pattern.into())
-    }
-}
-
-impl<const N: usize> From<[&str; N]> for Targets {
-    fn from(entries: [&str; N]) -> Self {
-        Self::List(entries.map(String::from).into())
-    }
-}
-
-impl Targets {
-    /// True for the special value `"all-linear"`.
-    pub fn is_all_linear(&self) -> bool {
-        matches!(self, Self::Pattern(p) if p.eq_ignore_ascii_case("all-linear"))
-    }
-
-    /// Equal, but for the order of a list: PEFT keeps lists as sets.
-    pub(crate) fn same_as(&self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::List(a), Self::List(b)) => {
-                let set = |entries: &[String]| {
-                    entries
-                        .iter()
-                        .cloned()
-                        .collect::<std::collections::BTreeSet<_>>()
-                };
-                set(a) == set(b)
-            }
-            _ => self == other,
-        }
-    }
-
-    /// Compiles to a predicate on module paths.
-    ///
-    /// # Errors
-    /// A pattern that is not a regular expression.
-    pub fn matcher(&self) -> Result<Matcher<'_>, LoraError> {
-        Ok(match self {
-            Self::List(entries) => Matcher::List(entries),
-            Self::Pattern(_) if self.is_all_linear() => Matcher::AllLinear,
-            Self::Pattern(pattern) => Matcher::Regex(full_match(pattern)?),
-        })
-    }
-}
-
-/// A compiled [`Targets`].
-pub enum Matcher<'a> {
-    /// Every linear layer.
-    AllLinear,
-    /// Names and suffixes.
-    List(&'a [String]),
-    /// Whole-path regular expression.
-    Regex(fancy_regex::Regex),
-}
-
-impl Matcher<'_> {
-    /// Whether the layer at `path` is meant.
-    pub fn matches(&self, path: &str, is_linear: bool) -> bool {
-        match self {
-            Self::AllLinear => is_linear,
-            Self::List(entries) => entries.iter().any(|entry| is_suffix(path, entry)),
-            Self::Regex(regex) => regex.is_match(path).unwrap_or(false),
-        }
-    }
-}
-
-/// `path` equals `entry` or ends with it at a dot.
-pub(crate) fn is_suffix(path: &str, entry: &str) -> bool {
-    path.strip_suffix(entry)
-        .is_some_and(|head| head.is_empty() || head.ends_with('.'))
-}
-
-fn full_match(pattern: &str) -> Result<fancy_regex::Regex, LoraError> {
-    compile(&format!("^(?:{pattern})$"), pattern)
-}
-
-pub(crate) fn compile(regex: &str, pattern: &str) -> Result<fancy_regex::Regex, LoraError> {
-    fancy_regex::Regex::new(regex).map_err(|error| LoraError::Regex {
-        pattern: pattern.into(),
-        reason: error.to_string(),
-    })
-}
-
-/// Ordered map from path pattern to value (`rank_pattern`, `alpha_pattern`); order decides which of two matches counts.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Patterns<T>(Vec<(String, T)>);
-
-impl<T> Default for Patterns<T> {
-    fn default() -> Self {
-        Self(Vec::new())
-    }
-}
-
-impl<T> FromIterator<(String, T)> for Patterns<T> {
-    fn from_iter<I: IntoIterator<Item = (String, T)>>(iter: I) -> Self {
-        Self(iter.into_iter().collect())
-    }
-}
-
-impl<T: Copy> Patterns<T> {
-    /// Pattern and value, in order.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &T)> {
-        self.0
-            .iter()
-            .map(|(pattern, value)| (pattern.as_str(), value))
-    }
-
-    /// Value of exactly this pattern.
-    pub fn get(&self, pattern: &str) -> Option<T> {
-        self.0
-            .iter()
-            .find(|(own, _)| own == pattern)
-            .map(|(_, value)| *value)
-    }
-
-    /// True if there is no pattern.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Value of the first pattern with `^(.*\.)?(pattern)$`; a pattern that starts with `^` counts from the root only.
-    fn first_match(&self, path: &str) -> Result<Option<T>, LoraError> {
-        for (pattern, value) in &self.0 {
-            let regex = match pattern.strip_prefix('^') {
-                Some(rooted) => format!("^(?:{rooted})$"),
-                None => format!(r"^(?:.*\.)?(?:{pattern})$"),
-            };
-            if compile(&regex, pattern)?.is_match(path).unwrap_or(false) {
-                return Ok(Some(*value));
-            }
-        }
-        Ok(None)
-    }
-}
-
-impl<T: Serialize> Serialize for Patterns<T> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(self.0.len()))?;
-        for (pattern, value) in &self.0 {
-            map.serialize_entry(pattern, value)?;
-        }
-        map.end()
-    }
-}
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Patterns<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Entries<T>(std::marker::PhantomData<T>);
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for Entries<T> {
-            type Value = Patterns<T>;
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("a table from path pattern to number")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut entries = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    entries.push(entry);
-                }
-                Ok(Patterns(entries))
-            }
-        }
-        deserializer.deserialize_map(Entries(std::marker::PhantomData))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn list(entries: &[&str]) -> Targets {
-        Targets::List(entries.iter().map(|e| e.to_string()).collect())
-    }
-    fn hits(targets: &Targets, path: &str) -> bool {
-        targets.matcher().expect("valid").matches(path, true)
-    }
-
-    #[test]
-    fn suffixes_match_at_dots_only() {
-        assert!(hits(&list(&["proj_out"]), "proj_out"));
-        assert!(hits(
-            &list(&["proj_out"]),
-            "single_transformer_blocks.3.proj_out"
-        ));
-        assert!(hits(&list(&["ff.net.2"]), "transformer_blocks.0.ff.net.2"));
-        assert!(!hits(
-            &list(&["ff.net.2"]),
-            "transformer_blocks.0.ff_context.net.2"
-        ));
-        assert!(!hits(
-            &list(&["to_out"]),
-            "transformer_blocks.0.attn.to_out.0"
-        ));
-        assert!(!hits(&list(&["q"]), "transformer_blocks.0.attn.to_q"));
-    }
-
-    #[test]
-    fn a_string_is_a_regex_over_the_whole_path() {
-        let targets = Targets::Pattern(r".*attn\.to_[qk]".into());
-        assert!(hits(&targets, "transformer_blocks.0.attn.to_q"));
-        assert!(!hits(&targets, "transformer_blocks.0.attn.to_q.extra"));
-        assert!(hits(
-            &Targets::Pattern(r"(?!single).*\.to_q".into()),
-            "transformer_blocks.1.attn.to_q"
-        ));
-        assert!(!hits(
-            &Targets::Pattern(r"(?!single).*\.to_q".into()),
-            "single_transformer_blocks.1.attn.to_q"
-        ));
-    }
-
-    #[test]
-    fn the_first_pattern_counts_and_a_caret_pins_to_the_root() {
-        let json = r#"{"r": 4, "lora_alpha": 4, "rank_pattern": {"^proj_out": 2, "proj_out": 8, "attn.to_q": 16}}"#;
-        let config: LoraConfig = serde_json::from_str(json).expect("valid");
-        let rank = |path| config.resolve(path).expect("valid").0;
-        assert_eq!(rank("proj_out"), 2);
-        assert_eq!(rank("single_transformer_blocks.0.proj_out"), 8);
-        assert_eq!(rank("transformer_blocks.0.attn.to_q"), 16);
-        assert_eq!(rank("transformer_blocks.0.attn.to_k"), 4);
-    }
 
     #[test]
     fn rank_zero_is_an_error_that_names_the_key() {
@@ -562,15 +383,13 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_regex_is_named() {
-        let error = Targets::Pattern("attn.(".into())
-            .matcher()
-            .err()
-            .expect("broken")
-            .to_string();
-        assert!(
-            error.starts_with("`attn.(` is not a valid regular expression"),
-            "{error}"
-        );
+    fn the_first_pattern_counts_and_a_caret_pins_to_the_root() {
+        let json = r#"{"r": 4, "lora_alpha": 4, "rank_pattern": {"^proj_out": 2, "proj_out": 8, "attn.to_q": 16}}"#;
+        let config: LoraConfig = serde_json::from_str(json).expect("valid");
+        let rank = |path| config.resolve(path).expect("valid").0;
+        assert_eq!(rank("proj_out"), 2);
+        assert_eq!(rank("single_transformer_blocks.0.proj_out"), 8);
+        assert_eq!(rank("transformer_blocks.0.attn.to_q"), 16);
+        assert_eq!(rank("transformer_blocks.0.attn.to_k"), 4);
     }
 }

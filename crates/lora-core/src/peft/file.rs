@@ -23,7 +23,6 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use burn::module::Module;
-use serde_json::{Map, Value};
 
 use crate::adapter::Adapter;
 use crate::adapters::adapters_of;
@@ -33,16 +32,16 @@ use crate::files::host::HostTensor;
 use crate::files::safetensors::{TensorFile, write_tensors};
 use crate::files::strict_json::parse_json;
 use crate::kinds::factors::Factors;
-use crate::kinds::module::{AdapterSpec, ModuleAdapter};
+use crate::kinds::module::ModuleAdapter;
 use crate::kinds::parts::{Kind, WHOLE};
+use crate::kinds::spec::AdapterSpec;
 use crate::kinds::{dense, split};
-use crate::peft::config::{InitLoraWeights, LoraConfig, PeftType, Targets, TrainBias};
-use crate::peft::form;
+use crate::peft::config::{InitLoraWeights, LoraConfig};
+use crate::peft::form::METADATA_KEY;
+use crate::peft::selection::{PeftType, TrainBias};
 use crate::site::WeightLayout;
 use crate::state::host_tensor;
 
-/// Header key under which diffusers keeps the PEFT configuration.
-pub const METADATA_KEY: &str = "lora_adapter_metadata";
 /// Header key of the configuration under which factors that were split off the base weight are trained: the second half of
 /// each is what they started from.
 const SPLIT_KEY: &str = "lora_core_split_adapter";
@@ -147,7 +146,11 @@ impl AdapterFile {
     }
 
     fn from_tensors(file: &TensorFile, prefix: &str) -> Result<Self, LoraError> {
-        let mut adapter = Self::parse(file, prefix, metadata_config(file, prefix)?.as_ref())?;
+        let mut adapter = Self::parse(
+            file,
+            prefix,
+            LoraConfig::from_header(file, prefix)?.as_ref(),
+        )?;
         if let Some(text) = file.metadata().get(SPLIT_KEY) {
             let config: LoraConfig =
                 parse_json(text.as_bytes()).map_err(|source| LoraError::Json {
@@ -226,20 +229,15 @@ impl AdapterFile {
     /// A rank that differs from the factors'.
     pub fn with_config(mut self, config: &LoraConfig) -> Result<Self, LoraError> {
         for (layer, module) in &mut self.modules {
-            let (rank, alpha) = config.resolve(layer)?;
-            if rank != module.spec.rank {
+            let spec = config.spec(layer)?;
+            if spec.rank != module.spec.rank {
                 return Err(LoraError::Disagrees {
                     key: format!("r ({layer})"),
-                    configured: rank.to_string(),
+                    configured: spec.rank.to_string(),
                     stored: module.spec.rank.to_string(),
                 });
             }
-            module.spec = AdapterSpec {
-                rank,
-                alpha,
-                use_rslora: config.use_rslora,
-                dropout: config.lora_dropout,
-            };
+            module.spec = spec;
         }
         self.selection = Some(Box::new(selection(config)));
         Ok(self)
@@ -364,48 +362,22 @@ impl AdapterFile {
 
     /// The configuration that describes these factors, with patterns where layers differ.
     pub fn config(&self) -> LoraConfig {
-        let most_common = |f: &dyn Fn(&AdapterSpec) -> u64| {
-            let mut counts = BTreeMap::new();
-            self.modules
-                .values()
-                .for_each(|m| *counts.entry(f(&m.spec)).or_insert(0usize) += 1);
-            counts
-                .into_iter()
-                .max_by_key(|(_, n)| *n)
-                .map(|(value, _)| value)
-                .unwrap_or_default()
-        };
-        let r = most_common(&|s| s.rank as u64) as usize;
-        let lora_alpha = f64::from_bits(most_common(&|s| s.alpha.to_bits()));
-        let rooted = |layer: &str| format!("^{}", layer.replace('.', r"\."));
-        let others = |differs: &dyn Fn(&AdapterSpec) -> bool| -> Vec<(&String, AdapterSpec)> {
-            self.modules
-                .iter()
-                .filter(|(_, m)| differs(&m.spec))
-                .map(|(layer, m)| (layer, m.spec))
-                .collect()
-        };
+        let layers = self.modules.iter();
+        let found = LoraConfig::of_layers(layers.map(|(layer, m)| (layer.as_str(), m.spec)));
         let first = self.modules.values().next();
-        let known = self
-            .selection
-            .as_deref()
-            .cloned()
-            .unwrap_or_else(|| LoraConfig {
-                target_modules: Targets::List(self.modules.keys().cloned().collect()),
+        let known = match &self.selection {
+            Some(known) => LoraConfig::clone(known),
+            None => LoraConfig {
+                target_modules: found.target_modules,
                 ..LoraConfig::default()
-            });
+            },
+        };
         LoraConfig {
             peft_type: self.peft_type(),
-            r,
-            lora_alpha,
-            rank_pattern: others(&|s| s.rank != r)
-                .into_iter()
-                .map(|(l, s)| (rooted(l), s.rank))
-                .collect(),
-            alpha_pattern: others(&|s| s.alpha != lora_alpha)
-                .into_iter()
-                .map(|(l, s)| (rooted(l), s.alpha))
-                .collect(),
+            r: found.r,
+            lora_alpha: found.lora_alpha,
+            rank_pattern: found.rank_pattern,
+            alpha_pattern: found.alpha_pattern,
             use_rslora: first.is_some_and(|m| m.spec.use_rslora),
             use_dora: first.is_some_and(|m| m.use_dora),
             lora_bias: first.is_some_and(ModuleAdapter::has_bias),
@@ -528,10 +500,7 @@ impl AdapterFile {
 
     /// PEFT's fields, each key with the prefix; only names that PEFT's configuration takes.
     fn metadata_json(&self, prefix: &str) -> String {
-        let fields: BTreeMap<String, Value> = form::fields(&self.peft_config())
-            .into_iter()
-            .map(|(key, value)| (format!("{prefix}{key}"), value))
-            .collect();
+        let fields = self.peft_config().to_peft(prefix);
         serde_json::to_string_pretty(&fields).unwrap_or_default()
     }
 
@@ -638,43 +607,15 @@ fn module(
             if config.peft_type != kind {
                 return differ("peft_type", config.peft_type.to_string(), kind.to_string());
             }
-            let (rank, alpha) = config.resolve(layer)?;
-            if let Some(found) = found.filter(|found| *found != rank) {
-                return differ("r", rank.to_string(), found.to_string());
+            let spec = config.spec(layer)?;
+            if let Some(found) = found.filter(|found| *found != spec.rank) {
+                return differ("r", spec.rank.to_string(), found.to_string());
             }
-            AdapterSpec {
-                rank,
-                alpha,
-                use_rslora: config.use_rslora,
-                dropout: config.lora_dropout,
-            }
+            spec
         }
     };
     Ok(ModuleAdapter {
         embedding,
         ..ModuleAdapter::new(spec, factors)
     })
-}
-
-/// The configuration in the header, if there is one for `prefix`.
-fn metadata_config(file: &TensorFile, prefix: &str) -> Result<Option<LoraConfig>, LoraError> {
-    let Some(text) = file.metadata().get(METADATA_KEY) else {
-        return Ok(None);
-    };
-    let json = |source| LoraError::Json {
-        what: format!("`{METADATA_KEY}` of {}", file.path().display()),
-        source,
-    };
-    let all: Map<String, Value> = parse_json(text.as_bytes()).map_err(json)?;
-    let fields: Map<String, Value> = all
-        .into_iter()
-        .filter_map(|(key, value)| Some((key.strip_prefix(prefix)?.to_string(), value)))
-        .collect();
-    let what = format!("`{METADATA_KEY}` in {}", file.path().display());
-    form::check_is_update(&fields, &what)?;
-    let config = form::from_fields(fields).map_err(json)?;
-    if let Some(config) = &config {
-        config.validate()?;
-    }
-    Ok(config)
 }

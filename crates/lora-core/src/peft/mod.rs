@@ -2,12 +2,13 @@
 
 pub(crate) mod config;
 pub(crate) mod file;
-pub(crate) mod folder;
+pub mod folder;
 pub(crate) mod form;
+pub(crate) mod pattern;
 pub(crate) mod selection;
 
-pub use config::{
-    InitLoraWeights, LoraConfig, Matcher, OneOrMany, Patterns, PeftType, Targets, TrainBias,
-};
-pub use file::{AdapterFile, METADATA_KEY};
-pub use form::SPLITTING;
+pub use config::{InitLoraWeights, LoraConfig};
+pub use file::AdapterFile;
+pub use form::METADATA_KEY;
+pub use pattern::{Matcher, Patterns, Targets};
+pub use selection::{OneOrMany, PeftType, TrainBias};

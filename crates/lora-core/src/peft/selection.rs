@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::LoraError;
-use crate::peft::config::compile;
+use crate::peft::pattern::compile;
 
 /// `peft_type`: the kind of update.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -146,7 +146,7 @@ fn shapes_of_another_model() {
     ]);
     assert_eq!(
         wide.error(),
-        "`lora.safetensors`: `lora_unet_double_blocks_0_img_attn_proj.lora_up.weight` has shape [12, 2], but `double_blocks.0.img_attn.proj` needs [8, 2]: is the LoRA for another model?"
+        "`lora.safetensors`: `lora_unet_double_blocks_0_img_attn_proj.lora_down.weight` has shape [2, 12], but `double_blocks.0.img_attn.proj` needs [2, 8]: is the LoRA for another model?"
     );
     let transposed = file(&[
         ("transformer.proj_out.lora_A.weight", random("a", 8, 2)),
