@@ -632,3 +632,55 @@ fn merge_leaves_nothing_of_a_lora_out_and_stays_outside_the_model() {
             .is_file()
     );
 }
+
+/// Nothing but the keys says that it is for FLUX.2; every format is read back the same, and comes with who reads it.
+#[test]
+fn a_lora_for_flux_2_converts_without_a_model_and_says_who_reads_it() {
+    let zoo = root().join("tests/fixtures/parity/flux2_lora_zoo");
+    let folder = tempfile::tempdir().unwrap();
+    let input = zoo.join("kohya/lora.safetensors").display().to_string();
+    let done = run(
+        folder.path(),
+        &["convert", &input, "x.safetensors", "--to", "all"],
+    );
+    let said = String::from_utf8_lossy(&done.stdout).to_string();
+    assert!(done.status.success(), "{done:?}");
+    let readers = |reader: &str| {
+        said.lines()
+            .filter(|line| line.trim().starts_with(reader))
+            .count()
+    };
+    // The format of that name has a line of its own.
+    assert_eq!(
+        (readers("diffusers"), readers("ComfyUI"), readers("PEFT")),
+        (5, 4, 1),
+        "{said}"
+    );
+    assert!(said.contains("drops 56 keys, `base_model.model."), "{said}");
+
+    let open = |name: &str| TensorFile::open(&folder.path().join(name)).unwrap();
+    let kohya = open("x-kohya.safetensors");
+    assert_eq!(kohya.metadata()["ss_base_model_version"], "flux_2_klein_4b");
+    let portable = open("x-comfyui.safetensors");
+    assert!(
+        portable
+            .names()
+            .all(|key| key.starts_with("diffusion_model.") && key.contains(".lora_"))
+    );
+    let expected = open("x-diffusers.safetensors");
+    for form in ["x-peft", "x-kohya.safetensors", "x-comfyui.safetensors"] {
+        let out = format!("{form}-back.safetensors");
+        let done = run(folder.path(), &["convert", form, &out, "--to", "diffusers"]);
+        assert!(done.status.success(), "{done:?}");
+        let back = open(&out);
+        assert_eq!(back.names().count(), expected.names().count());
+        for name in expected.names() {
+            let [a, b] = [&back, &expected].map(|file| file.read(name).unwrap().to_f32());
+            let far = a
+                .iter()
+                .zip(&b)
+                .any(|(a, b)| (a - b).abs() > 1e-6 * b.abs());
+            assert!(!far && a.len() == b.len(), "{form}: {name}");
+        }
+    }
+}

@@ -535,7 +535,7 @@ fn loras() -> Vec<Case> {
         ),
         single(
             tensors(&[("x", &[1])], &[]),
-            "`x.safetensors`: no key names a module of FLUX.1; the first is `x`",
+            "`x.safetensors`: no key names a module of FLUX.1 or FLUX.2; the first is `x`",
         ),
         single(tensors(&[], &[]), "`x.safetensors` holds no tensors"),
     ]

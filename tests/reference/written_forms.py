@@ -1,25 +1,46 @@
 """Every form that `flux-lora convert --to all` writes, in the program that reads it: the same picture to 1e-4.
 
-    python written_forms.py FLUX_LORA_BINARY
+    python written_forms.py FLUX_LORA_BINARY [FLUX.1 | FLUX.2]
 
-Makes a transformer of FLUX.1-dev's width (3072; diffusers' kohya reader has that size built in) with one double and one
+FLUX.1: makes a transformer of FLUX.1-dev's width (3072; diffusers' kohya reader has that size built in) with one double and one
 single block, and a LoRA with alpha unlike its rank. diffusers loads the diffusers and kohya forms, PEFT the folder, and
 each must give the output of the adapter it came from. ComfyUI is not a package: its form is compared key by key with
-what its loader accepts, and its deltas with the adapter's. torch 2.11.0, diffusers 0.38.0, peft 0.19.1.
+what its loader accepts, and its deltas with the adapter's.
+
+FLUX.2: trains a LoRA of every linear layer on the tiny klein pipeline of the reference cases with `flux-lora train`,
+which exports every form. Flux2KleinPipeline loads the diffusers, kohya and ComfyUI forms, PEFT the folder. Layers that
+the table of `flux-lora` says diffusers drops or takes for something else are left out of the comparison of that form, and
+are shown to be dropped: with all layers the output is another. At last our own output with the trained LoRA is compared with
+diffusers', as a case of kind `lora_forward`. torch 2.11.0, diffusers 0.38.0, peft 0.19.1.
 """
 
 import copy
+import json
 import logging
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import Flux2KleinPipeline, FluxPipeline
 from peft import LoraConfig, PeftModel
+from PIL import Image
 
-from common import SCRIPT_TARGETS, generator, load_file, relative, run_transformer, save_adapter, tiny_transformer, transformer_inputs
+from common import (
+    PARITY,
+    SCRIPT_TARGETS,
+    generator,
+    load_file,
+    relative,
+    run_transformer,
+    save_adapter,
+    save_file,
+    tiny_transformer,
+    transformer_inputs,
+    write_case,
+)
 from load_in_diffusers import load_strictly
 
 WIDTH, MLP, RANK, ALPHA = 3072, 12288, 4, 6
@@ -77,9 +98,7 @@ def check_comfyui(file, lora):
     return worst
 
 
-def main(program):
-    logging.disable(logging.INFO)
-    torch.set_num_threads(2)
+def flux1(program):
     base = tiny_transformer(301, num_layers=1, num_single_layers=1, guidance_embeds=True).eval()
     inputs = transformer_inputs(base.config, 302, rows=3, cols=4, text_len=6, batch=1)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -96,11 +115,140 @@ def main(program):
         }
         errors = {name: relative(run_transformer(read(), inputs), expected) for name, read in readers.items()}
         errors["comfyui (deltas)"] = check_comfyui(folder / "out-comfyui.safetensors", load_file(folder / "lora.safetensors"))
-    print(f"the LoRA moves the output by {relative(expected, untouched):.3f}")
-    for name, error in errors.items():
-        print(f"{name:18s} {error:.3e} {'ok' if error < TOLERANCE else 'FAIL'}")
-    sys.exit(max(errors.values()) >= TOLERANCE)
+    return relative(expected, untouched), errors
+
+
+# ---- FLUX.2 ---------------------------------------------------------------------------------------------------------
+
+DISTILLED = PARITY / "flux2_pipeline_distilled" / "model"
+# What diffusers does not load of a form, or takes for something else; `flux-lora`'s table says the same
+LOST = {
+    "kohya": ("double_stream_modulation", "single_stream_modulation", "norm_out"),
+    "comfyui": ("norm_out",),
+}
+RUN = """
+[model]
+path = "{model}"
+
+[dataset]
+path = "{folder}/pictures"
+resolution = 64
+
+[lora]
+r = 4
+lora_alpha = 6
+target_modules = "all-linear"
+
+[optimizer]
+learning_rate = 0.05
+
+[train]
+steps = 4
+batch_size = 1
+
+[export]
+formats = ["diffusers", "peft", "kohya", "comfyui"]
+"""
+
+
+def klein(folder):
+    """The tiny pipeline as a base model, which is what one trains."""
+    shutil.copytree(DISTILLED, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "is_distilled": False}))
+    return folder
+
+
+def klein_inputs(config, seed):
+    g = generator(seed)
+    rows, cols, text = 3, 4, 6
+    img_ids = torch.tensor([[0, row, col, 0] for row in range(rows) for col in range(cols)]).float()
+    txt_ids = torch.tensor([[0, 0, 0, i] for i in range(text)]).float()
+    return {
+        "hidden_states": torch.randn(2, rows * cols, config["in_channels"], generator=g),
+        "encoder_hidden_states": torch.randn(2, text, config["joint_attention_dim"], generator=g),
+        "timestep": torch.rand(2, generator=g) * 0.9 + 0.05,
+        "img_ids": img_ids,
+        "txt_ids": txt_ids,
+    }
+
+
+def train_klein(program, model, folder):
+    """A LoRA of every linear layer of the tiny klein, in every form."""
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    g = generator(304)
+    for name in "ab":
+        Image.fromarray(torch.randint(0, 256, (64, 64, 3), generator=g, dtype=torch.uint8).numpy()).save(pictures / f"{name}.png")
+        (pictures / f"{name}.txt").write_text(f"a picture {name}")
+    (folder / "run.toml").write_text(RUN.format(folder=folder, model=model))
+    subprocess.run([program, "train", folder / "run.toml", "--output", folder / "run", "--device", "flex"], check=True)
+    return folder / "run" / "lora.safetensors"
+
+
+def without(lora, layers, path):
+    """The LoRA without the layers whose names contain one of `layers`, in diffusers' form."""
+    save_file({k: v for k, v in load_file(lora).items() if not any(layer in k for layer in layers)}, path)
+    return path
+
+
+def in_klein(model, file):
+    pipeline = Flux2KleinPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    if file.is_dir():
+        return PeftModel.from_pretrained(pipeline.transformer, str(file)).base_model.model.eval()
+    pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="default")
+    return pipeline.transformer.eval()
+
+
+def flux2(program):
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        folder = Path(folder)
+        model = klein(folder / "klein")
+        lora = train_klein(program, model, folder)
+        forms = {form: lora.with_name(f"lora-{form}.safetensors") for form in ("kohya", "comfyui")}
+        forms = {"diffusers": lora, "peft": lora.with_name("lora-peft"), **forms}
+        untouched = Flux2KleinPipeline.from_pretrained(model, torch_dtype=torch.float32).transformer.eval()
+        inputs = klein_inputs(untouched.config, 305)
+        base, whole = run_transformer(untouched, inputs), run_transformer(in_klein(model, lora), inputs)
+        errors = {}
+        for form, file in forms.items():
+            lost = LOST.get(form, ())
+            if lost:
+                kept = without(lora, lost, folder / f"{form}-kept.safetensors")
+                part = folder / f"{form}-part.safetensors"
+                subprocess.run([program, "convert", kept, part, "--to", form, "--model", model], check=True)
+                expected = run_transformer(in_klein(model, kept), inputs)
+                errors[form] = relative(run_transformer(in_klein(model, part), inputs), expected)
+                difference = relative(run_transformer(in_klein(model, file), inputs), whole)
+                assert difference > TOLERANCE, f"diffusers loads {lost} of the {form} form after all"
+            else:
+                errors[form] = relative(run_transformer(in_klein(model, file), inputs), whole)
+        sets = {"sample": {"default": 1.0}}
+        case = folder / "case"
+        case.mkdir()
+        (case / "lora.safetensors").write_bytes(lora.read_bytes())
+        write_case(
+            case, "lora_forward", "A LoRA trained here, in diffusers.", {"rel": TOLERANCE}, inputs, {"sample_base": base, "sample": whole},
+            family="flux2", model={"path": str(model / "transformer"), "class": "Flux2Transformer2DModel"},
+            lora={"default": {"file": "lora.safetensors"}}, weight_sets=sets,
+        )
+        subprocess.run([program, "parity", case], check=True)
+    return relative(whole, base), errors
+
+
+def main(program, *names):
+    logging.disable(logging.INFO)
+    torch.set_num_threads(2)
+    families = {"FLUX.1": flux1, "FLUX.2": flux2}
+    worst = 0.0
+    for name in names or families:
+        moved, errors = families[name](program)
+        print(f"{name}: the LoRA moves the output by {moved:.3f}")
+        for form, error in errors.items():
+            print(f"{name} {form:18s} {error:.3e} {'ok' if error < TOLERANCE else 'FAIL'}")
+        worst = max(worst, *errors.values())
+    sys.exit(worst >= TOLERANCE)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

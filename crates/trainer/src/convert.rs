@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use flux_model::families;
-use flux_model::lora::{LoraFormat, ModelShape, WriteOptions, read, write};
+use flux_model::lora::{LoraFormat, ModelShape, Reading, WriteOptions, read, write};
 use flux_model::pipeline::PipelineFolder;
 use lora_core::files::host::Dtype;
 
@@ -73,8 +73,28 @@ pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
         for note in report.notes {
             println!("  note: {note}");
         }
+        for line in table(&report.readings) {
+            println!("  {line}");
+        }
     }
     Ok(())
+}
+
+/// Who reads what of a file, as a table, and below each reader what it does otherwise.
+pub(crate) fn table(readings: &[Reading]) -> Vec<String> {
+    let mut lines = vec![format!(
+        "{:<12}{:>8}{:>8}{:>12}",
+        "reader", "loads", "drops", "otherwise"
+    )];
+    for reading in readings {
+        let (drops, differs) = (reading.drops.len(), reading.differs.len());
+        lines.push(format!(
+            "{:<12}{:>8}{drops:>8}{differs:>12}",
+            reading.reader, reading.loads
+        ));
+        lines.extend(reading.lines().into_iter().map(|line| format!("  {line}")));
+    }
+    lines
 }
 
 fn is_safetensors(extension: &OsStr) -> bool {

@@ -11,6 +11,7 @@ use flux_model::lora::{ModelShape, read};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::weights::Checkpoint;
 
+use crate::convert::table;
 use crate::nearest::one_line;
 use crate::run::checkpoint::{Opened, State, is_checkpoint_folder};
 use crate::run::error::Rejected;
@@ -197,6 +198,9 @@ fn lora(text: &mut String, path: &Path) -> anyhow::Result<()> {
     }
     for warning in &set.report.warnings {
         writeln!(text, "warning: {warning}")?;
+    }
+    for line in table(&set.report.readings) {
+        writeln!(text, "{line}")?;
     }
     for (component, module, _) in set.iter() {
         writeln!(text, "  {component}.{module}")?;

@@ -4,6 +4,7 @@
 //! |---|---|---|---|---|
 //! | diffusers, PEFT | folded, or in the configuration | `lora_B.bias` | `lora_magnitude_vector [out]` | replaced q/k norms (diffusers) |
 //! | kohya, ComfyUI | alpha on every module | `diff_b`, scale folded | `dora_scale [out, 1]` or `[1, in]` | LoKr, LoHa, `diff`; `set_weight` (ComfyUI) |
+//! | ComfyUI for FLUX.2 | folded | as above | as above | as above |
 
 use std::collections::BTreeSet;
 
@@ -65,6 +66,8 @@ pub(super) struct Emitted {
     /// What readers of the format do with some of it.
     pub notes: BTreeSet<&'static str>,
     pub modules: usize,
+    /// Ranks of the network's modules where no tensor says alpha.
+    pub ranks: Vec<(String, usize)>,
 }
 
 impl Emitted {
@@ -73,6 +76,14 @@ impl Emitted {
             module: format!("{component}.{path}"),
             reason: reason.into(),
         });
+    }
+
+    /// Without an alpha, diffusers before August 2026 takes the rank of one module for that of all.
+    fn describe(&mut self, style: Style, update: &ModuleUpdate, target: &Target) {
+        if let (Style::Portable, Some(rank)) = (style, update.rank()) {
+            let paths = target.places.iter().map(|place| place.path.clone());
+            self.ranks.extend(paths.map(|path| (path, rank)));
+        }
     }
 }
 
@@ -89,6 +100,9 @@ pub(super) fn alpha(update: &ModuleUpdate, rank: usize) -> f64 {
 pub(super) enum Style {
     Kohya,
     ComfyUi,
+    /// ComfyUI's names with PEFT's parameters: diffusers takes any other file with `lora_down` for kohya's, and stops at an
+    /// alpha.
+    Portable,
 }
 
 impl Style {
@@ -102,9 +116,9 @@ impl Style {
                 };
                 format!("{prefix}_{}", path.replace('.', "_"))
             }
-            (Self::ComfyUi, Component::Transformer) => format!("diffusion_model.{path}"),
-            (Self::ComfyUi, Component::ClipL) => format!("text_encoders.clip_l.transformer.{path}"),
-            (Self::ComfyUi, Component::T5) => format!("text_encoders.t5xxl.transformer.{path}"),
+            (_, Component::Transformer) => format!("diffusion_model.{path}"),
+            (_, Component::ClipL) => format!("text_encoders.clip_l.transformer.{path}"),
+            (_, Component::T5) => format!("text_encoders.t5xxl.transformer.{path}"),
         }
     }
 }
@@ -123,12 +137,8 @@ pub(super) fn fused(
         });
         fused_target(set, target, style, emitted)?;
     }
-    let ranks: BTreeSet<_> = set
-        .transformer
-        .values()
-        .filter_map(ModuleUpdate::rank)
-        .collect();
-    if ranks.len() > 1 {
+    let ranks = set.transformer.values().filter_map(ModuleUpdate::rank);
+    if style != Style::Portable && ranks.collect::<BTreeSet<_>>().len() > 1 {
         emitted.notes.insert("diffusers before August 2026 loads modules of another rank than the first at a wrong scale");
     }
     for path in left {
@@ -165,7 +175,8 @@ fn fused_target(
             // Exchanging halves is its own inverse.
             for update in split(update, &target.places) {
                 emit(&update, &module, (component, &place.path), style, emitted);
-                note_target(target, &update, set, &module, style, emitted);
+                emitted.describe(style, &update, target);
+                emit_reshape(target, &update, set, &module, style, emitted);
             }
         }
         return Ok(());
@@ -184,6 +195,7 @@ fn fused_target(
         Ok(None) => return Ok(()),
         Ok(Some(update)) => {
             emit(&update, &module, (component, &target.name), style, emitted);
+            emitted.describe(style, &update, target);
             return Ok(());
         }
         Err(FuseError::Failed(error)) => return Err(error),
@@ -223,8 +235,8 @@ fn fused_target(
     Ok(())
 }
 
-/// What readers do with modules outside the blocks.
-fn note_target(
+/// The size of an input that is wider than the network's.
+fn emit_reshape(
     target: &Target,
     update: &ModuleUpdate,
     set: &LoraSet,
@@ -232,22 +244,13 @@ fn note_target(
     style: Style,
     emitted: &mut Emitted,
 ) {
-    let in_block = target.name.contains("_blocks.");
-    if !in_block {
-        emitted.notes.insert(match style {
-            Style::Kohya => {
-                "diffusers ignores the embedders and the final layer of a kohya file, sd-scripts the final layer"
-            }
-            Style::ComfyUi => "diffusers ignores the embedders and the final layer of a ComfyUI file",
-        });
-    }
     let channels = set
         .shape
         .transformer
         .as_ref()
         .map(|config| config.out_channels());
-    if let (Style::ComfyUi, "img_in", Some((out, input))) =
-        (style, target.name.as_str(), update.size())
+    if let ("img_in", Some((out, input))) = (target.name.as_str(), update.size())
+        && style == Style::ComfyUi
         && Some(input) != channels
     {
         let shape = HostTensor::from_i64([2], &[out as i64, input as i64]);
@@ -277,7 +280,7 @@ fn emit(
     };
     let update = whole.as_ref().unwrap_or(update);
     if let Some(factors) = &update.factors {
-        emit_factors(factors, update, &key, emitted);
+        emit_factors(factors, update, style, &key, emitted);
     }
     if let Some(bias) = &update.bias {
         let scale = if let Bias::Scaled(_) = bias {
@@ -288,7 +291,6 @@ fn emit(
         emitted
             .outputs
             .push(Output::scaled(key("diff_b"), bias.tensor(), scale));
-        emitted.notes.insert("only ComfyUI loads `diff_b`");
     }
     if let Some(magnitude) = &update.magnitude {
         let mut output = Output::new(key("dora_scale"), magnitude.values.clone());
@@ -303,41 +305,49 @@ fn emit(
             Axis::Input { .. } => vec![1, len],
         };
         emitted.outputs.push(output);
-        emitted
-            .notes
-            .insert("diffusers ignores `dora_scale`: it plays a DoRA as a plain LoRA");
     }
 }
 
-/// Factors under LyCORIS' names, and the alpha that gives their scale.
+/// Factors under LyCORIS' names, and the alpha that gives their scale, unless it is folded.
 fn emit_factors(
     factors: &Factors,
     update: &ModuleUpdate,
+    style: Style,
     key: &dyn Fn(&str) -> String,
     emitted: &mut Emitted,
 ) {
     let kind = factors.kind();
     let rank = factors.rank_part().map(|part| part.size().0);
-    for (i, (part, tensor)) in factors.iter().enumerate() {
+    let portable = style == Style::Portable;
+    // Readers ignore alpha where there is no rank, so the scale has to be in one of the parts.
+    let folded = match kind {
+        Kind::Whole => None,
+        Kind::Lora => portable.then_some(LORA_B),
+        _ => factors
+            .iter()
+            .next()
+            .map(|(part, _)| part)
+            .filter(|_| portable || rank.is_none()),
+    };
+    for (part, tensor) in factors.iter() {
         let name = match part {
+            LORA_A if portable => "lora_A.weight",
+            LORA_B if portable => "lora_B.weight",
             LORA_A => "lora_down.weight",
             LORA_B => "lora_up.weight",
             _ if kind == Kind::Whole => "set_weight",
             _ => part.name,
         };
-        // Readers ignore alpha where there is no rank, so the scale has to be in one of the parts.
-        let is_scaled = rank.is_none() && i == 0 && kind != Kind::Whole;
-        let scale = if is_scaled { update.scale } else { 1.0 };
+        let scale = if folded == Some(part) {
+            update.scale
+        } else {
+            1.0
+        };
         emitted
             .outputs
             .push(Output::scaled(key(name), tensor, scale));
     }
-    if kind != Kind::Lora {
-        emitted
-            .notes
-            .insert("diffusers does not load LoKr, LoHa or full changes");
-    }
-    if kind.peft_type().is_some() {
+    if kind.peft_type().is_some() && !portable {
         let alpha = match rank {
             Some(rank) => alpha(update, rank),
             None => update

@@ -18,6 +18,21 @@ pub(super) struct Described {
 }
 
 impl Described {
+    /// Modules whose alpha is their rank.
+    pub(super) fn unscaled(ranks: Vec<(String, usize)>) -> Self {
+        let spec = |rank| AdapterSpec {
+            rank,
+            alpha: rank as f64,
+            use_rslora: false,
+            dropout: 0.0,
+        };
+        let layers = ranks.into_iter();
+        Self {
+            layers: layers.map(|(path, rank)| (path, spec(rank))).collect(),
+            ..Self::default()
+        }
+    }
+
     /// The configuration that describes them.
     pub(super) fn config(&self) -> LoraConfig {
         let layers = self.layers.iter();
@@ -79,9 +94,6 @@ pub(super) fn peft(
             emitted
                 .outputs
                 .push(Output::new(key(".weight"), value.clone()));
-            emitted
-                .notes
-                .insert("ComfyUI does not load replaced norms from a diffusers file");
             emitted.modules += 1;
             continue;
         }
@@ -116,16 +128,12 @@ pub(super) fn peft(
             emitted
                 .outputs
                 .push(Output::scaled(key(".lora_B.bias"), bias.tensor(), scale));
-            emitted.notes.insert("ComfyUI does not load `lora_B.bias`; the ComfyUI format has biases as it reads them");
         }
         if let Some(magnitude) = &low_rank.magnitude {
             emitted.outputs.push(Output::new(
                 key(".lora_magnitude_vector"),
                 magnitude.values.clone(),
             ));
-            emitted
-                .notes
-                .insert("ComfyUI ignores `lora_magnitude_vector`: it plays a DoRA as a plain LoRA");
         }
         emitted.modules += 1;
         described.use_dora |= low_rank.magnitude.is_some();

@@ -75,14 +75,15 @@ pub enum LoraFormatError {
         key: String,
     },
     /// The names are those of another network.
-    #[error("`{path}`: `{key}` is a key of a LoRA for {model}, not for FLUX.1")]
+    #[error("`{path}`: `{key}` is a key of a LoRA for {model}, not for {ours}")]
     OtherModel {
         path: PathBuf,
         key: String,
         model: &'static str,
+        ours: &'static str,
     },
     /// Not one key names a module.
-    #[error("`{path}`: no key names a module of FLUX.1; the first is `{key}`")]
+    #[error("`{path}`: no key names a module of FLUX.1 or FLUX.2; the first is `{key}`")]
     NoModule { path: PathBuf, key: String },
     /// No tensors.
     #[error("`{path}` holds no tensors")]

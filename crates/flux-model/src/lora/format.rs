@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use lora_core::files::host::Dtype;
 
+use super::readers::Reading;
+
 /// Formats that can be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LoraFormat {
@@ -14,7 +16,8 @@ pub enum LoraFormat {
     Peft,
     /// One file with BFL's fused modules, flattened names and alpha on every module.
     Kohya,
-    /// One file with BFL's fused modules and dotted names.
+    /// One file with BFL's fused modules and dotted names: for FLUX.1 with kohya's parameters and alpha, for FLUX.2 with
+    /// PEFT's and the scale folded, which diffusers loads as well.
     ComfyUi,
 }
 
@@ -64,6 +67,8 @@ pub struct WriteReport {
     pub losses: Vec<Loss>,
     /// What programs that read the format do with it.
     pub notes: Vec<String>,
+    /// What programs do with each key.
+    pub readings: Vec<Reading>,
 }
 
 /// A module that a format cannot hold.

@@ -30,6 +30,8 @@ pub(super) struct GroupReader<'a> {
     pub group: &'a Group,
     pub target: &'a Target,
     pub config: Option<&'a LoraConfig>,
+    /// What the configuration calls the module.
+    pub configured: &'a str,
     /// Things to tell the user.
     pub warnings: &'a mut Vec<String>,
 }
@@ -284,7 +286,7 @@ impl GroupReader<'_> {
         let from_config = match self.config {
             None => None,
             Some(config) => {
-                let spec = config.spec(&self.target.name)?;
+                let spec = config.spec(self.configured)?;
                 match rank {
                     Some(stored) if stored != spec.rank => {
                         let configured = spec.rank;

@@ -1,4 +1,4 @@
-//! What a file is that is no LoRA for FLUX.1, as far as its keys tell.
+//! What a file is that is no LoRA for FLUX, as far as its keys tell.
 
 use super::key::flattened;
 
@@ -11,16 +11,20 @@ pub struct Identity {
     pub advice: &'static str,
 }
 
-/// Parts of keys, in flattened spelling, that only other models have; the first that fits counts.
-const OTHER_MODELS: &[(&str, &str)] = &[
-    ("double_stream_modulation", "FLUX.2"),
-    ("single_stream_modulation", "FLUX.2"),
-    ("to_qkv_mlp_proj", "FLUX.2"),
-    ("ff_linear_in", "FLUX.2"),
-    ("ff_linear_out", "FLUX.2"),
-    ("ff_context_linear_in", "FLUX.2"),
-    ("ff_context_linear_out", "FLUX.2"),
-    ("time_guidance_embed", "FLUX.2"),
+/// The families whose LoRAs are read here.
+pub(super) const FLUX1: &str = "FLUX.1";
+pub(super) const FLUX2: &str = "FLUX.2";
+
+/// Parts of keys, in flattened spelling, that only one model has; the first that fits counts.
+const MODELS: &[(&str, &str)] = &[
+    ("double_stream_modulation", FLUX2),
+    ("single_stream_modulation", FLUX2),
+    ("to_qkv_mlp_proj", FLUX2),
+    ("ff_linear_in", FLUX2),
+    ("ff_linear_out", FLUX2),
+    ("ff_context_linear_in", FLUX2),
+    ("ff_context_linear_out", FLUX2),
+    ("time_guidance_embed", FLUX2),
     ("distilled_guidance_layer", "Chroma"),
     ("joint_blocks", "Stable Diffusion 3"),
     ("lora_te2_text_model", "Stable Diffusion XL"),
@@ -60,14 +64,21 @@ const OTHER_MODELS: &[(&str, &str)] = &[
     ("mlp_down_proj", "a language model"),
     ("cross_attn", "Wan"),
     ("self_attn", "Wan"),
+    ("vector_in", FLUX1),
+    ("img_mod_lin", FLUX1),
+    ("txt_mod_lin", FLUX1),
+    ("proj_mlp", FLUX1),
+    ("norm1_linear", FLUX1),
+    ("norm1_context_linear", FLUX1),
+    ("time_text_embed", FLUX1),
 ];
 
-/// The model whose name this is, if it is known and another than FLUX.1.
-pub(super) fn other_model(key: &str) -> Option<&'static str> {
+/// The model whose name this is, if it is known.
+pub(super) fn model(key: &str) -> Option<&'static str> {
     let key = flattened(key);
     // Of a text encoder only what says so counts: CLIP has a `self_attn` too.
     let of_text = |part: &str| !part.contains("text_model") && key.contains("text_model");
-    OTHER_MODELS
+    MODELS
         .iter()
         .find(|(part, _)| key.contains(part) && !of_text(part))
         .map(|(_, model)| *model)
@@ -77,7 +88,7 @@ pub(super) fn other_model(key: &str) -> Option<&'static str> {
 pub(super) fn other_width(hidden: usize, has_single_blocks: bool) -> Option<&'static str> {
     match (hidden, has_single_blocks) {
         (1536 | 2432, false) => Some("Stable Diffusion 3"),
-        (4096 | 6144, _) => Some("FLUX.2"),
+        (4096 | 6144, _) => Some(FLUX2),
         _ => None,
     }
 }
@@ -103,10 +114,10 @@ pub(super) fn whole(keys: &[&str]) -> Option<Identity> {
     let clip = contains(&["text_model.", "transformer.resblocks."]);
     let flux = starts(&["double_blocks.", "single_blocks."])
         || contains(&["transformer_blocks."]) && !contains(&["attentions."]);
-    let model = keys
+    let found = keys
         .iter()
         .filter(|key| !is_autoencoder(core(key)))
-        .find_map(|key| other_model(key))
+        .find_map(|key| model(key).filter(|model| *model != FLUX1))
         .map(|model| match model {
             "Stable Diffusion XL" if any(&|key| key.starts_with("transformer.text_model.")) => {
                 "Stable Diffusion"
@@ -124,7 +135,12 @@ pub(super) fn whole(keys: &[&str]) -> Option<Identity> {
         ("a whole ControlNet".into(), NO_ADVICE)
     } else if contains(&["ip_adapter", "image_proj", "redux_up", "redux_down"]) {
         ("an image adapter (IP-Adapter, Redux)".into(), NO_ADVICE)
-    } else if let Some(model) = model {
+    } else if found == Some(FLUX2) {
+        (
+            "the whole weights of a FLUX.2 transformer".into(),
+            TRANSFORMER_ADVICE,
+        )
+    } else if let Some(model) = found {
         (format!("the whole weights of {model}"), NO_ADVICE)
     } else if flux && (vae || t5 || clip) {
         (

@@ -1,11 +1,12 @@
-//! Sizes of the networks as far as a file shows them, for reading a LoRA without a model.
+//! Family and sizes of the networks as far as a file shows them, for reading a LoRA without a model.
 
 use crate::flux1::config::FluxConfig;
+use crate::flux2::config::Flux2Config;
 use crate::text::clip::ClipConfig;
 use crate::text::t5::T5Config;
 
 use super::Component;
-use super::identity::other_width;
+use super::identity::{FLUX2, model, other_width};
 use super::key::{ParsedKey, flattened};
 use super::names::Names;
 use super::shape::ModelShape;
@@ -21,19 +22,13 @@ pub(super) struct Sighting<'a> {
     pub input: Option<usize>,
 }
 
-/// A module that shows that the file is for another model with names like those of FLUX.1, and that model.
-///
-/// FLUX.2 has gated MLPs, which make some modules wider than FLUX.1's. Where no network is given, the width and number of
-/// blocks of known models count as well.
-pub(super) fn foreign<'a>(
-    given: &ModelShape,
-    seen: &[Sighting<'a>],
-) -> Option<(&'a str, &'static str)> {
-    if given.flux2.is_some() {
-        return None;
-    }
-    let gated = seen.iter().find(|sighting| {
+/// A module that shows that the file is for FLUX.2: by its name, or by its sizes, as FLUX.2 has gated MLPs and other widths.
+pub(super) fn of_flux2<'a>(seen: &[Sighting<'a>]) -> Option<&'a str> {
+    let shows = |sighting: &&Sighting<'_>| {
         let module = flattened(&sighting.key.module);
+        if model(&module) == Some(FLUX2) {
+            return true;
+        }
         let (Some(out), Some(input)) = (sighting.out, sighting.input) else {
             return false;
         };
@@ -45,14 +40,15 @@ pub(super) fn foreign<'a>(
             || in_block("single_blocks", "_linear2") && Some(input) == times(4, out)
             || in_block("double_blocks", "_mlp_0") && Some(out) == times(6, input)
             || in_block("double_blocks", "_mlp_2") && Some(input) == times(3, out)
-    });
-    if let Some(sighting) = gated {
-        return Some((&sighting.key.module, "FLUX.2"));
-    }
-    if given.transformer.is_some() {
-        return None;
-    }
-    let inferred = complete(given, seen).transformer?;
+    };
+    let found = seen.iter().find(shows)?;
+    Some(&found.key.module)
+}
+
+/// A module that shows that the file is for another model with names like those of FLUX, and that model, by the width and
+/// the number of blocks.
+pub(super) fn foreign<'a>(seen: &[Sighting<'a>]) -> Option<(&'a str, &'static str)> {
+    let inferred = complete(&ModelShape::default(), seen, false).transformer?;
     let names = Names::new(&ModelShape {
         transformer: Some(inferred.clone()),
         ..ModelShape::default()
@@ -73,10 +69,10 @@ pub(super) fn foreign<'a>(
     Some((&first.key.module, model))
 }
 
-/// The given shape, completed from what was seen.
+/// The given shape, completed from what was seen, for FLUX.2 or FLUX.1.
 ///
-/// Widths that no tensor shows keep the values of FLUX.1-dev.
-pub(super) fn complete(given: &ModelShape, seen: &[Sighting<'_>]) -> ModelShape {
+/// Widths that no tensor shows keep the values of FLUX.2 klein 4B or FLUX.1-dev.
+pub(super) fn complete(given: &ModelShape, seen: &[Sighting<'_>], flux2: bool) -> ModelShape {
     if given.flux2.is_some() {
         return given.clone(); // no LoRA for FLUX.2 names another network
     }
@@ -85,10 +81,27 @@ pub(super) fn complete(given: &ModelShape, seen: &[Sighting<'_>]) -> ModelShape 
         let indices = keys().filter_map(|key| block_index(&key.module, container));
         indices.max().map_or(0, |last| last + 1)
     };
+    let double = blocks("double_blocks").max(blocks("transformer_blocks"));
+    let single = blocks("single_blocks").max(blocks("single_transformer_blocks"));
+    if flux2 {
+        let guided = |key: &ParsedKey| flattened(&key.module).contains("guidance_");
+        let config = Flux2Config {
+            num_layers: double,
+            num_single_layers: single,
+            guidance_embeds: keys().any(guided),
+            ..Flux2Config::klein_4b()
+        };
+        let shape = |config| ModelShape {
+            flux2: Some(config),
+            ..ModelShape::default()
+        };
+        let names = Names::new(&shape(config.clone()));
+        return shape(Sizes::measure(&names, seen).flux2(config));
+    }
     let mut shape = given.clone();
     let flux = shape.transformer.get_or_insert_with(|| FluxConfig {
-        num_layers: blocks("double_blocks").max(blocks("transformer_blocks")),
-        num_single_layers: blocks("single_blocks").max(blocks("single_transformer_blocks")),
+        num_layers: double,
+        num_single_layers: single,
         ..FluxConfig::dev()
     });
     let infer_flux = given.transformer.is_none().then(|| flux.clone());
@@ -140,6 +153,10 @@ struct Sizes {
     in_channels: Option<usize>,
     out_channels: Option<usize>,
     text: Option<usize>,
+    /// Channels of the embeddings of time.
+    time: Option<usize>,
+    /// Width inside the MLP of FLUX.2, after its gate.
+    gated: Option<usize>,
     pooled: Option<usize>,
     clip_hidden: Option<usize>,
     clip_mlp: Option<usize>,
@@ -192,9 +209,30 @@ impl Sizes {
                 self.hidden = self.hidden.or(out);
             }
             _ if leaf.starts_with("norm_") => self.head = self.head.or(out),
-            _ if path.ends_with("linear_1") => self.hidden = self.hidden.or(out),
+            _ if path.ends_with("linear_1") => {
+                self.time = self.time.or(input);
+                self.hidden = self.hidden.or(out);
+            }
             _ if path.ends_with("net.2") || in_block && leaf == "proj_out" => {
                 self.hidden = self.hidden.or(out);
+            }
+            _ if leaf == "linear_out" => {
+                self.gated = self.gated.or(input);
+                self.hidden = self.hidden.or(out);
+            }
+            _ if leaf == "linear_in" => {
+                self.gated = self.gated.or(out.map(|out| out / 2));
+                self.hidden = self.hidden.or(input);
+            }
+            _ if leaf == "to_qkv_mlp_proj" || leaf == "to_out" => {
+                let (out, input) = (out.unwrap_or(0), input.unwrap_or(0));
+                let (hidden, gated) = match leaf {
+                    "to_out" => (out, input.saturating_sub(out)),
+                    _ => (input, out.saturating_sub(3 * input) / 2),
+                };
+                let known = |size: usize| Some(size).filter(|size| *size > 0);
+                self.gated = self.gated.or(known(gated));
+                self.hidden = self.hidden.or(known(hidden));
             }
             _ => {
                 let square = !fused && (path.contains(".attn.") || leaf == "linear_2");
@@ -232,25 +270,48 @@ impl Sizes {
         }
     }
 
+    /// Width of a head, and how many there are, of a network of width `hidden`.
+    fn heads(&self, hidden: usize, usual: usize) -> (usize, usize) {
+        let head = self.head.unwrap_or(usual).max(1);
+        match hidden.is_multiple_of(head) {
+            true => (head, hidden / head),
+            false => (hidden, 1),
+        }
+    }
+
     fn flux(&self, config: FluxConfig) -> FluxConfig {
         let hidden = self.hidden.unwrap_or_else(|| config.hidden_size());
-        let head = self.head.unwrap_or(config.attention_head_dim).max(1);
-        let head = if hidden.is_multiple_of(head) {
-            head
-        } else {
-            hidden
-        };
-        let out_channels = self
-            .out_channels
-            .or(config.out_channels)
-            .unwrap_or(config.in_channels);
+        let (head, heads) = self.heads(hidden, config.attention_head_dim);
+        let out_channels = self.out_channels.or(config.out_channels);
         FluxConfig {
             attention_head_dim: head,
-            num_attention_heads: hidden / head.max(1),
+            num_attention_heads: heads,
             in_channels: self.in_channels.unwrap_or(config.in_channels),
-            out_channels: Some(out_channels),
+            out_channels: Some(out_channels.unwrap_or(config.in_channels)),
             joint_attention_dim: self.text.unwrap_or(config.joint_attention_dim),
             pooled_projection_dim: self.pooled.unwrap_or(config.pooled_projection_dim),
+            ..config
+        }
+    }
+
+    fn flux2(&self, config: Flux2Config) -> Flux2Config {
+        let hidden = self.hidden.unwrap_or_else(|| config.hidden_size());
+        let (head, heads) = self.heads(hidden, config.attention_head_dim);
+        let mut known = [Flux2Config::dev(), Flux2Config::klein_9b()].into_iter();
+        let known = known.find(|known| known.hidden_size() == hidden);
+        let known = known.unwrap_or_else(Flux2Config::klein_4b);
+        Flux2Config {
+            attention_head_dim: head,
+            num_attention_heads: heads,
+            in_channels: self.in_channels.unwrap_or(config.in_channels),
+            out_channels: Some(self.out_channels.unwrap_or(config.in_channels)),
+            joint_attention_dim: self.text.unwrap_or(known.joint_attention_dim),
+            timestep_guidance_channels: self.time.unwrap_or(config.timestep_guidance_channels),
+            mlp_ratio: match self.gated.filter(|gated| *gated != 3 * hidden) {
+                Some(gated) => (gated as f64 + 0.5) / hidden as f64, // which is rounded down
+                None => config.mlp_ratio,
+            },
+            guidance_embeds: config.guidance_embeds || known.guidance_embeds,
             ..config
         }
     }
@@ -329,7 +390,7 @@ mod tests {
             input: *input,
         };
         let seen: Vec<_> = parsed.iter().zip(&keys).map(sighting).collect();
-        let shape = complete(&ModelShape::default(), &seen);
+        let shape = complete(&ModelShape::default(), &seen, false);
         let flux = shape.transformer.expect("inferred");
         assert_eq!((flux.num_layers, flux.num_single_layers), (2, 0));
         assert_eq!(

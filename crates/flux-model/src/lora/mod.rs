@@ -1,4 +1,4 @@
-//! LoRA files of FLUX.1: every format found in the wild, read into one form and written from it.
+//! LoRA files of FLUX.1 and FLUX.2: every format found in the wild, read into one form and written from it.
 //!
 //! The form is [`LoraSet`]: component and diffusers module path to [`ModuleUpdate`]. A file is read key by key, whatever
 //! its name: each key is a prefix, a module and a parameter, and any prefix goes with any spelling of the module.
@@ -9,7 +9,8 @@
 //! | diffusers, old | `….attn.processor.to_q_lora.down.weight`, `….lora_linear_layer.up.weight` | yes | |
 //! | PEFT folder | `base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight` | yes | yes |
 //! | kohya | `lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight` | yes | yes |
-//! | ComfyUI | `diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight` | yes | yes |
+//! | ComfyUI | `diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight` | yes | FLUX.1 |
+//! | ai-toolkit for FLUX.2 | `diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight` | yes | FLUX.2 |
 //! | SimpleTuner for ComfyUI | `diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight` | yes | |
 //! | fal Kontext | `base_model.model.double_blocks.0.img_attn.qkv.lora_A.weight` | yes | |
 //! | BFL control | `double_blocks.0.img_attn.qkv.lora_B.bias`, `….query_norm.scale` | yes | |
@@ -31,7 +32,8 @@
 //! | `source`, `read`, `group` | files and configurations; a set from them; one module's keys to an update |
 //! | `key`, `names` | keys to prefix, module and parameter; every name of every module |
 //! | `shape`, `infer` | the modules of a network, from its configuration or from a file |
-//! | `identity` | what a file is that is no LoRA for FLUX.1 |
+//! | `identity` | what a file is that is no LoRA for FLUX |
+//! | `readers` | what other programs do with each key |
 //! | `tensor`, `rows` | tensors that are read when needed; which rows of them |
 //! | `lycoris`, `delta` | the dense change and the low-rank form of each kind; what a module's weight changes by |
 //! | `split`, `fuse` | fused modules to parts and back |
@@ -57,6 +59,7 @@ mod key;
 mod lycoris;
 mod names;
 mod read;
+mod readers;
 mod rows;
 mod shape;
 mod source;
@@ -78,6 +81,7 @@ pub use error::{KeyProblem, LoraFormatError};
 pub use format::{LoraFormat, Loss, WriteOptions, WriteReport};
 pub use identity::Identity;
 pub use read::read;
+pub use readers::Reading;
 pub use rows::Rows;
 pub use shape::{ModelShape, ModuleShape};
 pub use tensor::TensorRef;
@@ -307,33 +311,38 @@ pub struct Report {
     pub ignored: Vec<(String, String)>,
     /// What the user should know.
     pub warnings: Vec<String>,
+    /// What other programs do with the file.
+    pub readings: Vec<Reading>,
 }
 
 impl Report {
     /// The keys that were not used, one line a reason: how many, and the first few by name.
     pub fn ignored_lines(&self) -> Vec<String> {
-        const NAMED: usize = 3;
-        let mut reasons: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-        for (key, reason) in &self.ignored {
-            reasons.entry(reason).or_default().push(key);
-        }
-        let line = |(reason, keys): (&str, Vec<&str>)| {
-            let named: Vec<_> = keys
-                .iter()
-                .take(NAMED)
-                .map(|key| format!("`{key}`"))
-                .collect();
-            let more = match keys.len() - named.len() {
-                0 => String::new(),
-                more => format!(" and {more} more"),
-            };
-            let count = keys.len();
-            let noun = if count == 1 { "key" } else { "keys" };
-            format!(
-                "ignored {count} {noun}, {}{more}: {reason}",
-                named.join(", ")
-            )
-        };
-        reasons.into_iter().map(line).collect()
+        by_reason("ignored", &self.ignored)
     }
+}
+
+/// What was done to keys, one line a reason: how many, and the first few by name.
+fn by_reason(done: &str, keys: &[(String, String)]) -> Vec<String> {
+    const NAMED: usize = 3;
+    let mut reasons: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (key, reason) in keys {
+        reasons.entry(reason).or_default().push(key);
+    }
+    let line = |(reason, keys): (&str, Vec<&str>)| {
+        let named: Vec<_> = keys
+            .iter()
+            .take(NAMED)
+            .map(|key| format!("`{key}`"))
+            .collect();
+        let more = match keys.len() - named.len() {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        let count = keys.len();
+        let noun = if count == 1 { "key" } else { "keys" };
+        let named = named.join(", ");
+        format!("{done} {count} {noun}, {named}{more}: {reason}")
+    };
+    reasons.into_iter().map(line).collect()
 }

@@ -9,7 +9,7 @@
 //! 3. No adapted module belongs to another model by its name, or to a block that the network does not have.
 //! 4. Of the other adapted modules, at most one in ten is unknown: those are ignored and named.
 //!
-//! Modules that FLUX.1 files are known to bring along (`EXTRAS`) count on neither side.
+//! Modules that files are known to bring along (`EXTRAS`) count on neither side.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -21,10 +21,11 @@ use lora_core::peft::TrainBias;
 use super::compare::{same_bias, same_weight};
 use super::error::{KeyProblem, LoraFormatError};
 use super::group::{Group, GroupReader};
-use super::identity::{other_model, whole};
-use super::infer::{Sighting, block_index, complete, foreign};
+use super::identity::{FLUX1, FLUX2, model, whole};
+use super::infer::{Sighting, block_index, complete, foreign, of_flux2};
 use super::key::{Param, ParsedKey, flattened, parse};
 use super::names::{Names, Spelling, Target};
+use super::readers::{Kept, readings};
 use super::shape::ModelShape;
 use super::source::{Source, locate};
 use super::split::split;
@@ -56,13 +57,15 @@ struct Reader {
     adapters: BTreeSet<String>,
     proof: Proof,
     report: Report,
+    /// A scale other than 1 is in a configuration or a header, and in no tensor.
+    scale_beside: bool,
 }
 
 /// What speaks against the file being a LoRA for the network.
 #[derive(Default)]
 struct Proof {
-    /// The network is of FLUX.2, so that its names are no other model's.
-    flux2: bool,
+    /// The family of the network.
+    ours: &'static str,
     /// Adapted modules that the network does not have, by prefix and path.
     unknown: BTreeMap<(&'static str, String), Group>,
 }
@@ -102,7 +105,8 @@ impl Reader {
     ) -> Result<LoraSet, LoraFormatError> {
         self.require_adapter(path, sources)?;
         let shape = self.shape(path, sources, given)?;
-        self.proof.flux2 = shape.flux2.is_some();
+        let flux2 = shape.flux2.is_some();
+        self.proof.ours = if flux2 { FLUX2 } else { FLUX1 };
         let names = Names::new(&shape);
         let mut set = LoraSet::default();
         let mut owners = BTreeMap::new();
@@ -128,6 +132,16 @@ impl Reader {
                 "the LoRA needs an `x_embedder` of {width} input channels: pad its weight with zeros (control LoRAs)"
             ));
         }
+        let keys: Vec<_> = sources
+            .iter()
+            .flat_map(|source| source.file.names().map(str::to_string))
+            .collect();
+        self.report.readings = readings(Kept {
+            keys: &keys,
+            flux2,
+            folder: sources.iter().any(|source| source.config.is_some()),
+            scale_beside: self.scale_beside,
+        });
         set.shape = shape;
         set.report = self.report;
         Ok(set)
@@ -181,13 +195,28 @@ impl Reader {
             .into_iter()
             .map(|(key, (out, input))| Sighting { key, out, input });
         let sightings: Vec<_> = sightings.collect();
-        if let Some((module, model)) = foreign(given, &sightings) {
-            let keys = self.files.iter().flatten();
-            let key = keys.clone().find(|(_, parsed)| parsed.module == module);
-            let key = key.map_or(module, |(key, _)| key);
-            return Err(other_model_error(path, key, model));
+        let inferred = given.transformer.is_none() && given.flux2.is_none();
+        let of_flux2 = of_flux2(&sightings);
+        let other = match of_flux2 {
+            Some(module) if given.transformer.is_some() => Some((module, FLUX2)),
+            None if inferred => foreign(&sightings),
+            _ => None,
+        };
+        match other {
+            Some((_, FLUX2)) if inferred => return Ok(complete(given, &sightings, true)),
+            Some((module, model)) => {
+                let mut keys = self.files.iter().flatten();
+                let key = keys.find(|(_, parsed)| parsed.module == module);
+                let key = key.map_or(module, |(key, _)| key);
+                return Err(other_model_error(path, key, model, FLUX1));
+            }
+            None => {}
         }
-        Ok(complete(given, &sightings))
+        let says = sources
+            .iter()
+            .any(|source| says_flux2(source.file.metadata()));
+        let flux2 = inferred && (says || of_flux2.is_some());
+        Ok(complete(given, &sightings, flux2))
     }
 
     /// Keys by module, as the file spells it with its prefix.
@@ -202,10 +231,10 @@ impl Reader {
         for (key, parsed) in keys {
             let target = names.resolve(&parsed);
             if target.is_none() && parsed.param.adapts(&key) && !is_extra(&parsed) {
-                let of_given = |model: &&str| !(self.proof.flux2 && *model == "FLUX.2");
-                if let Some(model) = other_model(&key).filter(of_given) {
+                let ours = self.proof.ours;
+                if let Some(model) = model(&key).filter(|model| *model != ours) {
                     let model = diffusion_version(source, model);
-                    return Err(other_model_error(path, &key, model));
+                    return Err(other_model_error(path, &key, model, ours));
                 }
                 let module = (parsed.prefix, parsed.module.clone());
                 let group = self.proof.unknown.entry(module).or_default();
@@ -262,6 +291,11 @@ impl Reader {
             group: &group,
             target,
             config: source.config(target.component),
+            // A header is diffusers', whatever the names of the tensors.
+            configured: match &source.config {
+                Some(_) => &target.name,
+                None => &target.places[0].path,
+            },
             warnings: &mut self.report.warnings,
         }
         .read()?;
@@ -273,6 +307,8 @@ impl Reader {
                 .extend(keys.map(|key| (key, reason.to_string())));
             return Ok(());
         }
+        let states_alpha = group.params.contains_key(&Param::Alpha);
+        self.scale_beside |= update.factors.is_some() && update.scale != 1.0 && !states_alpha;
         for format in formats(prefix, target, &group, &update) {
             *self.report.formats.entry(format).or_default() += 1;
         }
@@ -320,12 +356,26 @@ struct Module<'n> {
     group: Group,
 }
 
-fn other_model_error(path: &Path, key: &str, model: &'static str) -> LoraFormatError {
+fn other_model_error(
+    path: &Path,
+    key: &str,
+    model: &'static str,
+    ours: &'static str,
+) -> LoraFormatError {
     LoraFormatError::OtherModel {
         path: path.into(),
         key: key.into(),
         model,
+        ours,
     }
+}
+
+/// Whether the header names FLUX.2, as kohya's and other programs' do.
+fn says_flux2(metadata: &BTreeMap<String, String>) -> bool {
+    let said = ["ss_base_model_version", "modelspec.architecture"];
+    let said = said.iter().filter_map(|key| metadata.get(*key));
+    let bare = |text: &String| text.to_lowercase().replace(['.', '-', '_', ' '], "");
+    said.map(bare).any(|text| text.starts_with("flux2"))
 }
 
 impl Proof {

@@ -1,10 +1,6 @@
 //! A [`LoraSet`] as a file.
 //!
-//! | who reads | kohya | diffusers | PEFT folder | ComfyUI |
-//! |---|---|---|---|---|
-//! | ComfyUI | yes | yes | no | yes |
-//! | diffusers | blocks only | yes | through PEFT | blocks only |
-//! | sd-scripts | blocks and embedders | through its converter | no | no |
+//! Who reads what of it is in [`readers`](super::readers).
 //!
 //! A diffusers file has the scale folded into `lora_B` and says so in its header (alpha equal to the rank, module by
 //! module), because ComfyUI ignores the header and diffusers before August 2026 guesses alpha without one.
@@ -30,7 +26,9 @@ use super::emit::{Emitted, Output, Style, fused};
 use super::emit_peft::{Described, PeftStyle, peft};
 use super::error::{KeyProblem, LoraFormatError};
 use super::format::{LoraFormat, WriteOptions, WriteReport};
-use super::{Component, LoraSet};
+use super::readers::{Kept, readings};
+use super::{Component, LoraSet, ModelShape};
+use crate::flux2::config::Flux2Config;
 
 /// Writes a set: a file at `path`, or a folder for [`LoraFormat::Peft`].
 ///
@@ -52,7 +50,9 @@ pub fn write(
         return Err(LoraFormatError::OutputDtype { dtype });
     }
     let mut emitted = Emitted::default();
+    let flux2 = set.shape.flux2.is_some();
     let mut folders = Vec::new(); // of a PEFT adapter: where, first output, configuration
+    let mut scale_beside = false;
     let mut metadata = carried(&set.metadata);
     match format {
         LoraFormat::Diffusers => {
@@ -88,9 +88,10 @@ pub fn write(
                 let mut specs = described.layers.iter().map(|(_, spec)| spec);
                 if specs.any(|spec| spec.alpha != spec.rank as f64) {
                     emitted.notes.insert("alpha is in `adapter_config.json`: what reads the weights without it plays them at another strength");
+                    scale_beside = true;
                 }
                 if emitted.outputs.len() > first {
-                    folders.push((folder, first, adapter_config(component, &described)));
+                    folders.push((folder, first, adapter_config(component, flux2, &described)));
                 }
             }
         }
@@ -98,13 +99,27 @@ pub fn write(
             fused(set, Style::Kohya, &mut emitted)?;
             metadata.extend(kohya_metadata(set));
         }
-        LoraFormat::ComfyUi => fused(set, Style::ComfyUi, &mut emitted)?,
+        LoraFormat::ComfyUi => {
+            let style = match set.shape.flux2 {
+                Some(_) => Style::Portable,
+                None => Style::ComfyUi,
+            };
+            fused(set, style, &mut emitted)?;
+            let described = Described::unscaled(std::mem::take(&mut emitted.ranks));
+            if !described.layers.is_empty() {
+                let header = described
+                    .config()
+                    .to_peft(&format!("{}.", Component::Transformer));
+                metadata.insert(METADATA_KEY.into(), Value::from(header).to_string());
+            }
+        }
     }
     let Emitted {
         mut outputs,
         losses,
         notes,
         modules,
+        ..
     } = emitted;
     if !losses.is_empty() && (!options.lossy || outputs.is_empty()) {
         return Err(LoraFormatError::Unrepresentable { format, losses });
@@ -112,6 +127,13 @@ pub fn write(
     if outputs.is_empty() {
         return Err(LoraFormatError::Nothing { path: path.into() });
     }
+    let keys: Vec<_> = outputs.iter().map(|output| output.key.clone()).collect();
+    let readings = readings(Kept {
+        keys: &keys,
+        flux2,
+        folder: format == LoraFormat::Peft,
+        scale_beside,
+    });
     let mut files = Vec::new();
     if format == LoraFormat::Peft {
         for (folder, first, config) in folders.into_iter().rev() {
@@ -134,6 +156,7 @@ pub fn write(
         modules,
         losses,
         notes: notes.into_iter().map(str::to_string).collect(),
+        readings,
     })
 }
 
@@ -144,11 +167,6 @@ fn note_diffusers(set: &LoraSet, options: &WriteOptions, emitted: &mut Emitted) 
     if !scales.all(power_of_two) && emitted.outputs.iter().any(rounds) {
         emitted.notes.insert(
             "folding the scale rounds in half precision; F32 keeps it, and so do the other formats",
-        );
-    }
-    if !set.t5.is_empty() {
-        emitted.notes.insert(
-            "neither diffusers nor ComfyUI loads the `text_encoder_2` keys of a diffusers file",
         );
     }
 }
@@ -180,38 +198,18 @@ fn kohya_metadata(set: &LoraSet) -> BTreeMap<String, String> {
         .collect();
     let mut kinds = set.iter().filter_map(|(_, _, update)| update.kind());
     let lycoris = kinds.any(|kind| kind != Kind::Lora);
-    let schnell = set
-        .shape
-        .transformer
-        .as_ref()
-        .is_some_and(|config| !config.guidance_embeds);
+    let [base, module, architecture, implementation] = base_model(&set.shape);
     let mut entries = vec![
         (
             "ss_network_module",
-            if lycoris {
-                "lycoris.kohya"
-            } else {
-                "networks.lora_flux"
-            }
-            .to_string(),
+            if lycoris { "lycoris.kohya" } else { module }.to_string(),
         ),
         ("ss_network_args", "{}".into()),
-        ("ss_base_model_version", "flux1".into()),
+        ("ss_base_model_version", base.into()),
         ("ss_v2", "False".into()),
         ("modelspec.sai_model_spec", "1.0.1".into()),
-        (
-            "modelspec.implementation",
-            "https://github.com/black-forest-labs/flux".into(),
-        ),
-        (
-            "modelspec.architecture",
-            if schnell {
-                "flux-1-schnell/lora"
-            } else {
-                "flux-1-dev/lora"
-            }
-            .into(),
-        ),
+        ("modelspec.implementation", implementation.into()),
+        ("modelspec.architecture", architecture.into()),
     ];
     if let Some((rank, scale)) = most_common(
         ranks
@@ -230,6 +228,34 @@ fn kohya_metadata(set: &LoraSet) -> BTreeMap<String, String> {
         .collect()
 }
 
+/// What kohya's programs call the model: its version, the module that trains it, its architecture, its repository.
+///
+/// Source: sd-scripts 48d368fa for FLUX.1; musubi-tuner `dataset/architectures.py`, `utils/sai_model_spec.py` for FLUX.2.
+fn base_model(shape: &ModelShape) -> [&'static str; 4] {
+    const FLUX1: &str = "https://github.com/black-forest-labs/flux";
+    const FLUX2: &str = "https://github.com/black-forest-labs/flux2";
+    if let Some(config) = &shape.flux2 {
+        let (base, architecture) = if config.guidance_embeds {
+            ("flux_2_dev", "Flux.2-dev/lora")
+        } else if config.hidden_size() < Flux2Config::klein_9b().hidden_size() {
+            ("flux_2_klein_4b", "Flux.2-klein-4b/lora")
+        } else {
+            ("flux_2_klein_9b", "Flux.2-klein-9b/lora")
+        };
+        return [base, "networks.lora_flux_2", architecture, FLUX2];
+    }
+    let schnell = shape
+        .transformer
+        .as_ref()
+        .is_some_and(|config| !config.guidance_embeds);
+    let architecture = if schnell {
+        "flux-1-schnell/lora"
+    } else {
+        "flux-1-dev/lora"
+    };
+    ["flux1", "networks.lora_flux", architecture, FLUX1]
+}
+
 fn most_common<T: Ord + Copy>(values: impl Iterator<Item = T>) -> Option<T> {
     let mut counts = BTreeMap::new();
     values.for_each(|value| *counts.entry(value).or_insert(0usize) += 1);
@@ -239,8 +265,12 @@ fn most_common<T: Ord + Copy>(values: impl Iterator<Item = T>) -> Option<T> {
         .map(|(value, _)| value)
 }
 
-fn adapter_config(component: Component, described: &Described) -> String {
+fn adapter_config(component: Component, flux2: bool, described: &Described) -> String {
     let (class, library) = match component {
+        Component::Transformer if flux2 => (
+            "Flux2Transformer2DModel",
+            "diffusers.models.transformers.transformer_flux2",
+        ),
         Component::Transformer => (
             "FluxTransformer2DModel",
             "diffusers.models.transformers.transformer_flux",

@@ -1,17 +1,18 @@
 //! Saving: checkpoints while a run goes, the finished LoRA at its end.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use burn::module::Module;
 use flux_model::family::Network;
-use flux_model::lora::{Component, LoraFormat, LoraSet, WriteOptions, write};
+use flux_model::lora::{Component, LoraFormat, LoraSet, WriteOptions, WriteReport, write};
 use lora_core::LoraConfig;
 use lora_core::peft::PeftType;
 use serde::Serialize;
 use tracing::info;
 
 use crate::config::{ExportFormat, RunConfig};
+use crate::convert::table;
 use crate::data::batch::Order;
 use crate::data::digest::dataset_digest;
 use crate::run::checkpoint::{
@@ -144,7 +145,8 @@ impl<'a> Saver<'a> {
             }
             // Unlike a checkpoint's, this file is read by programs that know only tensors: the scale is folded.
             None => {
-                write(&set, LoraFormat::Diffusers, &path, &WriteOptions::default())?;
+                let report = write(&set, LoraFormat::Diffusers, &path, &WriteOptions::default())?;
+                tell(&path, &report);
             }
         }
         for format in &self.config.export.formats {
@@ -161,10 +163,15 @@ impl<'a> Saver<'a> {
             }
             let report = write(&set, format, &out, &WriteOptions::default())
                 .with_context(|| format!("write {}", out.display()))?;
-            for note in report.notes {
-                info!("{}: {note}", out.display());
-            }
+            tell(&out, &report);
         }
         Ok(path)
+    }
+}
+
+/// Says what programs make of an export.
+fn tell(path: &Path, report: &WriteReport) {
+    for line in report.notes.iter().cloned().chain(table(&report.readings)) {
+        info!("{}: {line}", path.display());
     }
 }

@@ -2,133 +2,177 @@
 
 use super::*;
 
-/// Down, up and alpha of each of BFL's modules.
-fn reference() -> BTreeMap<String, (HostTensor, HostTensor, f32)> {
-    let factors = |(i, (name, input, parts)): (usize, Bfl)| {
-        let (rank, out) = (2 + i % 3, parts.iter().map(|(_, height)| height).sum());
-        let down = random(&format!("{name} down"), rank, input);
-        let up = random(&format!("{name} up"), out, rank);
-        (name, (down, up, 1.0 + i as f32))
-    };
-    modules().into_iter().enumerate().map(factors).collect()
+/// A network whose LoRAs are spelled in every way.
+pub(super) struct Net {
+    pub modules: Vec<Bfl>,
+    pub shape: ModelShape,
 }
 
-/// The change of each diffusers module.
-fn expected(scaled: bool) -> BTreeMap<String, Vec<f32>> {
-    let reference = reference();
-    let mut all = BTreeMap::new();
-    for (name, input, parts) in modules() {
-        let (down, up, alpha) = &reference[&name];
-        let scale = if scaled {
-            f64::from(*alpha) / down.shape[0] as f64
-        } else {
-            1.0
+fn flux1() -> Net {
+    Net {
+        modules: modules(),
+        shape: shape(),
+    }
+}
+
+/// A part of a module: diffusers' path, BFL's with the part's number, down, up and alpha.
+type Split = (String, String, HostTensor, HostTensor, f32);
+
+impl Net {
+    /// Down, up and alpha of each of BFL's modules.
+    fn reference(&self) -> BTreeMap<String, (HostTensor, HostTensor, f32)> {
+        let factors = |(i, (name, input, parts)): (usize, &Bfl)| {
+            let (rank, out) = (2 + i % 3, parts.iter().map(|(_, height)| height).sum());
+            let down = random(&format!("{name} down"), rank, *input);
+            let up = random(&format!("{name} up"), out, rank);
+            (name.clone(), (down, up, 1.0 + i as f32))
         };
-        let whole = product(up, down, scale);
-        let mut row = 0;
-        for (path, height) in parts {
-            let part = rows(&whole, input, row..row + height);
-            all.insert(
-                path.clone(),
-                if path == "norm_out.linear" {
-                    swapped(&part)
-                } else {
-                    part
-                },
-            );
-            row += height;
+        self.modules.iter().enumerate().map(factors).collect()
+    }
+
+    /// The change of each diffusers module.
+    pub(super) fn expected(&self, scaled: bool) -> BTreeMap<String, Vec<f32>> {
+        let reference = self.reference();
+        let mut all = BTreeMap::new();
+        for (name, input, parts) in &self.modules {
+            let (down, up, alpha) = &reference[name];
+            let scale = match scaled {
+                true => f64::from(*alpha) / down.shape[0] as f64,
+                false => 1.0,
+            };
+            let whole = product(up, down, scale);
+            let mut row = 0;
+            for (path, height) in parts {
+                let part = rows(&whole, *input, row..row + height);
+                let part = match path.as_str() {
+                    "norm_out.linear" => swapped(&part),
+                    _ => part,
+                };
+                all.insert(path.clone(), part);
+                row += height;
+            }
+        }
+        all
+    }
+
+    /// Reads the file with and without knowing the network and compares every module.
+    #[track_caller]
+    pub(super) fn check(&self, file: &Builder, scaled: bool, format: &str) {
+        let expected = self.expected(scaled);
+        for shape in [self.shape.clone(), ModelShape::default()] {
+            let set = file.read_as(&shape).expect(format);
+            assert_eq!(set.report.ignored, [], "{format}");
+            assert_eq!(set.report.used, file.tensors.len(), "{format}");
+            let formats = &set.report.formats;
+            assert!(formats.contains_key(format), "{format}: {formats:?}");
+            for path in set.transformer.keys() {
+                let what = format!("{format}: {path}");
+                assert_close(&change(&set, path), &expected[path], &what);
+            }
         }
     }
-    all
+
+    /// A file with BFL's modules, whose names `spell` turns into the front of a key.
+    pub(super) fn bfl(
+        &self,
+        spell: impl Fn(&str) -> String,
+        (down, up): (&str, &str),
+        alpha: bool,
+    ) -> Builder {
+        let mut file = Builder::default();
+        for (name, (a, b, value)) in self.reference() {
+            let module = spell(&name);
+            file.put(&format!("{module}{down}"), a)
+                .put(&format!("{module}{up}"), b);
+            if alpha {
+                file.scalar(&format!("{module}.alpha"), value);
+            }
+        }
+        file
+    }
+
+    /// The parts of BFL's modules, each with its own copy of the down projection.
+    pub(super) fn split_modules(&self) -> Vec<Split> {
+        let reference = self.reference();
+        let mut all = Vec::new();
+        for (name, _, parts) in &self.modules {
+            let (down, up, alpha) = &reference[name];
+            let mut row = 0;
+            for (i, (path, height)) in parts.iter().enumerate() {
+                let mut part = up.rows(row..row + height);
+                if path == "norm_out.linear" {
+                    let values = swapped(&part.to_f32());
+                    part = tensor(part.shape[0], part.shape[1], &values);
+                }
+                let numbered = format!("{name}.{i}");
+                all.push((path.clone(), numbered, down.clone(), part, *alpha));
+                row += height;
+            }
+        }
+        all
+    }
+
+    pub(super) fn diffusers(
+        &self,
+        spell: impl Fn(&str) -> String,
+        (down, up): (&str, &str),
+        alpha: bool,
+    ) -> Builder {
+        let mut file = Builder::default();
+        for (path, _, a, b, value) in self.split_modules() {
+            let module = spell(&path);
+            file.put(&format!("{module}{down}"), a)
+                .put(&format!("{module}{up}"), b);
+            if alpha {
+                file.scalar(&format!("{module}.alpha"), value);
+            }
+        }
+        file
+    }
+
+    /// OneTrainer's OMI form: the parts of fused modules have numbers.
+    pub(super) fn numbered(&self) -> Builder {
+        let mut file = Builder::default();
+        for (path, numbered, a, b, alpha) in self.split_modules() {
+            let is_fused = self.modules.iter().any(|(_, _, parts)| {
+                parts.len() > 1 && parts.iter().any(|(part, _)| *part == path)
+            });
+            let name = match is_fused {
+                true => format!("transformer.{numbered}"),
+                false => format!("transformer.{path}"),
+            };
+            file.put(&format!("{name}.lora_down.weight"), a)
+                .put(&format!("{name}.lora_up.weight"), b);
+            file.scalar(&format!("{name}.alpha"), alpha);
+        }
+        file
+    }
 }
 
-/// Reads the file with and without knowing the network and compares every module.
 #[track_caller]
 fn check(file: &Builder, scaled: bool, format: &str) {
-    let expected = expected(scaled);
-    for shape in [shape(), ModelShape::default()] {
-        let set = file.read_as(&shape).expect(format);
-        assert_eq!(set.report.ignored, [], "{format}");
-        assert_eq!(set.report.used, file.tensors.len(), "{format}");
-        assert!(
-            set.report.formats.contains_key(format),
-            "{format}: {:?}",
-            set.report.formats
-        );
-        for path in set.transformer.keys() {
-            assert_close(
-                &change(&set, path),
-                &expected[path],
-                &format!("{format}: {path}"),
-            );
-        }
-    }
+    flux1().check(file, scaled, format);
 }
 
-/// A file with BFL's modules, whose names `spell` turns into the front of a key.
 fn bfl(spell: impl Fn(&str) -> String, down: &str, up: &str, alpha: bool) -> Builder {
-    let mut file = Builder::default();
-    for (name, (a, b, value)) in reference() {
-        let module = spell(&name);
-        file.put(&format!("{module}{down}"), a)
-            .put(&format!("{module}{up}"), b);
-        if alpha {
-            file.scalar(&format!("{module}.alpha"), value);
-        }
-    }
-    file
-}
-
-/// The parts of BFL's modules, each with its own copy of the down projection.
-fn split_modules() -> Vec<(String, String, HostTensor, HostTensor, f32)> {
-    let reference = reference();
-    let mut all = Vec::new();
-    for (name, _, parts) in modules() {
-        let (down, up, alpha) = &reference[&name];
-        let mut row = 0;
-        for (i, (path, height)) in parts.iter().enumerate() {
-            let mut part = up.rows(row..row + height);
-            if path == "norm_out.linear" {
-                let values = swapped(&part.to_f32());
-                part = tensor(part.shape[0], part.shape[1], &values);
-            }
-            all.push((
-                path.clone(),
-                format!("{name}.{i}"),
-                down.clone(),
-                part,
-                *alpha,
-            ));
-            row += height;
-        }
-    }
-    all
+    flux1().bfl(spell, (down, up), alpha)
 }
 
 fn diffusers(spell: impl Fn(&str) -> String, down: &str, up: &str, alpha: bool) -> Builder {
-    let mut file = Builder::default();
-    for (path, _, a, b, value) in split_modules() {
-        let module = spell(&path);
-        file.put(&format!("{module}{down}"), a)
-            .put(&format!("{module}{up}"), b);
-        if alpha {
-            file.scalar(&format!("{module}.alpha"), value);
-        }
-    }
-    file
+    flux1().diffusers(spell, (down, up), alpha)
 }
 
-fn flat(prefix: &'static str) -> impl Fn(&str) -> String {
+pub(super) fn flat(prefix: &'static str) -> impl Fn(&str) -> String {
     move |name| format!("{prefix}{}", name.replace('.', "_"))
 }
 
-fn dotted(prefix: &'static str) -> impl Fn(&str) -> String {
+pub(super) fn dotted(prefix: &'static str) -> impl Fn(&str) -> String {
     move |name| format!("{prefix}{name}")
 }
 
-const KOHYA: (&str, &str) = (".lora_down.weight", ".lora_up.weight");
-const PEFT: (&str, &str) = (".lora_A.weight", ".lora_B.weight");
-const NAMED: (&str, &str) = (".lora_A.default.weight", ".lora_B.default.weight");
+pub(super) const KOHYA: (&str, &str) = (".lora_down.weight", ".lora_up.weight");
+pub(super) const PEFT: (&str, &str) = (".lora_A.weight", ".lora_B.weight");
+pub(super) const NAMED: (&str, &str) = (".lora_A.default.weight", ".lora_B.default.weight");
 
 #[test]
 fn kohya() {
@@ -277,19 +321,7 @@ fn onetrainer() {
 
 #[test]
 fn onetrainer_omi_numbers_the_parts() {
-    let mut file = Builder::default();
-    for (path, numbered, a, b, alpha) in split_modules() {
-        let is_fused = numbered.contains("qkv") || numbered.contains("linear1");
-        let name = if is_fused {
-            format!("transformer.{numbered}")
-        } else {
-            format!("transformer.{path}")
-        };
-        file.put(&format!("{name}.lora_down.weight"), a)
-            .put(&format!("{name}.lora_up.weight"), b);
-        file.scalar(&format!("{name}.alpha"), alpha);
-    }
-    check(&file, true, "OneTrainer OMI");
+    check(&flux1().numbered(), true, "OneTrainer OMI");
 }
 
 #[test]
@@ -366,7 +398,7 @@ fn xlabs() {
             8,
         ),
     ];
-    let reference = reference();
+    let reference = flux1().reference();
     for prefix in ["", "diffusion_model."] {
         let mut file = Builder::default();
         for (name, bfl, height) in names {
@@ -387,7 +419,7 @@ fn xlabs() {
 #[test]
 fn mixed_spellings_in_one_file() {
     let mut file = Builder::default();
-    let all = split_modules();
+    let all = flux1().split_modules();
     for (i, (path, _, a, b, alpha)) in all.iter().enumerate() {
         let (module, (down, up)) = match i % 4 {
             0 => (format!("transformer.{path}"), PEFT),
@@ -474,7 +506,7 @@ fn bfl_control_has_biases_norms_and_a_wider_input() {
         "img_in.lora_A.weight".into(),
         random("img_in down", rank, 12),
     );
-    let names: Vec<_> = reference().into_keys().collect();
+    let names: Vec<_> = flux1().reference().into_keys().collect();
     for name in &names {
         let out = file.tensors[&format!("{name}.lora_B.weight")].shape[0];
         file.put(

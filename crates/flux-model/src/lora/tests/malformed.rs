@@ -227,7 +227,7 @@ fn a_file_that_names_nothing() {
     let unknown = file(&[("lora_prior_something.lora_down.weight", random("a", 2, 8))]);
     assert_eq!(
         unknown.error(),
-        "`lora.safetensors`: no key names a module of FLUX.1; the first is `lora_prior_something.lora_down.weight`"
+        "`lora.safetensors`: no key names a module of FLUX.1 or FLUX.2; the first is `lora_prior_something.lora_down.weight`"
     );
     assert_eq!(
         Builder::default().error(),
@@ -413,13 +413,12 @@ fn configurations_that_contradict_the_tensors() {
     file.header(key, "{");
     assert_eq!(
         file.error(),
-        "`lora.safetensors`: the lora_adapter_metadata is malformed: write it again"
+        "`lora_adapter_metadata` of `lora.safetensors` is malformed: write it again"
     );
     file.header(key, r#"{"transformer.rank_pattern": {"(": 1}}"#);
-    assert!(
-        file.error()
-            .starts_with("`lora.safetensors`: `rank_pattern`: `(` is no regular expression: ")
-    );
+    let expected =
+        "`lora_adapter_metadata` of `lora.safetensors`: `(` is not a valid regular expression: ";
+    assert!(file.error().starts_with(expected));
 }
 
 #[test]
@@ -457,7 +456,7 @@ fn folders_and_pickles() {
     assert_eq!(
         message(path),
         format!(
-            "`{}`: `peft_type` is IA3: only LORA, LOKR and LOHA are supported",
+            "`peft_type` of `{}` is \"IA3\": only LORA, LOKR and LOHA are supported",
             path.join("adapter_config.json").display()
         )
     );

@@ -2,10 +2,12 @@
 
 mod dora;
 mod edges;
+mod flux2;
 mod formats;
 mod lycoris;
 mod malformed;
 mod proof;
+mod readers;
 mod round_trip;
 
 use std::collections::BTreeMap;

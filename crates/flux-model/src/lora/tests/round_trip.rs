@@ -277,7 +277,7 @@ fn the_keys_of_each_format() {
     );
     assert_eq!(
         metadata["lora_adapter_metadata"],
-        r#"{"transformer.alpha_pattern":{},"transformer.bias":"none","transformer.init_lora_weights":true,"transformer.lora_alpha":2.0,"transformer.lora_bias":false,"transformer.lora_dropout":0.0,"transformer.r":2,"transformer.rank_pattern":{},"transformer.target_modules":["transformer_blocks.0.attn.to_q","transformer_blocks.0.attn.to_v"],"transformer.use_dora":false,"transformer.use_rslora":false}"#
+        r#"{"transformer.alpha_pattern":{},"transformer.bias":"none","transformer.init_lora_weights":true,"transformer.lora_alpha":2.0,"transformer.lora_bias":false,"transformer.lora_dropout":0.0,"transformer.peft_type":"LORA","transformer.r":2,"transformer.rank_pattern":{},"transformer.target_modules":["transformer_blocks.0.attn.to_q","transformer_blocks.0.attn.to_v"],"transformer.use_dora":false,"transformer.use_rslora":false}"#
     );
 }
 
@@ -309,7 +309,7 @@ fn a_list_of_targets_never_means_more_modules() {
 }
 
 #[test]
-fn notes_say_who_reads_what() {
+fn rounding_is_noted() {
     let mut file = Builder::default();
     file.put(
         "transformer.proj_out.lora_A.weight",
@@ -335,12 +335,7 @@ fn notes_say_who_reads_what() {
         notes(LoraFormat::Diffusers, &f32_options()),
         Vec::<String>::new()
     );
-    assert_eq!(
-        notes(LoraFormat::Kohya, &default),
-        [
-            "diffusers ignores the embedders and the final layer of a kohya file, sd-scripts the final layer"
-        ]
-    );
+    assert_eq!(notes(LoraFormat::Kohya, &default), Vec::<String>::new());
 }
 
 #[test]
