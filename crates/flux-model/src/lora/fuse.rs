@@ -203,11 +203,7 @@ fn fuse_biases(parts: &[Option<&ModuleUpdate>], rows: &[usize]) -> Result<Option
         .iter()
         .all(|(bias, scale)| kind(bias) == kind(first) && *scale == present[0].1);
     if let (Some(stacked), true) = (stacked, one_kind) {
-        return Ok(Some(match first {
-            Bias::Scaled(_) => Bias::Scaled(stacked),
-            Bias::Added(_) => Bias::Added(stacked),
-            Bias::Replaced(_) => Bias::Replaced(stacked),
-        }));
+        return Ok(Some(first.with(stacked)));
     }
     let mut pieces = Vec::new();
     let mut row = 0;

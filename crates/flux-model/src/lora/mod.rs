@@ -223,6 +223,15 @@ impl Bias {
             Self::Scaled(tensor) | Self::Added(tensor) | Self::Replaced(tensor) => tensor,
         }
     }
+
+    /// The same meaning of other values.
+    pub(crate) fn with(&self, values: TensorRef) -> Self {
+        match self {
+            Self::Scaled(_) => Self::Scaled(values),
+            Self::Added(_) => Self::Added(values),
+            Self::Replaced(_) => Self::Replaced(values),
+        }
+    }
 }
 
 /// DoRA: with `V = W + scale * delta`, the new weight is `values * V / norm(V)`.

@@ -55,6 +55,39 @@ impl ModelShape {
         flux2.or(flux1).unwrap_or(0)
     }
 
+    /// What kohya's programs and the Stability model specification call the model, as entries of a header.
+    ///
+    /// Source: sd-scripts 48d368fa for FLUX.1; musubi-tuner `dataset/architectures.py`, `utils/sai_model_spec.py` for FLUX.2.
+    pub fn header(&self) -> [(&'static str, &'static str); 3] {
+        let schnell = |config: &FluxConfig| !config.guidance_embeds;
+        let (base, architecture, implementation) = match &self.flux2 {
+            Some(config) => {
+                let (base, architecture) = if config.guidance_embeds {
+                    ("flux_2_dev", "Flux.2-dev/lora")
+                } else if config.hidden_size() < Flux2Config::klein_9b().hidden_size() {
+                    ("flux_2_klein_4b", "Flux.2-klein-4b/lora")
+                } else {
+                    ("flux_2_klein_9b", "Flux.2-klein-9b/lora")
+                };
+                let implementation = "https://github.com/black-forest-labs/flux2";
+                (base, architecture, implementation)
+            }
+            None => {
+                let architecture = match self.transformer.as_ref().is_some_and(schnell) {
+                    true => "flux-1-schnell/lora",
+                    false => "flux-1-dev/lora",
+                };
+                let implementation = "https://github.com/black-forest-labs/flux";
+                ("flux1", architecture, implementation)
+            }
+        };
+        [
+            ("ss_base_model_version", base),
+            ("modelspec.architecture", architecture),
+            ("modelspec.implementation", implementation),
+        ]
+    }
+
     /// Path and sizes of every module of a component that an update can name.
     pub fn modules(&self, component: Component) -> Vec<(String, ModuleShape)> {
         match component {

@@ -10,7 +10,7 @@ use super::error::LoraFormatError;
 use super::names::Place;
 use super::rows::Rows;
 use super::tensor::TensorRef;
-use super::{Axis, Bias, Component, Factors, LoraSet, Magnitude, ModuleUpdate};
+use super::{Axis, Component, Factors, LoraSet, Magnitude, ModuleUpdate};
 
 /// Whether rows of the part are rows of the module, each as many as [`rows_each`] says; the others every part of a fused
 /// module has in common.
@@ -53,7 +53,7 @@ pub(super) fn split(update: &ModuleUpdate, places: &[Place]) -> Vec<ModuleUpdate
 }
 
 /// The factors of some rows, each of which is a multiple of `each`.
-pub(super) fn of_rows(factors: &Factors, rows: &Rows, each: usize) -> Factors {
+fn of_rows(factors: &Factors, rows: &Rows, each: usize) -> Factors {
     let ranges = rows.ranges().iter();
     let rows = Rows::of(ranges.map(|rows| rows.start / each..rows.end / each));
     factors.clone().map(|part, tensor| match is_cut(part) {
@@ -71,11 +71,8 @@ fn of_product(update: &ModuleUpdate, factors: &Factors, wanted: &Rows) -> Option
 
 /// The part of the bias and of the magnitude.
 fn beside(update: ModuleUpdate, rows: &Rows, across: &[String]) -> ModuleUpdate {
-    let bias = update.bias.as_ref().map(|bias| match bias {
-        Bias::Scaled(tensor) => Bias::Scaled(tensor.select(rows)),
-        Bias::Added(tensor) => Bias::Added(tensor.select(rows)),
-        Bias::Replaced(tensor) => Bias::Replaced(tensor.select(rows)),
-    });
+    let bias = update.bias.as_ref();
+    let bias = bias.map(|bias| bias.with(bias.tensor().select(rows)));
     let magnitude = update
         .magnitude
         .as_ref()

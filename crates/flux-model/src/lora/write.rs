@@ -27,8 +27,7 @@ use super::emit_peft::{Described, PeftStyle, peft};
 use super::error::{KeyProblem, LoraFormatError};
 use super::format::{LoraFormat, WriteOptions, WriteReport};
 use super::readers::{Kept, readings};
-use super::{Component, LoraSet, ModelShape};
-use crate::flux2::config::Flux2Config;
+use super::{Component, LoraSet};
 
 /// Writes a set: a file at `path`, or a folder for [`LoraFormat::Peft`].
 ///
@@ -198,19 +197,19 @@ fn kohya_metadata(set: &LoraSet) -> BTreeMap<String, String> {
         .collect();
     let mut kinds = set.iter().filter_map(|(_, _, update)| update.kind());
     let lycoris = kinds.any(|kind| kind != Kind::Lora);
-    let [base, module, architecture, implementation] = base_model(&set.shape);
+    let module = match (lycoris, &set.shape.flux2) {
+        (true, _) => "lycoris.kohya",
+        (false, Some(_)) => "networks.lora_flux_2",
+        (false, None) => "networks.lora_flux",
+    };
     let mut entries = vec![
-        (
-            "ss_network_module",
-            if lycoris { "lycoris.kohya" } else { module }.to_string(),
-        ),
+        ("ss_network_module", module.to_string()),
         ("ss_network_args", "{}".into()),
-        ("ss_base_model_version", base.into()),
         ("ss_v2", "False".into()),
         ("modelspec.sai_model_spec", "1.0.1".into()),
-        ("modelspec.implementation", implementation.into()),
-        ("modelspec.architecture", architecture.into()),
     ];
+    let base = set.shape.header().into_iter();
+    entries.extend(base.map(|(key, value)| (key, value.to_string())));
     if let Some((rank, scale)) = most_common(
         ranks
             .into_iter()
@@ -226,34 +225,6 @@ fn kohya_metadata(set: &LoraSet) -> BTreeMap<String, String> {
         .into_iter()
         .map(|(key, value)| (key.to_string(), value))
         .collect()
-}
-
-/// What kohya's programs call the model: its version, the module that trains it, its architecture, its repository.
-///
-/// Source: sd-scripts 48d368fa for FLUX.1; musubi-tuner `dataset/architectures.py`, `utils/sai_model_spec.py` for FLUX.2.
-fn base_model(shape: &ModelShape) -> [&'static str; 4] {
-    const FLUX1: &str = "https://github.com/black-forest-labs/flux";
-    const FLUX2: &str = "https://github.com/black-forest-labs/flux2";
-    if let Some(config) = &shape.flux2 {
-        let (base, architecture) = if config.guidance_embeds {
-            ("flux_2_dev", "Flux.2-dev/lora")
-        } else if config.hidden_size() < Flux2Config::klein_9b().hidden_size() {
-            ("flux_2_klein_4b", "Flux.2-klein-4b/lora")
-        } else {
-            ("flux_2_klein_9b", "Flux.2-klein-9b/lora")
-        };
-        return [base, "networks.lora_flux_2", architecture, FLUX2];
-    }
-    let schnell = shape
-        .transformer
-        .as_ref()
-        .is_some_and(|config| !config.guidance_embeds);
-    let architecture = if schnell {
-        "flux-1-schnell/lora"
-    } else {
-        "flux-1-dev/lora"
-    };
-    ["flux1", "networks.lora_flux", architecture, FLUX1]
 }
 
 fn most_common<T: Ord + Copy>(values: impl Iterator<Item = T>) -> Option<T> {

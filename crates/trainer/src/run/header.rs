@@ -86,20 +86,8 @@ pub(crate) fn header(
         ("modelspec.sai_model_spec", "1.0.1".into()),
         ("modelspec.resolution", format!("{side}x{side}")),
     ];
-    if let Some(transformer) = &shape.transformer {
-        let (version, architecture) = match transformer.guidance_embeds {
-            true => ("flux1", "flux-1-dev/lora"),
-            false => ("flux1", "flux-1-schnell/lora"),
-        };
-        entries.extend([
-            ("ss_base_model_version", version.into()),
-            ("modelspec.architecture", architecture.into()),
-            (
-                "modelspec.implementation",
-                "https://github.com/black-forest-labs/flux".into(),
-            ),
-        ]);
-    }
+    let base = shape.header().into_iter();
+    entries.extend(base.map(|(key, value)| (key, value.to_string())));
     let named = entries
         .into_iter()
         .map(|(key, value)| (key.to_string(), value));
