@@ -92,7 +92,7 @@ def draw(folder):
     steps = range(1, len(straight) + 1)
     above.plot(steps, straight, color="black", linewidth=0.8)
     above.set_ylabel("loss")
-    above.set_title("the photographs, never stopped", fontsize=9)
+    above.set_title("the photos, never stopped", fontsize=9)
     colors = ["black", "tab:blue", "tab:orange", "tab:red"]
     for (label, curve), color in zip(curves.items(), colors, strict=True):
         difference = [abs(a - b) for a, b in zip(curve, straight, strict=True)]
