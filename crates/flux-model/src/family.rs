@@ -265,13 +265,14 @@ pub trait Family: Sized + Debug {
     }
 
     /// Loads a velocity network from a component folder or a single file, whose tensors must be those of the architecture
-    /// that `config` states; all of it, as it is stored.
+    /// that `config` states; all of it, its matrices as `dtype`.
     ///
     /// # Errors
     /// As [`network`](Self::network), or tensors of another architecture.
     fn network_at(
         path: &Path,
         config: Option<&Value>,
+        dtype: BaseDtype,
         device: &Device,
     ) -> Result<Self::Network, WeightsError> {
         let mismatch = |reason| WeightsError::Config {
@@ -283,7 +284,7 @@ pub trait Family: Sized + Debug {
         let (checkpoint, layout, found) = Self::Config::open(path, stated.as_ref())?;
         match stated.and_then(|stated| stated.difference(&found)) {
             Some(reason) => Err(mismatch(reason)),
-            None => checkpoint.load(found.network(device), layout, BaseDtype::AsStored, device),
+            None => checkpoint.load(found.network(device), layout, dtype, device),
         }
     }
 

@@ -7,7 +7,7 @@ use burn::tensor::Device;
 use flux_model::family::Family;
 use flux_model::lora::Component;
 use flux_model::pipeline::{PipelineFolder, load_clip};
-use flux_model::weights::tensors_of;
+use flux_model::weights::{BaseDtype, tensors_of};
 use lora_core::files::safetensors::TensorFile;
 use lora_core::peft::METADATA_KEY;
 use lora_core::{AdapterFile, LoraConfig, attach, merge, set_adapters};
@@ -55,7 +55,9 @@ fn or_default<T: DeserializeOwned + Default>(case: &Case, pointer: &str) -> anyh
 
 /// `lora_forward`.
 pub(super) fn forward<F: Family>(case: &Case, device: &Device) -> anyhow::Result<Report> {
-    let mut model = F::network_at(&case.path("/model/path")?, None, device)?;
+    // The case merges in f32, whatever its model is stored as.
+    let model = case.path("/model/path")?;
+    let mut model = F::network_at(&model, None, BaseDtype::F32, device)?;
     let forward = |model: &F::Network| network::forward(case, model, device);
     let mut out = Tensors::from([("sample_base".into(), forward(&model)?)]);
     for name in table(case, "/lora")?.keys() {
@@ -106,7 +108,7 @@ pub(super) fn format<F: Family>(case: &Case, device: &Device) -> anyhow::Result<
         }])
     };
     let sample = |loras: &[LoadedLora]| {
-        let model = F::network_at(folder.transformer_path(), None, device)?;
+        let model = F::network_at(folder.transformer_path(), None, BaseDtype::AsStored, device)?;
         let model = adapters::attach(model, Component::Transformer, loras)?;
         network::forward(case, &model, device)
     };

@@ -2,6 +2,7 @@
 
 use burn::tensor::Device;
 use flux_model::family::{Family, Network};
+use flux_model::weights::BaseDtype;
 use lora_core::files::host::HostTensor;
 use lora_core::state::host_tensor;
 
@@ -10,14 +11,23 @@ use super::report::Report;
 
 /// `transformer_forward`.
 pub(super) fn component<F: Family>(case: &Case, device: &Device) -> anyhow::Result<Report> {
-    let network = F::network_at(&case.path("/model/path")?, None, device)?;
+    let network = F::network_at(
+        &case.path("/model/path")?,
+        None,
+        BaseDtype::AsStored,
+        device,
+    )?;
     sample(case, &network, device)
 }
 
 /// `single_file_transformer`: the file does not say its architecture, but must agree with the one stated.
 pub(super) fn single_file<F: Family>(case: &Case, device: &Device) -> anyhow::Result<Report> {
     let (file, config) = (case.path("/checkpoint/file")?, case.value("/config")?);
-    sample(case, &F::network_at(&file, Some(config), device)?, device)
+    sample(
+        case,
+        &F::network_at(&file, Some(config), BaseDtype::AsStored, device)?,
+        device,
+    )
 }
 
 fn sample<N: Network>(case: &Case, network: &N, device: &Device) -> anyhow::Result<Report> {

@@ -6,6 +6,7 @@ use anyhow::{Context, bail};
 use burn::optim::AdamWConfig;
 use burn::tensor::{Device, Tensor, TensorData};
 use flux_model::family::{Family, Network};
+use flux_model::weights::BaseDtype;
 use lora_core::files::host::HostTensor;
 use lora_core::state::adapter_state;
 use lora_core::{PathOptimizer, Training, attach};
@@ -24,7 +25,12 @@ use crate::step::{Drawn, Rule, step};
 /// `train`.
 pub(super) fn compute<F: Family>(case: &Case, device: &Device) -> anyhow::Result<Report> {
     let autodiff = device.clone().autodiff();
-    let model = F::network_at(&case.path("/model/path")?, None, &autodiff)?;
+    let model = F::network_at(
+        &case.path("/model/path")?,
+        None,
+        BaseDtype::AsStored,
+        &autodiff,
+    )?;
     let file = adapter(case, &case.path("/lora/init")?, "/lora")?;
     let model = attach(model, file.stored().fast())?;
     let data = Data::<F>::read(case, &model)?;
