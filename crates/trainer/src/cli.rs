@@ -271,10 +271,10 @@ pub struct SampleArgs {
     #[arg(long)]
     pub guidance: Option<f32>,
     /// Height in pixels (default: 1024, or that of the first --reference or --image, up to about a megapixel in all)
-    #[arg(long, requires = "width")]
+    #[arg(long)]
     pub height: Option<usize>,
     /// Width in pixels, likewise
-    #[arg(long, requires = "height")]
+    #[arg(long)]
     pub width: Option<usize>,
     /// Seed of the starting noise; several, as in 1,2,3, make a row of the grid each
     #[arg(long, value_delimiter = ',', default_value = "0")]
