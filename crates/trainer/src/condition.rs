@@ -83,7 +83,7 @@ impl Pictures {
                 self.mask_name
             ),
             (false, true) => bail!(
-                "{root} reads no mask, so {} has no use: leave it out, or take FLUX.1 Fill",
+                "{root} reads no mask: leave {} out, or take FLUX.1 Fill",
                 self.mask_name
             ),
             _ => {}
@@ -96,7 +96,7 @@ impl Pictures {
         }
         if !family.reads_references() {
             warn!(
-                "{root} is a {}, which was not trained to read {name}: they are appended as FLUX.1 Kontext reads them",
+                "{root} is a {}, which was not trained to read {name} as they are put here, behind the noisy tokens (FLUX.2 klein and FLUX.1 Kontext are)",
                 family.folder().class()
             );
         }

@@ -164,8 +164,9 @@ impl Family for Flux2 {
         }
     }
 
+    /// The variant that keeps keys and values of its references wants them in another order, at another noise level.
     fn reads_references(&self) -> bool {
-        true
+        self.folder.class() != "Flux2KleinKVPipeline"
     }
 
     /// As it is, but no larger than a square of 1024 px, and cut to whole tokens.
