@@ -4,6 +4,7 @@
 
 mod adapters;
 mod bad_input;
+mod data_options;
 mod datasets;
 mod flux2;
 mod formats;
@@ -18,3 +19,4 @@ mod resume;
 mod runs;
 mod start;
 mod tiny_vae;
+mod validation;

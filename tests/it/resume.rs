@@ -8,8 +8,6 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 #[cfg(feature = "ndarray")]
-use burn::optim::AdamWConfig;
-#[cfg(feature = "ndarray")]
 use flux_lora::{
     device::open,
     run::checkpoint::{Event, Opened, Snapshot, restore},
@@ -23,6 +21,8 @@ use flux_lora_tests::{RunResult, Workbench, checkpoints, root};
 use flux_model::{family::Family, flux1::Flux1, weights::Base};
 use lora_core::files::safetensors::TensorFile;
 use lora_core::random::Stream;
+#[cfg(feature = "ndarray")]
+use lora_core::training::optimizers::UpdateRule;
 
 /// Trains once without interruption, then resumes from the checkpoint of each step in `steps`, in a new process.
 fn resumes_exactly(device: &str, steps: impl Iterator<Item = u64>) {
@@ -308,9 +308,10 @@ fn assert_restored_to_the_byte(checkpoint: &Path, device: &str) {
         .unwrap()
         .network(Base::default(), &device.device.clone().autodiff())
         .unwrap();
-    let (record, optimizer) = (opened.record().unwrap(), AdamWConfig::new().build());
+    let record = opened.record().unwrap();
+    let optimizer = UpdateRule::from(&config.optimizer.rule);
     let training = restore(record, model, &lora, optimizer, &device.device).unwrap();
-    let snapshot = Snapshot::take(&training, state, &lora).unwrap();
+    let snapshot = Snapshot::take(&training, None, None, state, &lora).unwrap();
     snapshot.with_files(|files| {
         assert_eq!(opened.verified.manifest.files.len(), files.len());
         for (name, content) in files {

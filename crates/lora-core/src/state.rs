@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use burn::module::Module;
+use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Tensor};
 
 use crate::error::LoraError;
@@ -86,6 +86,43 @@ pub fn check_finite<M: Module>(model: &M) -> Result<(), LoraError> {
         }
     }
     Ok(())
+}
+
+/// `model` with the values that `f` gives for the path and the values of a trainable parameter, row by row and without autodiff.
+pub(crate) fn with_values<M: Module>(
+    model: &M,
+    f: impl FnMut(&str, Tensor<1>) -> Option<Tensor<1>>,
+) -> M {
+    struct Values<F> {
+        path: Vec<String>,
+        f: F,
+    }
+    impl<F: FnMut(&str, Tensor<1>) -> Option<Tensor<1>>> ModuleMapper for Values<F> {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.path.push(name.into());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.path.pop();
+        }
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            if !param.is_initialized() || !param.is_require_grad() {
+                return param;
+            }
+            let path = self.path.join(".");
+            param.map(|tensor| {
+                let shape = tensor.shape();
+                let flat = tensor.clone().inner().reshape([shape.num_elements()]);
+                match (self.f)(&path, flat) {
+                    None => tensor,
+                    Some(values) => Tensor::from_inner(values.reshape(shape)).require_grad(),
+                }
+            })
+        }
+    }
+    model.clone().map(&mut Values {
+        path: Vec::new(),
+        f,
+    })
 }
 
 /// The values of many tensors, in their order, with one transfer from each device.

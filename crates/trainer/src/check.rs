@@ -29,6 +29,7 @@ use crate::run::folder::RunDir;
 use crate::run::resume::{Resume, find_checkpoint};
 use crate::run::space;
 use crate::train::{check_new, check_start, pipeline, refuse_distilled, trained};
+use crate::validation::Samples;
 
 /// Memory of cards that people have, in bytes.
 const CARDS: [(&str, u64); 4] = [
@@ -120,8 +121,15 @@ fn check_family<F: Family>(
         None => Vec::new(),
     };
     let outline = report.take(check_start(config, family, &samples, device));
-    if !samples.is_empty() {
-        data(&mut report, config, family, &samples);
+    if !samples.is_empty()
+        && let Some(samples) = report.take(Samples::new(config, samples.clone()))
+    {
+        let (trained, held_out) = samples.all.split_at(samples.trained);
+        report.notes.extend(samples.warnings.iter().cloned());
+        if config.validation.is_some() {
+            report.row("held out", held_out.len().to_string());
+        }
+        data(&mut report, config, family, trained);
     }
     if let (Some(outline), Some(run)) = (outline, run) {
         let started = check_new(config, family, &run, &samples, &outline);
@@ -176,19 +184,24 @@ fn data<F: Family>(report: &mut Report, config: &RunConfig, family: &F, samples:
             .extend(texts.cut.into_iter().chain(texts.pooled));
     }
 
-    let all = buckets(config.dataset.resolution, config.dataset.bucket_step);
     let mut sizes: BTreeMap<Bucket, usize> = BTreeMap::new();
     // what shares a batch has references of the same sizes too
     let mut alike: BTreeMap<(Bucket, Vec<Bucket>), usize> = BTreeMap::new();
     let mut cropped = 0.0;
-    for sample in samples {
-        let bucket = nearest_bucket(&all, sample.width_px, sample.height_px);
-        cropped += bucket.cropped(sample.width_px, sample.height_px);
-        *sizes.entry(bucket).or_default() += 1;
-        let references = sample.references.iter();
-        let references =
-            references.map(|picture| nearest_bucket(&all, picture.width_px, picture.height_px));
-        *alike.entry((bucket, references.collect())).or_default() += 1;
+    let folders = config.dataset.all_folders();
+    let resolutions = config.dataset.resolution.as_slice();
+    for &resolution in resolutions {
+        let all = buckets(resolution, config.dataset.bucket_step);
+        for sample in samples {
+            let bucket = nearest_bucket(&all, sample.width_px, sample.height_px);
+            cropped += bucket.cropped(sample.width_px, sample.height_px);
+            let repeats = folders[sample.folder].repeats;
+            *sizes.entry(bucket).or_default() += repeats;
+            let references = sample.references.iter();
+            let references =
+                references.map(|picture| nearest_bucket(&all, picture.width_px, picture.height_px));
+            *alike.entry((bucket, references.collect())).or_default() += repeats;
+        }
     }
     let references: usize = samples.iter().map(|sample| sample.references.len()).sum();
     if references > 0 {
@@ -202,7 +215,7 @@ fn data<F: Family>(report: &mut Report, config: &RunConfig, family: &F, samples:
         .map(|(bucket, count)| format!("{count} of {bucket}"))
         .collect();
     report.row("sizes", listed.join(", "));
-    let mean = 100.0 * cropped / samples.len() as f64;
+    let mean = 100.0 * cropped / (samples.len() * resolutions.len()) as f64;
     report.row("cropped away", format!("{mean:.1} % of the pictures' area"));
     report
         .notes

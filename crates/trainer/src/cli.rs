@@ -46,6 +46,8 @@ pub enum Command {
         after_help = "Examples:\n  flux-lora check cats.toml\n  flux-lora train cats.toml --output runs/cats\n  flux-lora train cats.toml --output runs/cats --resume\n  flux-lora train cats.toml --set optimizer.learning_rate=2e-4 --json | jq .loss"
     )]
     Train(TrainArgs),
+    /// Encode the pictures and captions of a run, and train nothing
+    Cache(CacheArgs),
     /// Make images from prompts, with LoRAs
     #[command(
         after_help = "Examples:\n  flux-lora sample --model /models/FLUX.1-dev --lora runs/cats/lora.safetensors=0.8 --prompt \"a cat\" --out cat.png\n  flux-lora sample --model black-forest-labs/FLUX.1-schnell --steps 4 --prompt \"a cat\" --out cat.png\n  flux-lora sample --model /models/FLUX.1-dev --lora cats.safetensors --compare --prompt \"a cat\" --prompt \"a dog\" --seed 1,2,3 --out grid.png"
@@ -173,6 +175,9 @@ pub struct TrainArgs {
     /// Override one configuration value
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
+    /// Leave out images that cannot be read, instead of refusing the dataset; the run keeps the list as dataset.skip
+    #[arg(long)]
+    pub skip_bad: bool,
     /// Resume although binary, device or CPU features differ
     #[arg(long)]
     pub allow_inexact: bool,
@@ -235,6 +240,31 @@ pub struct ExportArgs {
     /// Write into a folder that exists
     #[arg(long)]
     pub overwrite: bool,
+}
+
+/// `flux-lora cache`
+#[derive(Debug, Args)]
+pub struct CacheArgs {
+    /// Run configuration (TOML)
+    pub config: PathBuf,
+    /// Device, as for train: entries are of its backend
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Run folder, whose cache is filled (default: runs/NAME for NAME.toml)
+    #[arg(long)]
+    pub output: Option<PathBuf>,
+    /// Override one configuration value
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Leave out images that cannot be read, instead of refusing the dataset; the run keeps the list as dataset.skip
+    #[arg(long)]
+    pub skip_bad: bool,
+    /// Never touch the network: a Hub repository must be in the cache
+    #[arg(long)]
+    pub offline: bool,
+    /// Go on although the model was distilled to few steps
+    #[arg(long)]
+    pub yes_distilled: bool,
 }
 
 /// `flux-lora sample`

@@ -11,7 +11,7 @@ use clap::CommandFactory;
 use flux_model::pipeline::PipelineFolder;
 use serde_json::{Value, json};
 
-use crate::cli::{CheckArgs, Cli, Command, TrainArgs, UsageError};
+use crate::cli::{CacheArgs, CheckArgs, Cli, Command, TrainArgs, UsageError};
 use crate::config::{ConfigError, RunConfig};
 use crate::convert::{convert, load_loras};
 use crate::dev::{bench, parity, quickstart, random_weights};
@@ -32,6 +32,7 @@ use crate::{check, compare, export, hub, inspect, merge, report};
 pub fn run(command: Command, output: Output) -> anyhow::Result<ExitCode> {
     match command {
         Command::Train(args) => train(args, output)?,
+        Command::Cache(args) => cache(args, output)?,
         Command::Sample(args) => sample(&args, output)?,
         Command::Convert(args) => convert(&args)?,
         Command::Merge {
@@ -101,6 +102,24 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
     if is_usage { 2 } else { 1 }
 }
 
+fn cache(args: CacheArgs, say: Output) -> anyhow::Result<()> {
+    let config = RunConfig::load(&args.config, &args.set)?;
+    let output = run_folder(args.output, &args.config);
+    let device = args.device.unwrap_or_else(|| device::default_name().into());
+    let mut options = TrainOptions::new(output, device).resume(Resume::Newest);
+    options.distilled = args.yes_distilled;
+    options.skip_bad = args.skip_bad;
+    options.offline = args.offline;
+    let encoded = crate::train::encode(&config, &options)?;
+    let fields = [
+        ("cache", json!(encoded.folder)),
+        ("trained_samples", json!(encoded.trained)),
+        ("held_out_samples", json!(encoded.held_out)),
+    ];
+    say.result("cached", &fields);
+    Ok(())
+}
+
 fn train(args: TrainArgs, say: Output) -> anyhow::Result<()> {
     let mut overrides = args.set.clone();
     overrides.extend(args.steps.map(|steps| format!("train.steps={steps}")));
@@ -139,6 +158,7 @@ fn train(args: TrainArgs, say: Output) -> anyhow::Result<()> {
         },
         distilled: args.yes_distilled,
         offline: args.offline,
+        skip_bad: args.skip_bad,
         stop: stop_on_signals()?,
     };
     match crate::train::train(&config, &options)? {

@@ -92,7 +92,7 @@ impl GivenPictures {
             width_px: width as u32,
             height_px: height as u32,
         };
-        (self.start.as_ref()).map(|image| resize_and_crop(image, size))
+        (self.start.as_ref()).map(|image| resize_and_crop(image, size, None))
     }
 
     /// What the network reads of them, for an image of `size`, height and width in pixels.
@@ -115,8 +115,8 @@ impl GivenPictures {
         let autoencoder = family.autoencoder(device).context("load the autoencoder")?;
         let encode = |image: &RgbImage, mask: Option<&RgbImage>, size| {
             let (image, mask) = (
-                resize_and_crop(image, size),
-                mask.map(|mask| resize_and_crop(mask, size)),
+                resize_and_crop(image, size, None),
+                mask.map(|mask| resize_and_crop(mask, size, None)),
             );
             encode::<F>(&autoencoder, &image, mask.as_ref(), device)
         };

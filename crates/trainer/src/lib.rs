@@ -15,6 +15,7 @@
 //! | `fingerprint` | what exactness depends on |
 //! | `adapters` | LoRA files of any format onto the networks |
 //! | `merge`, `convert` | LoRAs into a pipeline on disk; a LoRA in another format |
+//! | `validation` | the loss on pictures that are not trained on |
 //! | `generate`, `sample`, `previews` | text to image, on the command line and during training |
 //! | `condition`, `given` | pictures beside the prompt as the network reads them; those that `sample` is given |
 //! | `grid` | pictures in rows and columns, with texts |
@@ -66,3 +67,4 @@ pub mod run;
 mod sample;
 mod step;
 pub mod train;
+pub mod validation;

@@ -18,8 +18,8 @@ use crate::device::NamedDevice;
 
 /// Bytes of a number in f32.
 const F32: u64 = 4;
-/// What a trained parameter takes: itself, its gradient, two moments, and copies while they are looked at.
-const COPIES: u64 = 6;
+/// What a trained parameter takes besides the optimizer's state: itself, its gradient, and copies while they are looked at.
+const COPIES: u64 = 4;
 
 /// Where the base weights are, what is computed again, and what that takes.
 #[derive(Debug, Clone, Copy)]
@@ -77,6 +77,8 @@ pub struct Need {
     pub tokens: u64,
     /// Numbers that are trained.
     pub trained: u64,
+    /// Bytes that the optimizer and an average keep of each.
+    pub state_bytes: u64,
 }
 
 impl Need {
@@ -102,7 +104,11 @@ impl Need {
         let inputs = recomputed as u64 * self.sizes.width * self.tokens * F32;
         let largest = blocks.iter().map(|block| graph(block.activations)).max();
         let running = 2 * largest.unwrap_or(0); // a block's graph, and the gradients in it
-        self.weights(is_streamed) + self.trained * F32 * COPIES + inputs + kept + running
+        self.weights(is_streamed)
+            + self.trained * (F32 * COPIES + self.state_bytes)
+            + inputs
+            + kept
+            + running
     }
 
     /// Decides what the configuration leaves to "auto". `limit` is what there is, where that is known.
@@ -147,7 +153,7 @@ impl Need {
 
 /// Tokens of a sample's picture and references, of the sample that has most.
 pub fn picture_tokens<F: Family>(config: &RunConfig, family: &F, samples: &[Sample]) -> usize {
-    let side = config.dataset.resolution as usize;
+    let side = config.dataset.largest_resolution() as usize;
     let [_, height, width] = family.latent_shape(side, side);
     let references = samples.iter().map(|sample| sample.references.len()).max();
     (1 + references.unwrap_or(0)) * F::image_tokens([height, width])
@@ -169,6 +175,7 @@ pub fn need<F: Family>(
         sizes: family.sizes(config.model.base_dtype, &device.device)?,
         tokens: (config.train.batch_size * tokens) as u64,
         trained: trained as u64,
+        state_bytes: config.optimizer.rule.state_bytes() + u64::from(config.ema.is_some()) * F32,
     })
 }
 
@@ -212,6 +219,7 @@ pub fn base_for_sampling<F: Family>(
         sizes,
         tokens: 0,
         trained: 0,
+        state_bytes: 0,
     };
     let limit = available().filter(|_| device.is_cpu() && device.keeps_views());
     let fits = limit.is_none_or(|limit| need.weights(false) <= limit);
@@ -313,6 +321,7 @@ mod tests {
             },
             tokens: 5,
             trained: 0,
+            state_bytes: 8,
         }
     }
 

@@ -16,7 +16,6 @@ use crate::data::cache::{Beside, Cache};
 use crate::device::NamedDevice;
 use crate::generate::{ImageSettings, decode, generate_latents};
 use crate::progress::TrainReport;
-use crate::run::checkpoint::RunTraining;
 use crate::run::folder::RunDir;
 
 /// All prompts that the previews of a run need encoded.
@@ -63,8 +62,8 @@ impl<'a, F: Family> Previews<'a, F> {
         let negative = section.and_then(|section| negative_prompt(section, family));
         let count = section.map_or(0, |section| section.prompts.len());
         let beside = (0..count).map(|index| {
-            let sample = index % cache.len();
-            anyhow::Ok((cache.beside(sample, false)?, cache.bucket(sample)))
+            let entry = index % cache.trained();
+            anyhow::Ok((cache.beside(entry, 0, false)?, cache.bucket(entry)))
         });
         Ok(Self {
             beside: beside.collect::<Result<_, _>>()?,
@@ -78,17 +77,17 @@ impl<'a, F: Family> Previews<'a, F> {
         })
     }
 
-    /// Renders every prompt if this step is one to do so; says whether it was.
+    /// Renders every prompt if this step is one to do so, with the model that `model` gives; says whether it was.
     ///
     /// # Errors
     /// An autoencoder that cannot be loaded, a full disk.
     pub fn render_if_due(
         &self,
-        training: &RunTraining<F::Network>,
+        step: u64,
+        model: impl FnOnce() -> F::Network,
         report: &TrainReport,
         device: &NamedDevice,
     ) -> anyhow::Result<bool> {
-        let step = training.progress.step;
         let Some(section) = self
             .section
             .filter(|section| step.is_multiple_of(section.every))
@@ -96,8 +95,7 @@ impl<'a, F: Family> Previews<'a, F> {
             return Ok(false);
         };
         report.doing("making samples");
-        let average = training.optimizer.averaged(&training.model);
-        let model = average.as_ref().unwrap_or(&training.model).valid();
+        let model = model().valid();
         let text = |parts: &Vec<HostTensor>| F::text(parts.clone(), &device.device);
         let negative = self.negative.as_ref().map(text);
         let latents: Vec<_> = self

@@ -6,13 +6,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, anyhow, bail};
+use burn::module::Module;
 use flux_model::families::{self, Visitor};
 use flux_model::family::{Family, Network};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::weights::Checkpoint;
 use lora_core::attach::{NewAdapter, Plan, targeted};
 use lora_core::peft::Targets;
-use lora_core::state::count_parameters;
+use lora_core::state::{count_parameters, trainable_parameters};
+use lora_core::training::Ema;
 use lora_core::training::optimizers::UpdateRule;
 use lora_core::{LoraConfig, LoraError, PathOptimizer, Training, attach};
 use serde::Serialize;
@@ -25,23 +27,24 @@ use crate::config::RunConfig;
 use crate::data::batch::{Data, Order};
 use crate::data::cache::Cache;
 use crate::data::degradation::{cropped_and_enlarged, cut_texts};
-use crate::data::digest::sample_digests;
+use crate::data::digest::{SampleDigest, sample_digests};
 use crate::data::file_digests::FileDigests;
-use crate::data::scan::{Sample, Scan, scan};
+use crate::data::scan::{Sample, Scan, scan, unreadable};
 use crate::device::{self, NamedDevice};
 use crate::fingerprint::Fingerprint;
 use crate::memory::{self, MemoryPlan, Peaks};
 use crate::models::open_pipeline;
 use crate::previews::{Previews, prompts_of};
 use crate::progress;
-use crate::run::checkpoint::{Opened, Progress, RunTraining, State, restore};
-use crate::run::folder::RunDir;
+use crate::run::checkpoint::{Best, Event, Opened, Progress, RunTraining, State, restore};
+use crate::run::folder::{RunDir, RunLock};
 use crate::run::resume::{Accepted, Resume, check_resume, find_checkpoint};
 use crate::run::save::Saver;
 use crate::run::space;
 use crate::run::timings::Timing;
 use crate::run::vfs::{RealFs, create_dir_durably};
 use crate::step::{Rule, check_update, step};
+use crate::validation::{Samples, Validated, Validation};
 
 /// How a run is started, besides its configuration.
 #[derive(Debug, Clone)]
@@ -58,6 +61,8 @@ pub struct TrainOptions {
     pub distilled: bool,
     /// Never touch the network.
     pub offline: bool,
+    /// Leave out images that cannot be read, and note them in the run's configuration.
+    pub skip_bad: bool,
     /// Set from outside to stop after the present step.
     pub stop: Arc<AtomicBool>,
 }
@@ -72,6 +77,7 @@ impl TrainOptions {
             accepted: Accepted::default(),
             distilled: false,
             offline: false,
+            skip_bad: false,
             stop: Arc::default(),
         }
     }
@@ -114,16 +120,93 @@ pub fn train(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Outco
     families::of_folder(&folder.clone(), Train(folder, config, options))?
 }
 
-fn train_family<F: Family>(
-    family: F,
+/// The same configuration with the layers to adapt named as paths.
+fn named<F: Family>(config: &RunConfig, _: &F) -> RunConfig {
+    let mut config = config.clone();
+    config.lora.name_targets::<F>();
+    config
+}
+
+/// The same configuration, leaving out what the run has left out before and, if `skip_bad`, what cannot be read now.
+fn skipping(
+    config: &RunConfig,
+    opened: Option<&Opened>,
+    skip_bad: bool,
+) -> anyhow::Result<RunConfig> {
+    let mut config = config.clone();
+    if let Some(opened) = opened
+        && config.dataset.skip.is_empty()
+    {
+        config.dataset.skip.clone_from(&opened.config.dataset.skip);
+    }
+    if skip_bad {
+        for (name, error) in unreadable(&config.dataset)? {
+            warn!("left out: {:#}", anyhow!(error));
+            config.dataset.skip.push(name);
+        }
+        config.dataset.skip.sort();
+    }
+    Ok(config)
+}
+
+/// Encodes what `config` is to be trained on into the run folder, and trains nothing.
+///
+/// # Errors
+/// Anything that [`train`] refuses before its first step.
+pub fn encode(config: &RunConfig, options: &TrainOptions) -> anyhow::Result<Encoded> {
+    struct Encode<'a>(PipelineFolder, &'a RunConfig, &'a TrainOptions);
+    impl Visitor for Encode<'_> {
+        type Output = anyhow::Result<Encoded>;
+        fn visit<F: Family>(self) -> Self::Output {
+            let Self(folder, config, options) = self;
+            let family = F::open(folder)?;
+            let prepared = prepare(&family, &named(config, &family), options)?;
+            Ok(Encoded {
+                folder: prepared.run.cache_path(),
+                trained: prepared.samples.trained,
+                held_out: prepared.samples.all.len() - prepared.samples.trained,
+            })
+        }
+    }
+    let folder = pipeline(config, options.offline)?;
+    families::of_folder(&folder.clone(), Encode(folder, config, options))?
+}
+
+/// What [`encode`] has made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encoded {
+    /// The folder of entries.
+    pub folder: PathBuf,
+    /// Samples that are trained on.
+    pub trained: usize,
+    /// Samples that are held out.
+    pub held_out: usize,
+}
+
+/// A run that nothing is wrong with, as far as can be known, and all that it is made of encoded.
+struct Prepared {
+    /// With the images that are left out.
+    config: RunConfig,
+    device: NamedDevice,
+    run: RunDir,
+    lock: RunLock,
+    samples: Samples,
+    digests: Vec<SampleDigest>,
+    base_model: String,
+    fingerprint: Fingerprint,
+    events: Vec<Event>,
+    begin: Begin,
+    cache: Cache,
+    plan: MemoryPlan,
+    peaks: Peaks,
+}
+
+/// Checks a run, and encodes what is not in its cache.
+fn prepare<F: Family>(
+    family: &F,
     config: &RunConfig,
     options: &TrainOptions,
-) -> anyhow::Result<Outcome> {
-    let config = &{
-        let mut config = config.clone();
-        config.lora.name_targets::<F>();
-        config
-    };
+) -> anyhow::Result<Prepared> {
     let device = device::open(&options.device)?;
     let run = RunDir::open_or_create(&options.output)?;
     let lock = run.lock()?;
@@ -131,8 +214,10 @@ fn train_family<F: Family>(
         .map(Opened::read)
         .transpose()?;
 
+    let config = &skipping(config, opened.as_ref(), options.skip_bad)?;
     let Scan { samples, warnings } = scan(&config.dataset)?;
     let digests = sample_digests(&samples);
+    let samples = Samples::new(config, samples)?;
     let cache_folder = run.cache_path();
     let mut known = FileDigests::load(&cache_folder);
     let base_model = known.of_all(&[family.folder().transformer_path().into()])?;
@@ -149,20 +234,20 @@ fn train_family<F: Family>(
         None => Vec::new(),
     };
     run.check_places()?;
-    let outline = check_start(config, &family, &samples, &device)?;
+    let outline = check_start(config, family, &samples.all, &device)?;
     let begin = match opened {
         Some(opened) => Begin::Resumed(Box::new(opened)),
         None => {
             if !options.distilled {
-                refuse_distilled(&family)?;
+                refuse_distilled(family)?;
             }
-            Begin::New(check_new(config, &family, &run, &samples, &outline)?)
+            Begin::New(check_new(config, family, &run, &samples.all, &outline)?)
         }
     };
     let plan = memory::plan(
         config,
-        &family,
-        &samples,
+        family,
+        &samples.all,
         trained(&outline, config)?,
         &device,
     )?;
@@ -172,7 +257,8 @@ fn train_family<F: Family>(
     }
     drop(outline);
     if matches!(begin, Begin::New(_)) || options.accepted.data {
-        say_what_is_lost(warnings, &samples, config, &family)?;
+        let warnings = [warnings, samples.warnings.clone()].concat();
+        say_what_is_lost(warnings, &samples.all, config, family)?;
     }
 
     // From here on the folder is written to: what is refused above leaves it as it was.
@@ -183,32 +269,94 @@ fn train_family<F: Family>(
     let cache = Cache::build(
         &cache_folder,
         &samples,
-        &config.dataset,
-        &prompts_of(config, &family),
-        &family,
+        config,
+        &prompts_of(config, family),
+        family,
         &device,
     )?;
     peaks.end("encode");
+    Ok(Prepared {
+        config: config.clone(),
+        device,
+        run,
+        lock,
+        samples,
+        digests,
+        base_model,
+        fingerprint,
+        events,
+        begin,
+        cache,
+        plan,
+        peaks,
+    })
+}
+
+fn train_family<F: Family>(
+    family: F,
+    config: &RunConfig,
+    options: &TrainOptions,
+) -> anyhow::Result<Outcome> {
+    let Prepared {
+        config,
+        device,
+        run,
+        lock,
+        samples,
+        digests,
+        base_model,
+        fingerprint,
+        events,
+        begin,
+        cache,
+        plan,
+        mut peaks,
+    } = prepare(&family, &named(config, &family), options)?;
+    let config = &config;
 
     let lora = config.lora.config();
     let optimizer = UpdateRule::from(&config.optimizer.rule);
     let model = family
         .network(plan.base, &device.device.clone().autodiff())
         .context("load the transformer")?;
+    let resumes_ema = config.ema.is_some() && matches!(begin, Begin::Resumed(_));
+    let bare = resumes_ema.then(|| model.clone());
     let mut training = match &begin {
         Begin::New(adapter) => start(model, adapter.clone(), optimizer)?,
         Begin::Resumed(opened) => {
             restore(opened.record()?, model, &lora, optimizer, &device.device)?
         }
     };
-    let order = Order::new(&cache, config.train.batch_size, config.train.seed);
+    let factors = trainable_parameters(&training.model);
+    let factors = config.optimizer.rate_factors(factors.keys())?;
+    training.optimizer.set_rate_factors(factors);
+    let mut ema = match (&config.ema, &begin, bare) {
+        (None, ..) => None,
+        (Some(ema), Begin::Resumed(opened), Some(bare)) => {
+            let average =
+                (opened.average()?).context("the checkpoint has no average to go on from")?;
+            let average = attach(bare, average.stored().agreeing_with(&lora).fast())?;
+            Some(Ema::new(&average, ema.decay))
+        }
+        (Some(ema), ..) => Some(Ema::new(&training.model, ema.decay)),
+    };
+    let batch_size = config.train.batch_size;
+    let order = Order::new(&cache, batch_size, config.train.seed);
     let data = Data {
         order,
         table: family.scheduler().training_sigmas(),
         family: &family,
         cache: &cache,
-        names: samples.iter().map(|sample| sample.name.clone()).collect(),
+        names: (samples.all.iter())
+            .map(|sample| sample.name.clone())
+            .collect(),
     };
+    let validation = Validation::new(config, &samples, &cache, &family);
+    let (mut resumed, mut best, mut best_adapter) = (None, None, None);
+    if let Begin::Resumed(opened) = &begin {
+        resumed = Some(opened.state.progress.step);
+        (best, best_adapter) = (opened.state.best.clone(), opened.best()?);
+    }
     let state = State {
         progress: training.progress,
         epoch: 0,
@@ -218,31 +366,61 @@ fn train_family<F: Family>(
         fingerprint,
         events,
         optimizer: Default::default(),
+        best,
     };
-    let mut resumed = None;
     if let Begin::Resumed(opened) = begin {
-        resumed = Some(opened.state.progress.step);
         lock.rewind_to(&RealFs, &opened.verified)?;
     }
     let mut saver = Saver::new(config, &lora, state, &data.order, &run, &lock, resumed)?;
+    let of = validation.as_ref().map(|validation| validation.of.as_str());
+    saver.restore_best(best_adapter, of, &training.model)?;
     let previews = Previews::new(config, &cache, &family, &run)?;
-    summary(config, &training, &data, &device);
+    summary(config, &training, &data, samples.trained, &device);
 
     let autodiff = device.device.clone().autodiff();
     peaks.end("load");
     let mut report = progress::TrainReport::new(training.progress.step, config.train.steps);
     if training.progress.step == 0 && config.sample.as_ref().is_some_and(|sample| sample.at_start) {
-        previews.render_if_due(&training, &report, &device)?;
+        previews.render_if_due(0, || training.model.clone(), &report, &device)?;
     }
-    while training.progress.step < config.train.steps {
+    let exhausted = |step, best: Option<&Best>| {
+        let validation = validation.as_ref();
+        validation.is_some_and(|validation| validation.is_exhausted(step, best))
+    };
+    while training.progress.step < config.train.steps
+        && !exhausted(training.progress.step, saver.best())
+    {
         let started = Instant::now();
         let rule = rule(config, &plan, training.progress.step);
         let draw = |micro_step| data.draw(config, micro_step, &autodiff);
         let stepped = step(&mut training, &rule, draw)?;
+        let step = training.progress.step;
+        let timing = Timing::of_step(step, started.elapsed());
+        if let Some(ema) = &mut ema {
+            ema.update(&training.model, step);
+        }
+        let due = validation
+            .as_ref()
+            .filter(|validation| validation.is_due(step));
+        let validated = match due {
+            None => None,
+            Some(validation) => {
+                report.doing("validating");
+                let model = to_use(&training, ema.as_ref(), config.exports_ema());
+                let (plain, device) = (model.valid(), &device.device);
+                let found = validation.measure(&plain, saver.best(), device)?;
+                if found.best {
+                    let (loss, of) = (found.loss, validation.of.clone());
+                    saver.new_best(&model, Best { step, loss, of })?;
+                }
+                report.validated(step, &found);
+                Some(found)
+            }
+        };
         let accumulation = rule.accumulation as f64;
         let losses = stepped.losses.iter();
         let metrics = StepMetrics {
-            step: training.progress.step,
+            step,
             epoch: data
                 .order
                 .epoch(first_micro_step(config, training.progress.step - 1)),
@@ -250,47 +428,61 @@ fn train_family<F: Family>(
             grad_norm: stepped.grad_norm,
             lr: rule.lr,
             d: training.optimizer.found_step_size(),
+            validation: validated,
         };
         drop(stepped);
-        let timing = Timing::of_step(metrics.step, started.elapsed());
         saver.log(&metrics, Some(&timing))?;
         report.step(metrics.loss, metrics.grad_norm, metrics.lr, &timing);
 
         let stopped = options.stop.load(Ordering::SeqCst);
-        let last = training.progress.step == config.train.steps;
-        if stopped
-            || last
-            || training
-                .progress
-                .step
-                .is_multiple_of(config.checkpoint.every)
-        {
-            let last_micro_step = first_micro_step(config, training.progress.step) - 1;
+        let last = step == config.train.steps || exhausted(step, saver.best());
+        if stopped || last || step.is_multiple_of(config.checkpoint.every) {
+            let last_micro_step = first_micro_step(config, step) - 1;
             let drawn = data.draw(config, last_micro_step, &device.device)?;
-            let (model, step) = (&training.model, training.progress.step);
             report.doing("saving");
-            check_update(model, step, drawn, rule.divergence_factor)?;
-            saver.save(&training)?;
+            check_update(&training.model, step, drawn, rule.divergence_factor)?;
+            saver.save(&training, averaged(&training, ema.as_ref()).as_ref())?;
         }
         peaks.end("train");
-        if previews.render_if_due(&training, &report, &device)? {
+        let sample_ema = config.ema.as_ref().is_some_and(|ema| ema.sample);
+        let model = || to_use(&training, ema.as_ref(), sample_ema);
+        if previews.render_if_due(step, model, &report, &device)? {
             peaks.end("preview");
         }
         if stopped && !last {
             report.finish();
             saver.finish_logs();
             peaks.say();
-            return Ok(Outcome::Stopped {
-                step: training.progress.step,
-            });
+            return Ok(Outcome::Stopped { step });
         }
     }
     report.finish();
     saver.finish_logs();
-    let lora = saver.export(&training)?;
+    let step = training.progress.step;
+    if let Some(validation) = &validation
+        && step < config.train.steps
+    {
+        validation.say_exhausted(step, saver.best());
+    }
+    let model = to_use(&training, ema.as_ref(), config.exports_ema());
+    let lora = saver.export(&model, step)?;
     peaks.end("export");
     peaks.say();
     Ok(Outcome::Finished { lora })
+}
+
+/// The model with the average that a run has of its weights: that of `[ema]`, or of a schedule-free optimizer.
+fn averaged<M: Module>(training: &RunTraining<M>, ema: Option<&Ema>) -> Option<M> {
+    let ema = ema.map(|ema| ema.applied(&training.model));
+    ema.or_else(|| training.optimizer.averaged(&training.model))
+}
+
+/// The model to be used: `wants_ema` says whether that is the average of `[ema]`; that of a schedule-free optimizer always is.
+fn to_use<M: Module>(training: &RunTraining<M>, ema: Option<&Ema>, wants_ema: bool) -> M {
+    match ema {
+        Some(_) if !wants_ema => training.model.clone(),
+        ema => averaged(training, ema).unwrap_or_else(|| training.model.clone()),
+    }
 }
 
 /// Whatever of the data is not used, or not as it is: said once, when it is first trained on.
@@ -323,6 +515,9 @@ struct StepMetrics {
     /// The step size that Prodigy has found.
     #[serde(skip_serializing_if = "Option::is_none")]
     d: Option<f64>,
+    /// What was found on held-out pictures, in steps that validate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    validation: Option<Validated>,
 }
 
 /// How the step after `step` steps is made.
@@ -496,6 +691,7 @@ fn summary<F: Family>(
     config: &RunConfig,
     training: &RunTraining<F::Network>,
     data: &Data<'_, F>,
+    trained: usize,
     device: &NamedDevice,
 ) {
     let count = count_parameters(&training.model);
@@ -519,7 +715,7 @@ fn summary<F: Family>(
         "model"
     );
     info!(
-        samples = data.cache.len(),
+        samples = trained,
         batch_size = config.train.batch_size,
         accumulation,
         steps_per_epoch = format!(

@@ -143,11 +143,19 @@ impl<T: Copy> Patterns<T> {
         self.0.is_empty()
     }
 
-    /// Value of the first pattern with `^(.*\.)?(pattern)$`; a pattern that starts with `^` counts from the root only.
+    /// Value of the first pattern that matches.
     pub(crate) fn first_match(&self, path: &str) -> Result<Option<T>, LoraError> {
+        Ok(self.matching(path)?.map(|(_, value)| value))
+    }
+
+    /// The first pattern with `^(.*\.)?(pattern)$`, and its value; a pattern that starts with `^` counts from the root only.
+    ///
+    /// # Errors
+    /// A pattern that is no regular expression.
+    pub fn matching(&self, path: &str) -> Result<Option<(&str, T)>, LoraError> {
         for (pattern, value) in &self.0 {
             if matches(pattern, path)? {
-                return Ok(Some(*value));
+                return Ok(Some((pattern, *value)));
             }
         }
         Ok(None)

@@ -15,9 +15,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::LoraError;
 use crate::files::host::{Dtype, HostTensor};
 use crate::files::safetensors::{TensorFile, serialize, write_tensors};
-use crate::state::{gathered, trainable_parameters};
+use crate::state::{gathered, trainable_parameters, with_values};
 use crate::training::gradients::Gradients;
-use crate::training::optimizers::schedule_free::ScheduleFree;
 use crate::training::optimizers::{Kind, UpdateRule};
 use crate::walk::walk;
 
@@ -27,6 +26,8 @@ use crate::walk::walk;
 pub struct PathOptimizer {
     rule: UpdateRule,
     state: BTreeMap<String, DynState>,
+    /// Factors on the learning rate, of parameters that have another than 1.
+    rate_factors: BTreeMap<String, f64>,
 }
 
 impl std::fmt::Debug for PathOptimizer {
@@ -98,7 +99,15 @@ impl PathOptimizer {
         Self {
             rule: rule.into(),
             state: BTreeMap::new(),
+            rate_factors: BTreeMap::new(),
         }
+    }
+
+    /// Multiplies the learning rate of these parameters, by path, from now on; they are no part of the state.
+    ///
+    /// Prodigy has one rate for all parameters, and takes no notice.
+    pub fn set_rate_factors(&mut self, factors: BTreeMap<String, f64>) {
+        self.rate_factors = factors;
     }
 
     /// One step of every trainable parameter of `model`.
@@ -170,10 +179,9 @@ impl PathOptimizer {
         let Kind::ScheduleFree(rule) = &self.rule.0 else {
             return None;
         };
-        Some(model.clone().map(&mut Average {
-            rule,
-            state: &self.state,
-            path: Vec::new(),
+        Some(with_values(model, |path, y| {
+            let state = self.state.get(path)?; // none before the first step
+            Some(rule.average(y, state.downcast_ref()))
         }))
     }
 
@@ -395,36 +403,6 @@ fn sum_on_host(tensors: Vec<Tensor<1>>) -> f64 {
     values.flatten().map(f64::from).sum()
 }
 
-/// Puts the average of each trainable parameter in its place.
-struct Average<'a> {
-    rule: &'a ScheduleFree,
-    state: &'a BTreeMap<String, DynState>,
-    path: Vec<String>,
-}
-
-impl ModuleMapper for Average<'_> {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.into());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        if !param.is_initialized() || !param.is_require_grad() {
-            return param;
-        }
-        let Some(state) = self.state.get(&self.path.join(".")) else {
-            return param; // no step was made yet
-        };
-        param.map(|tensor| {
-            let average = self.rule.average(tensor.inner(), state.downcast_ref());
-            Tensor::from_inner(average).require_grad()
-        })
-    }
-}
-
 struct Walk<'a> {
     owner: &'a mut PathOptimizer,
     gradients: Gradients,
@@ -450,13 +428,21 @@ impl ModuleMapper for Walk<'_> {
             return param; // the paths were compared before
         };
         let gradient = gradient.reshape::<D, _>(param.shape()).into_bridge();
-        let PathOptimizer { rule, state } = &mut *self.owner;
+        let PathOptimizer {
+            rule,
+            state,
+            rate_factors,
+        } = &mut *self.owner;
+        let factor = match rule.0 {
+            Kind::Prodigy(_) => None,
+            _ => rate_factors.get(&path),
+        };
+        let rate = self.learning_rate * factor.copied().unwrap_or(1.0);
         let before = state.remove(&path);
         let mut next = None;
         let param = param.map(|tensor| {
             let tensor = tensor.inner().into_bridge();
-            let (tensor, state) =
-                (rule.0.of_tensors()).step_dyn(D, self.learning_rate, tensor, gradient, before);
+            let (tensor, state) = (rule.0.of_tensors()).step_dyn(D, rate, tensor, gradient, before);
             next = state;
             Tensor::from_inner(Tensor::from_bridge(tensor)).require_grad()
         });

@@ -10,7 +10,6 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use flux_model::family::Family;
 use flux_model::weights::BaseDtype;
 use lora_core::LoraConfig;
 use lora_core::files::digest::sha256_hex;
@@ -35,6 +34,7 @@ mod optimizer;
 pub mod preset;
 mod read;
 mod rules;
+mod targets;
 #[cfg(test)]
 mod tests;
 
@@ -53,7 +53,7 @@ const MAX_SEQUENCE_LENGTH: usize = 512;
 ///
 /// Steps already taken keep their meaning. Any other change would silently make the resumed run differ from one that was
 /// never stopped.
-const MAY_CHANGE_ON_RESUME: [&str; 15] = [
+const MAY_CHANGE_ON_RESUME: [&str; 22] = [
     // Where things are; what they hold is compared by digest.
     "model.path",
     "model.transformer",
@@ -72,10 +72,25 @@ const MAY_CHANGE_ON_RESUME: [&str; 15] = [
     "export.",
     "logging.",
     "sample.",
+    // Looks on, but for the share that is held out.
+    "validation.path",
+    "validation.every",
+    "validation.bands",
+    "validation.patience",
+    "validation.seed",
+    "ema.sample",
+    "ema.export",
 ];
 
 /// What diffusers' script and kohya's call some keys, where the spelling gives no hint.
-const OTHER_NAMES: [(&str, &str); 17] = [
+const OTHER_NAMES: [(&str, &str); 24] = [
+    ("caption_dropout_rate", "dataset.caption_dropout"),
+    ("clip_threshold", "optimizer.d"),
+    ("decay_rate", "optimizer.beta2_decay"),
+    ("ema_decay", "ema.decay"),
+    ("flip_aug", "dataset.random_flip"),
+    ("optimizer_type", "optimizer.name"),
+    ("random_crop", "dataset.random_crops"),
     ("adapter", "lora.init_from"),
     ("checkpointing_steps", "checkpoint.every"),
     ("checkpoints_total_limit", "checkpoint.keep"),
@@ -122,6 +137,12 @@ pub struct RunConfig {
     /// Preview images; without this section none are made.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample: Option<SampleSection>,
+    /// The loss on pictures that are not trained on; without this section it is not measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub validation: Option<ValidationSection>,
+    /// A moving average of the weights; without this section there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ema: Option<EmaSection>,
 }
 
 /// The frozen base model.
@@ -153,8 +174,12 @@ pub struct ModelSection {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DatasetSection {
-    /// Folder of images with captions, as [`crate::data::scan::scan`] reads it. Required.
+    /// Folder of images with captions, as [`crate::data::scan::scan`] reads it. Required, unless there are `folders`.
+    #[serde(skip_serializing_if = "is_default")]
     pub path: PathBuf,
+    /// Several folders in place of `path`, each with settings of its own. Default: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub folders: Vec<FolderSection>,
     /// Folder of reference pictures, for models that edit (FLUX.2 klein, FLUX.1 Kontext): under the name of their image, or several
     /// with _1, _2 and so on behind it. The caption says what to do with them. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -162,13 +187,40 @@ pub struct DatasetSection {
     /// Folder of masks under the names of their images, for FLUX.1 Fill: what is white is painted anew. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mask: Option<PathBuf>,
-    /// Side in pixels of the square whose area no training image exceeds; a multiple of 16. Default 512.
-    pub resolution: u32,
+    /// Images to leave out, by their path in the dataset; `--skip-bad` adds those that cannot be read. Default: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub skip: Vec<String>,
+    /// Side in pixels of the square whose area no training image exceeds; a multiple of 16. With a list every image is trained on
+    /// at each. Default 512.
+    pub resolution: OneOrMany<u32>,
     /// Sides of training images are multiples of this many pixels; itself a multiple of 16. Smaller steps crop less and
     /// make more different sizes. Default 64.
     pub bucket_step: u32,
     /// Mirror images left to right, each time with probability 1/2. Default false.
     pub random_flip: bool,
+    /// Places that an image is cropped at, one of them each time: 1 is the centre, more are drawn anew for each image and encoded
+    /// once. Default 1.
+    #[serde(skip_serializing_if = "is_one")]
+    pub random_crops: usize,
+    /// A word put in front of captions that have it not, and in place of every "[trigger]" in them. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trigger_word: Option<String>,
+    /// Train with the tags of a caption in other orders. Default false.
+    #[serde(skip_serializing_if = "is_default")]
+    pub shuffle_caption: bool,
+    /// Tags at the beginning of a caption that are neither moved nor dropped. Default 0.
+    #[serde(skip_serializing_if = "is_default")]
+    pub keep_tokens: usize,
+    /// Probability in [0, 1) of leaving out a tag of a caption. Default 0.
+    #[serde(skip_serializing_if = "is_default")]
+    pub caption_tag_dropout_rate: f64,
+    /// What stands between the tags of a caption. Default ",".
+    #[serde(skip_serializing_if = "is_comma")]
+    pub caption_separator: String,
+    /// Texts that are made of a caption by `shuffle_caption` and `caption_tag_dropout_rate`, and encoded once; each step picks one
+    /// of them. Default 8.
+    #[serde(skip_serializing_if = "is_eight")]
+    pub caption_variants: usize,
     /// A caption beside its image is the file with the image's name and this extension, without the dot. Default "txt".
     pub caption_extension: String,
     /// Probability in [0, 1] of training on the empty caption instead of the image's own. Default 0.
@@ -181,14 +233,78 @@ impl Default for DatasetSection {
     fn default() -> Self {
         Self {
             path: PathBuf::new(),
+            folders: Vec::new(),
             reference: None,
             mask: None,
-            resolution: 512,
+            skip: Vec::new(),
+            resolution: OneOrMany::One(512),
             bucket_step: 64,
             random_flip: false,
+            random_crops: 1,
+            trigger_word: None,
+            shuffle_caption: false,
+            keep_tokens: 0,
+            caption_tag_dropout_rate: 0.0,
+            caption_separator: ",".into(),
+            caption_variants: 8,
             caption_extension: "txt".into(),
             caption_dropout: 0.0,
             max_sequence_length: 512,
+        }
+    }
+}
+
+impl DatasetSection {
+    /// Whether a sample is trained with other texts than its caption.
+    pub(crate) fn varies_captions(&self) -> bool {
+        self.shuffle_caption || self.caption_tag_dropout_rate > 0.0
+    }
+
+    /// The largest resolution, which takes most memory.
+    pub(crate) fn largest_resolution(&self) -> u32 {
+        let resolutions = self.resolution.as_slice().iter().copied();
+        resolutions.max().unwrap_or_default()
+    }
+
+    /// What the tags of a varied caption are joined by.
+    pub(crate) fn joined_by(&self) -> String {
+        format!("{} ", self.caption_separator.trim())
+    }
+
+    /// The folders: `path` is one that is seen once and weighs 1.
+    pub fn all_folders(&self) -> Vec<FolderSection> {
+        match self.folders.is_empty() {
+            true => vec![FolderSection {
+                path: self.path.clone(),
+                ..FolderSection::default()
+            }],
+            false => self.folders.clone(),
+        }
+    }
+}
+
+/// One of several folders of images with captions.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FolderSection {
+    /// The folder. Required.
+    pub path: PathBuf,
+    /// Times that its images are seen in an epoch. Default 1.
+    pub repeats: usize,
+    /// Factor on the loss of its images, above 0. Default 1.
+    pub loss_weight: f64,
+    /// In place of `dataset.trigger_word`, for this folder. Default: that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trigger_word: Option<String>,
+}
+
+impl Default for FolderSection {
+    fn default() -> Self {
+        Self {
+            path: PathBuf::new(),
+            repeats: 1,
+            loss_weight: 1.0,
+            trigger_word: None,
         }
     }
 }
@@ -205,11 +321,18 @@ pub struct LoraSection {
     pub r: usize,
     /// Numerator of the scale `lora_alpha / r` (`lora_alpha / sqrt(r)` with `use_rslora`). Default 16.
     pub lora_alpha: f64,
-    /// Layers to adapt: a list of path endings, or one regular expression for the whole path, or "all-linear".
+    /// Layers to adapt: a list of path endings, one regular expression for the whole path, or a name: "all-linear", "attention",
+    /// "kohya-default" (all layers of all blocks), "diffusers-default".
     /// Default: those that diffusers' training script for the model adapts (FLUX.1: attention and feed-forward layers,
     /// FLUX.2 klein: attention of the image and whole single-stream blocks).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_modules: Option<Targets>,
+    /// Only these double-stream blocks, in kohya's form: "0-3,7", "none" or "all". Default: all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train_double_block_indices: Option<String>,
+    /// Only these single-stream blocks, in the same form. Default: all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train_single_block_indices: Option<String>,
     /// Layers to leave alone though `target_modules` names them, in the same forms. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exclude_modules: Option<Targets>,
@@ -256,6 +379,8 @@ impl Default for LoraSection {
             r: 16,
             lora_alpha: 16.0,
             target_modules: None,
+            train_double_block_indices: None,
+            train_single_block_indices: None,
             exclude_modules: None,
             layers_to_transform: None,
             layers_pattern: None,
@@ -280,6 +405,18 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
+fn is_one(value: &usize) -> bool {
+    *value == 1
+}
+
+fn is_eight(value: &usize) -> bool {
+    *value == 8
+}
+
+fn is_comma(value: &str) -> bool {
+    value == ","
+}
+
 fn is_minus_one(value: &i64) -> bool {
     *value == -1
 }
@@ -291,13 +428,6 @@ impl LoraSection {
             .init_lora_weights
             .is_some_and(|init| init.splits_base());
         self.use_dora || splits
-    }
-
-    /// Puts what the family `F` adapts where no targets are named, so that a run keeps them by name.
-    pub fn name_targets<F: Family>(&mut self) {
-        let endings = || F::TARGETS.iter().map(|ending| String::from(*ending));
-        self.target_modules
-            .get_or_insert_with(|| Targets::List(endings().collect()));
     }
 
     /// The same as PEFT's configuration; no target if none is named.
@@ -621,6 +751,62 @@ impl Default for LoggingSection {
     }
 }
 
+/// The loss on pictures that are not trained on, at noise and noise levels that never change.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ValidationSection {
+    /// Folder of held-out images with captions, in the forms of `dataset.path`. This or `share` is required in this section.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Share of the dataset to hold out, above 0 and below 1; the same samples whenever the run goes on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share: Option<f64>,
+    /// Validate each time this many optimizer steps are done. Default 100.
+    pub every: u64,
+    /// Bands of equal width that [0, 1] is cut into; each sample is tried once in each, at its own level. Default 4.
+    pub bands: usize,
+    /// Stop when the loss has not fallen for this many validations; absent to go on. Default: absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub patience: Option<u64>,
+    /// Seed of the noise, the levels and the share. Default 42.
+    pub seed: u64,
+}
+
+impl Default for ValidationSection {
+    fn default() -> Self {
+        Self {
+            path: None,
+            share: None,
+            every: 100,
+            bands: 4,
+            patience: None,
+            seed: 42,
+        }
+    }
+}
+
+/// A moving average of the weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EmaSection {
+    /// Share of the average that is kept in a step, above 0 and below 1; less in the first steps, as in diffusers. Default 0.999.
+    pub decay: f64,
+    /// Make previews with the average. Default true.
+    pub sample: bool,
+    /// Write the average as the finished LoRA. Default true.
+    pub export: bool,
+}
+
+impl Default for EmaSection {
+    fn default() -> Self {
+        Self {
+            decay: 0.999,
+            sample: true,
+            export: true,
+        }
+    }
+}
+
 /// What the finished LoRA is written as.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -899,10 +1085,11 @@ impl RunConfig {
 
     /// The sides of images in pixels, with their keys: models may want them to be multiples of more than 16.
     pub(crate) fn sides(&self) -> Vec<(&'static str, u32)> {
-        let mut sides = vec![
-            ("dataset.resolution", self.dataset.resolution),
-            ("dataset.bucket_step", self.dataset.bucket_step),
-        ];
+        let resolutions = self.dataset.resolution.as_slice().iter();
+        let mut sides: Vec<_> = resolutions
+            .map(|&side| ("dataset.resolution", side))
+            .collect();
+        sides.push(("dataset.bucket_step", self.dataset.bucket_step));
         if let Some(sample) = &self.sample {
             sides.extend([
                 ("sample.height", sample.height),
@@ -910,6 +1097,11 @@ impl RunConfig {
             ]);
         }
         sides
+    }
+
+    /// Whether the finished LoRA is the average of `[ema]`.
+    pub(crate) fn exports_ema(&self) -> bool {
+        self.ema.as_ref().is_some_and(|ema| ema.export)
     }
 
     /// What is allowed and hardly meant, a sentence each.
@@ -935,7 +1127,6 @@ impl RunConfig {
             ("model.path", Some(&mut self.model.path)),
             ("model.transformer", self.model.transformer.as_mut()),
             ("model.vae", self.model.vae.as_mut()),
-            ("dataset.path", Some(&mut self.dataset.path)),
             ("dataset.reference", self.dataset.reference.as_mut()),
             ("dataset.mask", self.dataset.mask.as_mut()),
             ("lora.init_from", self.lora.init_from.as_mut()),
@@ -945,9 +1136,24 @@ impl RunConfig {
                     .as_mut()
                     .and_then(|sample| sample.preview_vae.as_mut()),
             ),
+            (
+                "validation.path",
+                (self.validation.as_mut()).and_then(|validation| validation.path.as_mut()),
+            ),
         ]
         .into_iter()
         .filter_map(|(key, path)| path.map(|path| (key, path)))
+        .chain(
+            self.dataset
+                .folders
+                .iter_mut()
+                .map(|folder| ("dataset.folders", &mut folder.path)),
+        )
+        .chain(
+            Some(&mut self.dataset.path)
+                .filter(|path| !path.as_os_str().is_empty())
+                .map(|path| ("dataset.path", path)),
+        )
     }
 
     /// The rules; the error is a key and what is wrong with its value.
@@ -961,6 +1167,17 @@ impl RunConfig {
         self.memory.check(&self.lora)?;
         self.checkpoint.check()?;
         self.export.check(self.lora.peft_type)?;
+        if let Some(validation) = &self.validation {
+            validation.check()?;
+            let beside = self.dataset.reference.is_some() || self.dataset.mask.is_some();
+            if validation.path.is_some() && beside {
+                let problem = "cannot be given with `dataset.reference` or `dataset.mask`, which have pictures for those of the dataset alone: hold out a share, with `validation.share`";
+                return Err(("validation.path", problem.into()));
+            }
+        }
+        if let Some(ema) = &self.ema {
+            ema.check(&self.optimizer.rule)?;
+        }
         self.sample.as_ref().map_or(Ok(()), SampleSection::check)
     }
 }

@@ -2,6 +2,10 @@
 //!
 //! The options and their defaults are those of [`OptimizerConfig`]; one that the optimizer has not is refused.
 
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::bail;
+use lora_core::peft::Patterns;
 use lora_core::training::optimizers::{
     AdafactorOptions, AdamOptions, AdamW8bitOptions, AdamWOptions, LionOptions, OptimizerConfig,
     ProdigyOptions, ScheduleFreeOptions, SgdOptions,
@@ -20,6 +24,10 @@ pub struct OptimizerSection {
     pub learning_rate: f64,
     /// Gradients are scaled down when their norm over all factors together exceeds this.
     pub max_grad_norm: Option<f64>,
+    /// Factor on the learning rate of the second factor of every update (`lora_B`), as LoRA+ has it, arXiv:2402.12354.
+    pub loraplus_lr_ratio: Option<f64>,
+    /// Factors on the learning rate of the layers whose path matches the key, as in `lora.rank_pattern`.
+    pub lr_pattern: Patterns<f64>,
     /// The update rule: its `name` and the options of that name, beside the other keys.
     pub rule: OptimizerConfig,
 }
@@ -31,13 +39,25 @@ struct Common {
     learning_rate: Option<f64>,
     #[serde(with = "number_or_none")]
     max_grad_norm: Option<f64>,
+    loraplus_lr_ratio: Option<f64>,
+    lr_pattern: Patterns<f64>,
 }
+
+/// Their names.
+const COMMON: [&str; 4] = [
+    "learning_rate",
+    "max_grad_norm",
+    "loraplus_lr_ratio",
+    "lr_pattern",
+];
 
 impl Default for Common {
     fn default() -> Self {
         Self {
             learning_rate: None,
             max_grad_norm: Some(1.0),
+            loraplus_lr_ratio: None,
+            lr_pattern: Patterns::default(),
         }
     }
 }
@@ -54,6 +74,8 @@ impl OptimizerSection {
                 _ => 1e-4,
             },
             max_grad_norm: Some(1.0),
+            loraplus_lr_ratio: None,
+            lr_pattern: Patterns::default(),
             rule,
         }
     }
@@ -61,19 +83,22 @@ impl OptimizerSection {
     /// Reads what is written; the error is a key and what is wrong with its value.
     pub(super) fn read(mut table: Table) -> Result<Self, (String, String)> {
         let common: Common = part(&table)?;
-        table.retain(|key, _| key != "learning_rate" && key != "max_grad_norm");
+        table.retain(|key, _| COMMON.iter().all(|common| key != *common));
         table.entry("name").or_insert_with(|| "adamw".into());
         let section = Self::of(part(&table)?);
         Ok(Self {
             learning_rate: common.learning_rate.unwrap_or(section.learning_rate),
             max_grad_norm: common.max_grad_norm,
+            loraplus_lr_ratio: common.loraplus_lr_ratio,
+            lr_pattern: common.lr_pattern,
             ..section
         })
     }
 
     /// Every key that some optimizer has.
     pub(super) fn keys() -> Vec<&'static str> {
-        let mut keys = vec!["name", "learning_rate", "max_grad_norm"];
+        let mut keys = vec!["name"];
+        keys.extend(COMMON);
         for options in [
             fields_of::<AdamWOptions>(),
             fields_of::<AdamW8bitOptions>(),
@@ -89,6 +114,40 @@ impl OptimizerSection {
             keys.extend(new);
         }
         keys
+    }
+
+    /// The factor on the learning rate of each of these parameters that has another than 1.
+    ///
+    /// # Errors
+    /// A pattern that is no regular expression, or matches no layer.
+    pub fn rate_factors<'a>(
+        &self,
+        parameters: impl IntoIterator<Item = &'a String>,
+    ) -> anyhow::Result<BTreeMap<String, f64>> {
+        let mut unused: BTreeSet<&str> = self.lr_pattern.iter().map(|(key, _)| key).collect();
+        let mut factors = BTreeMap::new();
+        for path in parameters {
+            let layer = path
+                .split_once(".weight.adapter.")
+                .map_or(path.as_str(), |(l, _)| l);
+            let mut factor = 1.0;
+            if let Some((pattern, of_layer)) = self.lr_pattern.matching(layer)? {
+                unused.remove(pattern);
+                factor = of_layer;
+            }
+            if let Some(ratio) = self.loraplus_lr_ratio
+                && path.ends_with(".lora_B")
+            {
+                factor *= ratio;
+            }
+            if factor != 1.0 {
+                factors.insert(path.clone(), factor);
+            }
+        }
+        if let Some(pattern) = unused.first() {
+            bail!("`optimizer.lr_pattern`: `{pattern}` matches no layer that is trained");
+        }
+        Ok(factors)
     }
 
     /// The name and the options of [`rule`](Self::rule), as they are written.
@@ -140,6 +199,12 @@ impl Serialize for OptimizerSection {
         table.extend(options);
         let norm = self.max_grad_norm.map_or("none".into(), Value::from);
         table.insert("max_grad_norm".into(), norm);
+        let ratio = self.loraplus_lr_ratio;
+        table.extend(ratio.map(|ratio| ("loraplus_lr_ratio".into(), ratio.into())));
+        if !self.lr_pattern.is_empty() {
+            let pattern = Value::try_from(&self.lr_pattern).map_err(ser::Error::custom)?;
+            table.insert("lr_pattern".into(), pattern);
+        }
         table.serialize(serializer)
     }
 }

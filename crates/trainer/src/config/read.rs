@@ -176,7 +176,7 @@ pub(super) fn insert(table: &mut Table, keys: &[String], value: Value) -> Result
 }
 
 /// The sections and their keys.
-pub(super) fn sections() -> [(&'static str, Vec<&'static str>); 11] {
+pub(super) fn sections() -> [(&'static str, Vec<&'static str>); 13] {
     [
         ("model", fields_of::<ModelSection>().to_vec()),
         ("dataset", fields_of::<DatasetSection>().to_vec()),
@@ -189,6 +189,8 @@ pub(super) fn sections() -> [(&'static str, Vec<&'static str>); 11] {
         ("export", fields_of::<ExportSection>().to_vec()),
         ("logging", fields_of::<LoggingSection>().to_vec()),
         ("sample", fields_of::<SampleSection>().to_vec()),
+        ("validation", fields_of::<ValidationSection>().to_vec()),
+        ("ema", fields_of::<EmaSection>().to_vec()),
     ]
 }
 

@@ -6,11 +6,13 @@ use lora_core::peft::{PeftType, Targets};
 use lora_core::training::optimizers::{OptimizerConfig, SgdOptions};
 use toml::Value;
 
+use super::targets::{Indices, block_indices};
 use super::{
-    BasePlace, CheckpointSection, DatasetSection, ExportFormat, ExportSection, LoraSection,
-    LossType, LossWeighting, LrSchedulerName, LrSchedulerSection, MAX_COUNT, MAX_SEQUENCE_LENGTH,
-    MAX_SIDE_PX, MemorySection, ModelSection, OptimizerSection, Recompute, SIDE_MULTIPLE_PX,
-    SampleSection, TimestepSampling, TimestepShift, TrainSection,
+    BasePlace, CheckpointSection, DatasetSection, EmaSection, ExportFormat, ExportSection,
+    LoraSection, LossType, LossWeighting, LrSchedulerName, LrSchedulerSection, MAX_COUNT,
+    MAX_SEQUENCE_LENGTH, MAX_SIDE_PX, MemorySection, ModelSection, OptimizerSection, Recompute,
+    SIDE_MULTIPLE_PX, SampleSection, TimestepSampling, TimestepShift, TrainSection,
+    ValidationSection,
 };
 use crate::data::image::is_image_extension;
 use crate::nearest::one_line;
@@ -51,12 +53,28 @@ impl ModelSection {
 
 impl DatasetSection {
     pub(super) fn check(&self) -> Result<(), Invalid> {
-        check_path("dataset.path", Some(&self.path))?;
+        if self.folders.is_empty() {
+            check_path("dataset.path", Some(&self.path))?;
+        } else if !self.path.as_os_str().is_empty() {
+            let problem = "cannot be given with `dataset.path`: name that folder among them";
+            return Err(("dataset.folders", problem.into()));
+        }
+        for folder in &self.folders {
+            check_path("dataset.folders", Some(&folder.path))?;
+            check_count("dataset.folders", folder.repeats, MAX_COUNT)?;
+            ABOVE_0.check("dataset.folders", folder.loss_weight)?;
+            check_word("dataset.folders", folder.trigger_word.as_deref())?;
+        }
+        check_word("dataset.trigger_word", self.trigger_word.as_deref())?;
         for (key, folder) in [
             ("dataset.reference", &self.reference),
             ("dataset.mask", &self.mask),
         ] {
             check_path(key, folder.as_deref())?;
+            if folder.is_some() && !self.folders.is_empty() {
+                let problem = "cannot be together with `dataset.folders` yet: give one folder as `dataset.path`";
+                return Err((key, problem.into()));
+            }
             if folder.as_ref() == Some(&self.path) {
                 let problem = "is `dataset.path`: put these pictures into a folder of their own";
                 return Err((key, problem.into()));
@@ -66,14 +84,38 @@ impl DatasetSection {
             let problem = "cannot be together with `dataset.mask`: no model reads both";
             return Err(("dataset.reference", problem.into()));
         }
-        check_side("dataset.resolution", self.resolution)?;
         check_side("dataset.bucket_step", self.bucket_step)?;
-        if self.bucket_step > self.resolution {
-            let problem = format!(
-                "must be at most dataset.resolution = {}, found {}",
-                self.resolution, self.bucket_step
-            );
-            return Err(("dataset.bucket_step", problem));
+        let resolutions = self.resolution.as_slice();
+        if resolutions.is_empty() {
+            return Err(("dataset.resolution", "must name at least one".into()));
+        }
+        for (index, &resolution) in resolutions.iter().enumerate() {
+            check_side("dataset.resolution", resolution)?;
+            if resolutions[..index].contains(&resolution) {
+                let problem = format!("must name each only once, found {resolution} twice");
+                return Err(("dataset.resolution", problem));
+            }
+            if self.bucket_step > resolution {
+                let problem = format!(
+                    "must be at most dataset.resolution = {resolution}, found {}",
+                    self.bucket_step
+                );
+                return Err(("dataset.bucket_step", problem));
+            }
+        }
+        check_count("dataset.random_crops", self.random_crops, 64)?;
+        check_count("dataset.caption_variants", self.caption_variants, 1024)?;
+        BELOW_1.check(
+            "dataset.caption_tag_dropout_rate",
+            self.caption_tag_dropout_rate,
+        )?;
+        if self.caption_separator.trim().is_empty() {
+            let problem = "must be what stands between tags, such as \",\"";
+            return Err(("dataset.caption_separator", problem.into()));
+        }
+        if self.keep_tokens > 0 && !self.varies_captions() {
+            let problem = "has no effect without `shuffle_caption` or `caption_tag_dropout_rate`";
+            return Err(("dataset.keep_tokens", problem.into()));
         }
         let extension = &self.caption_extension;
         let is_plain = extension.chars().all(|c| c.is_ascii_alphanumeric());
@@ -108,6 +150,29 @@ impl LoraSection {
         };
         if nothing {
             return Err(("lora.target_modules", "must name at least one layer".into()));
+        }
+        let mut empty = Vec::new();
+        for (key, text) in [
+            (
+                "lora.train_double_block_indices",
+                &self.train_double_block_indices,
+            ),
+            (
+                "lora.train_single_block_indices",
+                &self.train_single_block_indices,
+            ),
+        ] {
+            let Some(text) = text else { continue };
+            if block_indices(text).map_err(|problem| (key, problem))? == Indices::These(Vec::new())
+            {
+                empty.push(key);
+            }
+        }
+        if let [_, key] = empty[..] {
+            return Err((
+                key,
+                "leaves no block to adapt, with none of the double ones either".into(),
+            ));
         }
         BELOW_1.check("lora.lora_dropout", self.lora_dropout)?;
         if self.peft_type != PeftType::Lora && self.init_from.is_some() {
@@ -153,7 +218,23 @@ impl OptimizerSection {
                 ABOVE_0.check("optimizer.betas", options.betas[0])?;
             }
             OptimizerConfig::Sgd(options) => check_momentum(options)?,
+            OptimizerConfig::Prodigy(_) => {
+                let problem =
+                    "cannot be used with name = \"prodigy\", which has one rate for all parameters";
+                if self.loraplus_lr_ratio.is_some() {
+                    return Err(("optimizer.loraplus_lr_ratio", problem.into()));
+                }
+                if !self.lr_pattern.is_empty() {
+                    return Err(("optimizer.lr_pattern", problem.into()));
+                }
+            }
             _ => {}
+        }
+        if let Some(ratio) = self.loraplus_lr_ratio {
+            ABOVE_0.check("optimizer.loraplus_lr_ratio", ratio)?;
+        }
+        for (_, &factor) in self.lr_pattern.iter() {
+            AT_LEAST_0.check("optimizer.lr_pattern", factor)?;
         }
         if let Some(norm) = self.max_grad_norm {
             let rule = Rule("above 0, or \"none\" for no clipping", ABOVE_0.1);
@@ -353,6 +434,52 @@ impl SampleSection {
         check_side("sample.width", self.width)?;
         check_seed("sample.seed", self.seed)?;
         check_path("sample.preview_vae", self.preview_vae.as_deref())
+    }
+}
+
+impl ValidationSection {
+    pub(super) fn check(&self) -> Result<(), Invalid> {
+        match (&self.path, self.share) {
+            (None, None) => {
+                let problem = "or `validation.share` is required: name a folder of held-out pictures, or the share of the dataset to hold out";
+                return Err(("validation.path", problem.into()));
+            }
+            (Some(_), Some(_)) => {
+                let problem =
+                    "cannot be given with `validation.path`: hold out a share, or name a folder";
+                return Err(("validation.share", problem.into()));
+            }
+            (path, share) => {
+                check_path("validation.path", path.as_deref())?;
+                let rule = Rule("above 0 and below 1", |x| x > 0.0 && x < 1.0);
+                share.map_or(Ok(()), |share| rule.check("validation.share", share))?;
+            }
+        }
+        check_at_least_1("validation.every", self.every)?;
+        check_count("validation.bands", self.bands, 64)?;
+        (self.patience).map_or(Ok(()), |n| check_at_least_1("validation.patience", n))?;
+        check_seed("validation.seed", self.seed)
+    }
+}
+
+impl EmaSection {
+    pub(super) fn check(&self, rule: &OptimizerConfig) -> Result<(), Invalid> {
+        if matches!(rule, OptimizerConfig::ScheduleFreeAdamw(_)) {
+            let problem = "cannot be used with optimizer.name = \"schedule_free_adamw\", which has an average of its own";
+            return Err(("ema", problem.into()));
+        }
+        let between = Rule("above 0 and below 1", |x| x > 0.0 && x < 1.0);
+        between.check("ema.decay", self.decay)
+    }
+}
+
+fn check_word(key: &'static str, word: Option<&str>) -> Result<(), Invalid> {
+    match word {
+        Some(word) if word.trim().is_empty() || word.contains(char::is_control) => {
+            let problem = format!("must be a word, found \"{}\"", one_line(word));
+            Err((key, problem))
+        }
+        _ => Ok(()),
     }
 }
 

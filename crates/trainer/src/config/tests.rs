@@ -190,10 +190,11 @@ fn every_default_is_written_out() {
         .expect("TOML holds it");
     let table: Table = toml::from_str(&text).expect("what was written");
     for (section, keys) in sections() {
-        if section == "sample" {
-            continue; // absent: no previews
+        if ["sample", "validation", "ema"].contains(&section) {
+            continue; // absent: none
         }
         let keys = match section {
+            // The options of other optimizers, and factors on the rate, are absent.
             "optimizer" => ["name", "learning_rate", "betas", "eps"]
                 .into_iter()
                 .chain(["weight_decay", "max_grad_norm"])
@@ -207,6 +208,19 @@ fn every_default_is_written_out() {
                 "reference",
                 "mask",
                 "target_modules", // the family's
+                "reference",
+                "mask",
+                "folders",
+                "skip",
+                "random_crops",
+                "trigger_word",
+                "shuffle_caption",
+                "keep_tokens",
+                "caption_tag_dropout_rate",
+                "caption_separator",
+                "caption_variants",
+                "train_double_block_indices",
+                "train_single_block_indices",
                 "exclude_modules",
                 "rank_pattern",
                 "alpha_pattern",
@@ -683,6 +697,105 @@ fn schedules_have_the_defaults_of_their_name() {
     assert_refused(
         "[lr_scheduler]\nname = \"polynomial\"\nlr_end = 1e-3",
         "`lr_scheduler.lr_end` in run.toml:3: must be below optimizer.learning_rate = 0.0001, found 0.001",
+    );
+}
+
+#[test]
+fn data_options_refuse_nonsense() {
+    for (section, problem) in [
+        (
+            "[[dataset.folders]]\npath = \"a\"",
+            "`dataset.folders` in run.toml:1: cannot be given with `dataset.path`: name that folder among them",
+        ),
+        (
+            "[dataset]\nresolution = []",
+            "`dataset.resolution` in run.toml:2: must name at least one",
+        ),
+        (
+            "[dataset]\nresolution = [512, 512]",
+            "`dataset.resolution` in run.toml:2: must name each only once, found 512 twice",
+        ),
+        (
+            "[dataset]\nresolution = [512, 500]",
+            "`dataset.resolution` in run.toml:2: must be a multiple of 16 between 16 and 8192, found 500: take 496 or 512",
+        ),
+        (
+            "[dataset]\nrandom_crops = 0",
+            "`dataset.random_crops` in run.toml:2: must be between 1 and 64, found 0",
+        ),
+        (
+            "[dataset]\nkeep_tokens = 1",
+            "`dataset.keep_tokens` in run.toml:2: has no effect without `shuffle_caption` or `caption_tag_dropout_rate`",
+        ),
+        (
+            "[dataset]\ncaption_separator = \" \"",
+            "`dataset.caption_separator` in run.toml:2: must be what stands between tags, such as \",\"",
+        ),
+        (
+            "[dataset]\ntrigger_word = \"\"",
+            "`dataset.trigger_word` in run.toml:2: must be a word, found \"\"",
+        ),
+        (
+            "[lora]\ntrain_double_block_indices = \"3-1\"",
+            "`lora.train_double_block_indices` in run.toml:2: must be \"all\", \"none\", or numbers and ranges as in \"0-3,7\", found \"3-1\"",
+        ),
+        (
+            "[lora]\ntrain_double_block_indices = \"none\"\ntrain_single_block_indices = \"none\"",
+            "`lora.train_single_block_indices` in run.toml:3: leaves no block to adapt, with none of the double ones either",
+        ),
+        (
+            "[optimizer]\nname = \"prodigy\"\nloraplus_lr_ratio = 4.0",
+            "`optimizer.loraplus_lr_ratio` in run.toml:3: cannot be used with name = \"prodigy\", which has one rate for all parameters",
+        ),
+        (
+            "[optimizer]\nlr_pattern = { to_q = -1.0 }",
+            "`optimizer.lr_pattern` in run.toml:2: must be at least 0, found -1",
+        ),
+        (
+            "[ema]\ndecay = 1.0",
+            "`ema.decay` in run.toml:2: must be above 0 and below 1, found 1",
+        ),
+        (
+            "[validation]\nevery = 5",
+            "`validation.path` in run.toml: or `validation.share` is required: name a folder of held-out pictures, or the share of the dataset to hold out",
+        ),
+    ] {
+        assert_refused(section, problem);
+    }
+    let folders = "[dataset]\n[[dataset.folders]]\npath = \"a\"\n[[dataset.folders]]\npath = \"b\"\nrepeats = 3\nloss_weight = 0.5";
+    let config = RunConfig::from_toml(folders, Path::new("run.toml"), &["model.path=flux".into()]);
+    let config = config.expect("good");
+    let again = RunConfig::from_toml(&config.to_toml().expect("TOML"), Path::new("again"), &[]);
+    assert_eq!(again.expect("what was written"), config);
+    assert_eq!(config.dataset.folders[1].repeats, 3);
+}
+
+#[test]
+fn rates_have_factors_by_layer_and_for_the_second_factor() {
+    let config = read(
+        "[optimizer]\nloraplus_lr_ratio = 16\nlr_pattern = { \"single_transformer_blocks.*\" = 0.5 }",
+    );
+    let config = config.expect("good").optimizer;
+    let path = |layer: &str, factor: &str| format!("{layer}.weight.adapter.default.{factor}");
+    let paths = [
+        path("transformer_blocks.0.attn.to_q", "lora_A"),
+        path("transformer_blocks.0.attn.to_q", "lora_B"),
+        path("single_transformer_blocks.0.attn.to_q", "lora_A"),
+        path("single_transformer_blocks.0.attn.to_q", "lora_B"),
+    ];
+    let factors = config.rate_factors(&paths).expect("all are used");
+    let factor = |index: usize| factors.get(&paths[index]).copied();
+    assert_eq!(
+        [factor(0), factor(1), factor(2), factor(3)],
+        [None, Some(16.0), Some(0.5), Some(8.0)]
+    );
+    let error = config
+        .rate_factors(&paths[..2])
+        .expect_err("no single block")
+        .to_string();
+    assert!(
+        error.contains("matches no layer that is trained"),
+        "{error}"
     );
 }
 

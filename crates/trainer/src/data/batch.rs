@@ -13,9 +13,9 @@ use lora_core::random::Stream;
 
 use crate::backward::MicroBatch;
 use crate::condition::condition;
-use crate::config::RunConfig;
+use crate::config::{RunConfig, TrainSection};
 use crate::data::bucket::Bucket;
-use crate::data::cache::Cache;
+use crate::data::cache::{Beside, Cache};
 use crate::loss::{Penalty, draw_sigma, loss_of_zero, loss_weight};
 use crate::step::Drawn;
 
@@ -29,16 +29,15 @@ pub struct Order {
 }
 
 impl Order {
-    /// Groups the samples of `cache` by their size and those of their references.
+    /// Groups the entries of `cache` that are trained on by their size and those of their references.
     pub fn new(cache: &Cache, batch_size: usize, seed: u64) -> Self {
         let mut buckets: BTreeMap<_, Vec<usize>> = BTreeMap::new();
-        for sample in 0..cache.len() {
+        for entry in 0..cache.trained() {
             let size = |bucket: Bucket| (bucket.height_px, bucket.width_px);
-            let references = cache.reference_buckets(sample).into_iter().map(size);
-            buckets
-                .entry((size(cache.bucket(sample)), references.collect::<Vec<_>>()))
-                .or_default()
-                .push(sample);
+            let references = cache.reference_buckets(entry).into_iter().map(size);
+            let sizes = (size(cache.bucket(entry)), references.collect::<Vec<_>>());
+            let alike = buckets.entry(sizes).or_default();
+            alike.extend(std::iter::repeat_n(entry, cache.repeats(entry)));
         }
         Self::of_buckets(buckets.into_values().collect(), batch_size, seed)
     }
@@ -112,75 +111,154 @@ impl<F: Family> Data<'_, F> {
         let (micro_step, data_step) = crate::canary::steps(micro_step);
         #[cfg(not(feature = "canary"))]
         let data_step = micro_step;
-        let samples = self.order.samples(data_step);
+        let entries = self.order.samples(data_step);
         let stream = |name: &str, i: usize| Stream::new(seed, name, micro_step, i as u64);
-        let (mut noisy, mut target, mut sigmas) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut shape, mut texts, mut beside) = ([0; 4], Vec::new(), Vec::new());
-        for (i, &sample) in samples.iter().enumerate() {
+        let mut shots = Vec::with_capacity(entries.len());
+        for (i, &entry) in entries.iter().enumerate() {
             let flipped = config.dataset.random_flip && stream("flip", i).uniform() < 0.5;
-            let encoded = self.cache.latents(sample, flipped)?;
-            let latents = self
-                .family
-                .latents(&encoded, |n| stream("posterior", i).normals(n));
-            let noise = stream("noise", i).normals(latents.len());
-            shape = <[usize; 4]>::try_from(encoded[0].shape.clone())
-                .ok()
-                .context("cached latents are not [1, channels, height, width]")?;
+            let (crops, texts) = self.cache.variants(entry);
+            let one_of = |name, count| match count {
+                1 => 0,
+                count => stream(name, i).below(count as u64) as usize,
+            };
+            let crop = one_of("crop_variant", crops);
+            let encoded = self.cache.latents(entry, crop, flipped)?;
+            let [_, _, height, width] = latent_shape(&encoded)?;
             let sigma = draw_sigma(
                 &config.train,
-                self.family
-                    .training_mu(F::image_tokens([shape[2], shape[3]])),
+                self.family.training_mu(F::image_tokens([height, width])),
                 &self.table,
                 &mut stream("sigma", i),
             );
-            for (latent, noise) in latents.iter().zip(&noise) {
-                noisy.push((1.0 - sigma) * latent + sigma * noise);
-                target.push(noise - latent);
-            }
-            sigmas.push(sigma);
-
             let dropped = stream("caption_dropout", i).uniform() < config.dataset.caption_dropout;
-            texts.push(self.cache.text(sample, dropped)?);
-            beside.push(self.cache.beside(sample, flipped)?);
+            let variant = (!dropped).then(|| one_of("caption_variant", texts));
+            shots.push(Shot {
+                weight: loss_weight(&config.train, sigma) * self.cache.loss_weight(entry),
+                beside: self.cache.beside(entry, crop, flipped)?,
+                ..Shot::new(
+                    self.family,
+                    encoded,
+                    self.cache.text(entry, variant)?,
+                    sigma,
+                    |n| stream("posterior", i).normals(n),
+                    |n| stream("noise", i).normals(n),
+                )?
+            });
         }
-
-        let batch = samples.len();
-        let [_, channels, height, width] = shape;
-        let tokens = |values| {
-            F::pack(Tensor::from_data(
-                TensorData::new(values, [batch, channels, height, width]),
-                device,
-            ))
-        };
-        let input = F::input(
-            tokens(noisy),
-            [height, width],
-            F::text(stacked(texts), device),
-            sigmas.clone(),
-            vec![config.train.guidance as f32; batch],
-            condition(self.family, &beside, device)?,
-        );
-        let weights: Vec<f32> = sigmas
-            .iter()
-            .map(|&sigma| loss_weight(&config.train, sigma))
-            .collect();
-        let penalty = Penalty::of(&config.train);
-        let loss_of_zero = loss_of_zero(&target, &weights, penalty);
-        let drawn = samples.iter().zip(&sigmas);
+        let drawn = entries.iter().zip(&shots);
         let about = drawn
-            .map(|(&sample, sigma)| format!("{} (sigma {sigma})", self.names[sample]))
+            .map(|(&entry, shot)| {
+                let name = &self.names[self.cache.sample(entry)];
+                format!("{name} (sigma {})", shot.sigma)
+            })
             .collect();
         Ok(Drawn {
-            batch: MicroBatch {
-                input,
-                target: tokens(target),
-                weights,
-                penalty,
-            },
             about,
-            loss_of_zero,
+            ..micro_batch(self.family, shots, &config.train, device)?
         })
     }
+}
+
+/// One sample of a micro-batch, on the host.
+pub(crate) struct Shot {
+    latents: Vec<f32>,
+    noise: Vec<f32>,
+    /// `[1, channels, height, width]` of both.
+    shape: [usize; 4],
+    sigma: f32,
+    /// Of its loss.
+    weight: f32,
+    text: Vec<HostTensor>,
+    /// Pictures beside it.
+    pub(crate) beside: Beside,
+}
+
+impl Shot {
+    /// A sample of weight 1 and with nothing beside it, from what the encoders said of it; `posterior` and `noise` give that
+    /// many normal numbers.
+    ///
+    /// # Errors
+    /// Latents of another shape.
+    pub(crate) fn new<F: Family>(
+        family: &F,
+        encoded: Vec<HostTensor>,
+        text: Vec<HostTensor>,
+        sigma: f32,
+        posterior: impl FnOnce(usize) -> Vec<f32>,
+        noise: impl FnOnce(usize) -> Vec<f32>,
+    ) -> anyhow::Result<Self> {
+        let shape = latent_shape(&encoded)?;
+        let latents = family.latents(&encoded, posterior);
+        Ok(Self {
+            noise: noise(latents.len()),
+            latents,
+            shape,
+            sigma,
+            weight: 1.0,
+            text,
+            beside: Beside::default(),
+        })
+    }
+}
+
+fn latent_shape(encoded: &[HostTensor]) -> anyhow::Result<[usize; 4]> {
+    <[usize; 4]>::try_from(encoded[0].shape.clone())
+        .ok()
+        .context("cached latents are not [1, channels, height, width]")
+}
+
+/// Samples of one size as a micro-batch on `device`.
+///
+/// # Errors
+/// Samples whose pictures beside them differ in number or size.
+pub(crate) fn micro_batch<F: Family>(
+    family: &F,
+    shots: Vec<Shot>,
+    train: &TrainSection,
+    device: &Device,
+) -> anyhow::Result<Drawn<<F::Network as Network>::Input>> {
+    let (mut noisy, mut target) = (Vec::new(), Vec::new());
+    let (mut sigmas, mut weights) = (Vec::new(), Vec::new());
+    let (mut shape, mut texts, mut beside) = ([0; 4], Vec::new(), Vec::new());
+    for shot in shots {
+        let sigma = shot.sigma;
+        for (latent, noise) in shot.latents.iter().zip(&shot.noise) {
+            noisy.push((1.0 - sigma) * latent + sigma * noise);
+            target.push(noise - latent);
+        }
+        shape = shot.shape;
+        sigmas.push(sigma);
+        weights.push(shot.weight);
+        texts.push(shot.text);
+        beside.push(shot.beside);
+    }
+    let batch = sigmas.len();
+    let [_, channels, height, width] = shape;
+    let tokens = |values| {
+        F::pack(Tensor::from_data(
+            TensorData::new(values, [batch, channels, height, width]),
+            device,
+        ))
+    };
+    let input = F::input(
+        tokens(noisy),
+        [height, width],
+        F::text(stacked(texts), device),
+        sigmas,
+        vec![train.guidance as f32; batch],
+        condition(family, &beside, device)?,
+    );
+    let penalty = Penalty::of(train);
+    Ok(Drawn {
+        loss_of_zero: loss_of_zero(&target, &weights, penalty),
+        batch: MicroBatch {
+            input,
+            target: tokens(target),
+            weights,
+            penalty,
+        },
+        about: Vec::new(),
+    })
 }
 
 /// Encoded samples, `[1, ...]` each, as rows of one tensor for every part.

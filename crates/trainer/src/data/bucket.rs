@@ -119,20 +119,29 @@ pub fn nearest_bucket(buckets: &[Bucket], width_px: u32, height_px: u32) -> Buck
         .expect("buckets() always gives the square one")
 }
 
-/// Cuts the centre of `image` to the bucket's aspect and resizes it to the bucket's size with Lanczos3.
+/// Cuts `image` to the bucket's aspect, at its centre or `at` a place, and resizes it to the bucket's size with Lanczos3.
+///
+/// A place is how far the cut is from left and top, each in [0, 1) of the way that there is.
 ///
 /// Images smaller than the bucket are enlarged; [`Bucket::enlargement`] tells by how much. The same pixels give the same
 /// result on one platform.
 ///
 /// # Panics
 /// If a side of the image is 0.
-pub fn resize_and_crop(image: &RgbImage, bucket: Bucket) -> RgbImage {
+pub fn resize_and_crop(image: &RgbImage, bucket: Bucket, at: Option<[f64; 2]>) -> RgbImage {
     let (width, height) = image.dimensions();
     assert!(width > 0 && height > 0, "an image has at least one pixel");
-    // the largest centred box with the bucket's aspect
+    // the largest box with the bucket's aspect
     let crop_width = scaled(height, bucket.width_px, bucket.height_px).min(width);
     let crop_height = scaled(width, bucket.height_px, bucket.width_px).min(height);
-    let (left, top) = ((width - crop_width) / 2, (height - crop_height) / 2);
+    let (across, down) = (width - crop_width, height - crop_height);
+    let [left, top] = match at {
+        None => [across / 2, down / 2],
+        Some([x, y]) => {
+            let place = |way: u32, at: f64| ((f64::from(way) + 1.0) * at) as u32;
+            [place(across, x).min(across), place(down, y).min(down)]
+        }
+    };
     let cropped = imageops::crop_imm(image, left, top, crop_width, crop_height);
     if (crop_width, crop_height) == (bucket.width_px, bucket.height_px) {
         return cropped.to_image();
@@ -252,7 +261,7 @@ mod tests {
     #[test]
     fn an_image_of_the_buckets_size_is_unchanged() {
         let image = RgbImage::from_fn(64, 32, |x, y| Rgb([x as u8, y as u8, 7]));
-        assert_eq!(resize_and_crop(&image, bucket(64, 32)), image);
+        assert_eq!(resize_and_crop(&image, bucket(64, 32), None), image);
     }
 
     #[test]
@@ -263,7 +272,7 @@ mod tests {
             pixel[x as usize / 32] = 255;
             Rgb(pixel)
         });
-        let square = resize_and_crop(&image, bucket(32, 32));
+        let square = resize_and_crop(&image, bucket(32, 32), None);
         assert!(square.pixels().all(|&pixel| pixel == Rgb([0, 255, 0])));
     }
 
@@ -271,7 +280,7 @@ mod tests {
     fn flat_colour_survives_any_scale() {
         for (width, height) in [(7, 5), (640, 480), (1, 900), (900, 1)] {
             let image = RgbImage::from_pixel(width, height, Rgb([10, 128, 250]));
-            let resized = resize_and_crop(&image, bucket(64, 48));
+            let resized = resize_and_crop(&image, bucket(64, 48), None);
             assert_eq!(resized.dimensions(), (64, 48));
             assert!(resized.pixels().all(|&pixel| pixel == Rgb([10, 128, 250])));
         }
@@ -281,7 +290,7 @@ mod tests {
     fn a_one_pixel_strip_stays_cheap() {
         let strip = RgbImage::from_pixel(16384, 1, Rgb([1, 2, 3]));
         assert_eq!(
-            resize_and_crop(&strip, bucket(1024, 256)).dimensions(),
+            resize_and_crop(&strip, bucket(1024, 256), None).dimensions(),
             (1024, 256)
         );
     }
@@ -311,5 +320,16 @@ mod tests {
         let values = to_chw_f32(&image);
         assert_eq!(values[..4], [-1.0, 1.0, 1.0, -1.0]);
         assert!((values[4] + 0.6).abs() < 1e-6 && (values[5] - 0.6).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_crop_is_cut_at_its_place() {
+        // Columns 0 to 39 of a picture of one row of squares; the bucket is a square of 8.
+        let image = RgbImage::from_fn(40, 8, |x, _| Rgb([x as u8, 0, 0]));
+        let left = |at| resize_and_crop(&image, bucket(8, 8), at).get_pixel(0, 0)[0];
+        assert_eq!(left(None), 16);
+        assert_eq!(left(Some([0.0, 0.5])), 0);
+        assert_eq!(left(Some([0.5, 0.5])), 16);
+        assert_eq!(left(Some([0.9999, 0.5])), 32);
     }
 }

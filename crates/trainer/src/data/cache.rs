@@ -18,14 +18,17 @@ use lora_core::files::digest::{Sha256Hex, sha256_hex};
 use lora_core::files::host::HostTensor;
 use lora_core::files::replace::replace_file;
 use lora_core::files::safetensors::{TensorFile, serialize};
+use lora_core::random::Stream;
 
-use crate::config::DatasetSection;
+use crate::config::RunConfig;
 use crate::data::bucket::{Bucket, buckets, nearest_bucket, resize_and_crop, to_chw_f32};
+use crate::data::caption::variants;
 use crate::data::file_digests::FileDigests;
 use crate::data::image::{ImageLimits, decode_image, read_image};
 use crate::data::scan::Sample;
 use crate::device::NamedDevice;
 use crate::progress;
+use crate::validation::Samples;
 
 /// Version of the code between a file and an entry: decoding, colours, cropping, resizing, tokens, encoders, what is stored.
 /// Raise it with any change after which the same file gives other numbers, so that an upgrade never mixes old entries with new.
@@ -41,20 +44,29 @@ pub struct Cache {
     /// Names of the tensors in an entry of a picture, and of a text.
     latents: &'static [&'static str],
     text: &'static [&'static str],
-    samples: Vec<CachedSample>,
+    entries: Vec<Entry>,
+    /// How many of them are trained on; the others are held out.
+    trained: usize,
     /// The empty caption, for caption dropout.
     unconditional: Option<String>,
     /// Prompts of the previews, by text.
     prompts: BTreeMap<String, String>,
 }
 
+/// A sample at one resolution.
 #[derive(Debug)]
-struct CachedSample {
-    image: CachedPicture,
+struct Entry {
+    /// Its place among the samples.
+    sample: usize,
+    /// Each crop of its image.
+    crops: Vec<CachedPicture>,
     references: Vec<CachedPicture>,
-    /// The image with nothing where it is to be painted, and its mask.
-    masked: Option<CachedPicture>,
-    text: String,
+    /// Of each crop: the image with nothing where it is to be painted, and its mask.
+    masked: Option<Vec<CachedPicture>>,
+    /// Its caption, or each variant of it.
+    texts: Vec<String>,
+    repeats: usize,
+    loss_weight: f32,
 }
 
 /// A picture at the size it is encoded at, and its entries.
@@ -63,6 +75,15 @@ struct CachedPicture {
     bucket: Bucket,
     latents: String,
     flipped: Option<String>,
+}
+
+/// A picture that is to be encoded: how, and as what, plain and mirrored.
+struct Missing<'a> {
+    source: Source<'a>,
+    bucket: Bucket,
+    at: Option<[f64; 2]>,
+    plain: Option<String>,
+    mirrored: Option<String>,
 }
 
 impl CachedPicture {
@@ -95,10 +116,10 @@ impl Cache {
     ///
     /// # Errors
     /// An image that cannot be decoded, an encoder that cannot be loaded, a full disk.
-    pub fn build<'s, F: Family>(
+    pub(crate) fn build<'s, F: Family>(
         folder: &Path,
-        samples: &'s [Sample],
-        config: &DatasetSection,
+        samples: &'s Samples,
+        config: &RunConfig,
         prompts: &[String],
         family: &F,
         device: &NamedDevice,
@@ -110,85 +131,116 @@ impl Cache {
         let mut digests = FileDigests::load(folder);
         let encoders = digests.of_all(&family.encoder_paths())?;
         digests.save()?;
-        let all_buckets = buckets(config.resolution, config.bucket_step);
+        let (seed, config) = (config.train.seed, &config.dataset);
+        let folders = config.all_folders();
+        let text_key = |text: &str| text_key(text, config.max_sequence_length, &encoders, backend);
 
         let masked_names = [F::LATENTS, &[MASK]].concat();
         let names = |source: Source| match source.mask {
             Some(_) => masked_names.clone(),
             None => F::LATENTS.to_vec(),
         };
-        let mut cached = Vec::with_capacity(samples.len());
-        let mut missing = Vec::new();
-        for sample in samples {
-            let mut picture = |source: Source<'s>, width_px, height_px| {
-                let bucket = nearest_bucket(&all_buckets, width_px, height_px);
-                let key = |mirrored| latents_key(source, bucket, mirrored, &encoders, backend);
-                let picture = CachedPicture {
-                    bucket,
-                    latents: key(false),
-                    flipped: config.random_flip.then(|| key(true)),
-                };
-                let names = names(source);
-                let is_missing = |key: &&String| read_entry(folder, key, &names).is_none();
-                let plain = Some(&picture.latents).filter(is_missing).cloned();
-                let mirrored = picture.flipped.as_ref().filter(is_missing).cloned();
-                if plain.is_some() || mirrored.is_some() {
-                    missing.push((source, bucket, plain, mirrored));
-                }
-                picture
+        let mut entries = Vec::new();
+        let (mut texts, mut missing) = (BTreeMap::new(), Vec::new());
+        for (index, sample) in samples.all.iter().enumerate() {
+            // What is held out is seen as it is.
+            let is_trained = index < samples.trained;
+            let captions = match is_trained {
+                true => variants(&sample.caption, config, seed, index),
+                false => vec![sample.caption.clone()],
             };
-            let image = (sample.image.as_path(), sample.image_sha256.as_str());
-            let (width, height) = (sample.width_px, sample.height_px);
-            cached.push(CachedSample {
-                image: picture(Source { image, mask: None }, width, height),
-                references: of_references(sample)
-                    .map(|(source, width, height)| picture(source, width, height))
+            let places: Vec<Option<[f64; 2]>> = match config.random_crops {
+                crops @ 2.. if is_trained => (0..crops as u64)
+                    .map(|crop| Stream::new(seed, "crop", index as u64, crop))
+                    .map(|mut place| Some([place.uniform(), place.uniform()]))
                     .collect(),
-                masked: sample.mask.as_ref().map(|mask| {
-                    let mask = Some((mask.path.as_path(), mask.sha256.as_str()));
-                    picture(Source { image, mask }, width, height)
-                }),
-                text: text_key(
-                    &sample.caption,
-                    config.max_sequence_length,
-                    &encoders,
-                    backend,
-                ),
-            });
+                _ => vec![None],
+            };
+            for &resolution in config.resolution.as_slice() {
+                let all_buckets = buckets(resolution, config.bucket_step);
+                let mut picture = |source: Source<'s>, [width_px, height_px]: [u32; 2], at| {
+                    let bucket = nearest_bucket(&all_buckets, width_px, height_px);
+                    let key =
+                        |mirrored| latents_key(source, bucket, at, mirrored, &encoders, backend);
+                    let picture = CachedPicture {
+                        bucket,
+                        latents: key(false),
+                        flipped: config.random_flip.then(|| key(true)),
+                    };
+                    let names = names(source);
+                    let is_missing = |key: &&String| read_entry(folder, key, &names).is_none();
+                    let plain = Some(&picture.latents).filter(is_missing).cloned();
+                    let mirrored = picture.flipped.as_ref().filter(is_missing).cloned();
+                    if plain.is_some() || mirrored.is_some() {
+                        missing.push(Missing {
+                            source,
+                            bucket,
+                            at,
+                            plain,
+                            mirrored,
+                        });
+                    }
+                    picture
+                };
+                let image = (sample.image.as_path(), sample.image_sha256.as_str());
+                let size = [sample.width_px, sample.height_px];
+                let mut crops = |mask| {
+                    let source = Source { image, mask };
+                    let crops = places.iter().map(|&at| picture(source, size, at));
+                    crops.collect::<Vec<_>>()
+                };
+                let plain = crops(None);
+                let masked = sample.mask.as_ref();
+                let masked =
+                    masked.map(|mask| crops(Some((mask.path.as_path(), mask.sha256.as_str()))));
+                entries.push(Entry {
+                    sample: index,
+                    crops: plain,
+                    references: of_references(sample)
+                        .map(|(source, size)| picture(source, size, None))
+                        .collect(),
+                    masked,
+                    texts: captions.iter().map(|text| text_key(text)).collect(),
+                    repeats: folders[sample.folder].repeats,
+                    loss_weight: folders[sample.folder].loss_weight as f32,
+                });
+            }
+            texts.extend(captions.into_iter().map(|text| (text_key(&text), text)));
         }
         if !missing.is_empty() {
             let autoencoder = family.autoencoder(device).context("load the autoencoder")?;
             let bar = progress::bar("encode images", missing.len() as u64);
-            for (source, bucket, plain, mirrored) in missing {
-                let (path, sha256) = source.image;
-                let mut image = resize_and_crop(&load_unchanged(path, sha256)?, bucket);
-                let mask = source.mask;
+            let mut decoded: Option<(&Path, RgbImage)> = None; // crops of one image follow each other
+            for new in missing {
+                let (path, sha256) = new.source.image;
+                let original = match decoded.take() {
+                    Some((of, image)) if of == path => image,
+                    _ => load_unchanged(path, sha256)?,
+                };
+                let mut image = resize_and_crop(&original, new.bucket, new.at);
+                decoded = Some((path, original));
+                let mask = new.source.mask;
                 let mut mask = mask
                     .map(|(path, sha256)| load_unchanged(path, sha256))
                     .transpose()?
-                    .map(|mask| resize_and_crop(&mask, bucket));
-                for (key, flip) in [(plain, false), (mirrored, true)] {
+                    .map(|mask| resize_and_crop(&mask, new.bucket, new.at));
+                for (key, flip) in [(new.plain, false), (new.mirrored, true)] {
                     let Some(key) = key else { continue };
                     if flip {
                         imageops::flip_horizontal_in_place(&mut image);
                         mask.as_mut().map(imageops::flip_horizontal_in_place);
                     }
                     let parts = encode::<F>(&autoencoder, &image, mask.as_ref(), device);
-                    write_entry(folder, &key, &names(source), parts)?;
+                    write_entry(folder, &key, &names(new.source), parts)?;
                 }
                 bar.inc(1);
             }
             bar.finish_and_clear();
         }
 
-        let mut texts: BTreeMap<String, &str> = BTreeMap::new();
-        let empty = String::new();
-        let captions = samples.iter().map(|sample| &sample.caption).chain(prompts);
-        for text in captions.chain((config.caption_dropout > 0.0).then_some(&empty)) {
-            texts.insert(
-                text_key(text, config.max_sequence_length, &encoders, backend),
-                text,
-            );
+        let unconditional = (config.caption_dropout > 0.0).then(String::new);
+        for text in prompts.iter().chain(&unconditional) {
+            texts.insert(text_key(text), text.clone());
         }
         texts.retain(|key, _| read_entry(folder, key, F::TEXT).is_none());
         if !texts.is_empty() {
@@ -198,7 +250,7 @@ impl Cache {
             let bar = progress::bar("encode captions", texts.len() as u64);
             let texts: Vec<_> = texts.into_iter().collect();
             for together in texts.chunks(F::TextEncoders::AT_ONCE) {
-                let prompts: Vec<&str> = together.iter().map(|(_, text)| *text).collect();
+                let prompts: Vec<&str> = together.iter().map(|(_, text)| text.as_str()).collect();
                 let parts = encoders.encode(&prompts, config.max_sequence_length, device)?;
                 for ((key, _), parts) in together.iter().zip(parts) {
                     write_entry(folder, key, F::TEXT, parts)?;
@@ -207,83 +259,110 @@ impl Cache {
             }
             bar.finish_and_clear();
         }
-        let key_of = |text: &str| text_key(text, config.max_sequence_length, &encoders, backend);
-        let unconditional = (config.caption_dropout > 0.0).then(|| key_of(""));
         let prompts = prompts
             .iter()
-            .map(|prompt| (prompt.clone(), key_of(prompt)))
+            .map(|prompt| (prompt.clone(), text_key(prompt)))
             .collect();
         Ok(Self {
             folder: folder.into(),
             latents: F::LATENTS,
             text: F::TEXT,
-            samples: cached,
-            unconditional,
+            entries,
+            trained: samples.trained * config.resolution.as_slice().len(),
+            unconditional: unconditional.map(|text| text_key(&text)),
             prompts,
         })
     }
 
-    /// Number of samples.
+    /// Number of entries, each a sample at one resolution: those that are trained on, then those that are held out.
     pub fn len(&self) -> usize {
-        self.samples.len()
+        self.entries.len()
     }
 
-    /// True if there is no sample.
+    /// True if there is no entry.
     pub fn is_empty(&self) -> bool {
-        self.samples.is_empty()
+        self.entries.is_empty()
     }
 
-    /// Size each sample is trained at.
-    pub fn bucket(&self, sample: usize) -> Bucket {
-        self.samples[sample].image.bucket
+    /// How many entries are trained on.
+    pub fn trained(&self) -> usize {
+        self.trained
+    }
+
+    /// The sample of an entry, by its place.
+    pub fn sample(&self, entry: usize) -> usize {
+        self.entries[entry].sample
+    }
+
+    /// Size an entry is trained at.
+    pub fn bucket(&self, entry: usize) -> Bucket {
+        self.entries[entry].crops[0].bucket
     }
 
     /// Sizes of its references.
-    pub fn reference_buckets(&self, sample: usize) -> Vec<Bucket> {
-        let references = self.samples[sample].references.iter();
+    pub fn reference_buckets(&self, entry: usize) -> Vec<Bucket> {
+        let references = self.entries[entry].references.iter();
         references.map(|reference| reference.bucket).collect()
     }
 
-    /// What the autoencoder said about the pictures beside a sample, mirrored as it is.
+    /// Times that an entry is seen in an epoch.
+    pub fn repeats(&self, entry: usize) -> usize {
+        self.entries[entry].repeats
+    }
+
+    /// Factor on the loss of an entry.
+    pub fn loss_weight(&self, entry: usize) -> f32 {
+        self.entries[entry].loss_weight
+    }
+
+    /// How many crops of an entry there are, and how many texts.
+    pub fn variants(&self, entry: usize) -> (usize, usize) {
+        let entry = &self.entries[entry];
+        (entry.crops.len(), entry.texts.len())
+    }
+
+    /// What the autoencoder said about the pictures beside a crop of an entry, mirrored as it is.
     ///
     /// # Errors
     /// As [`latents`](Self::latents).
-    pub fn beside(&self, sample: usize, flipped: bool) -> anyhow::Result<Beside> {
-        let sample = &self.samples[sample];
-        let references = sample.references.iter();
+    pub fn beside(&self, entry: usize, crop: usize, flipped: bool) -> anyhow::Result<Beside> {
+        let entry = &self.entries[entry];
+        let references = entry.references.iter();
         let masked_names = [self.latents, &[MASK]].concat();
+        let masked = entry.masked.as_ref().map(|crops| &crops[crop]);
         Ok(Beside {
             references: references
                 .map(|reference| self.entry(reference.entry(flipped), self.latents))
                 .collect::<Result<_, _>>()?,
-            masked: sample
-                .masked
-                .as_ref()
+            masked: masked
                 .map(|masked| self.entry(masked.entry(flipped), &masked_names))
                 .transpose()?,
         })
     }
 
-    /// What the autoencoder said about a sample, mirrored if asked for: the tensors [`Family::LATENTS`] names.
+    /// What the autoencoder said about a crop of an entry, mirrored if asked for: the tensors [`Family::LATENTS`] names.
     ///
     /// # Errors
     /// An entry that has vanished or was damaged since the run started.
-    pub fn latents(&self, sample: usize, flipped: bool) -> anyhow::Result<Vec<HostTensor>> {
-        let key = self.samples[sample].image.entry(flipped);
+    pub fn latents(
+        &self,
+        entry: usize,
+        crop: usize,
+        flipped: bool,
+    ) -> anyhow::Result<Vec<HostTensor>> {
+        let key = self.entries[entry].crops[crop].entry(flipped);
         self.entry(key, self.latents)
     }
 
-    /// What the text encoders said about the caption of a sample, or about the empty one: the tensors [`Family::TEXT`]
+    /// What the text encoders said about a text of an entry, or about the empty one for `None`: the tensors [`Family::TEXT`]
     /// names.
     ///
     /// # Errors
-    /// As [`latents`](Self::latents).
-    pub fn text(&self, sample: usize, unconditional: bool) -> anyhow::Result<Vec<HostTensor>> {
-        let own = &self.samples[sample].text;
-        let key = if unconditional {
-            self.unconditional.as_ref().unwrap_or(own)
-        } else {
-            own
+    /// As [`latents`](Self::latents), or an empty text that no caption was to be dropped for.
+    pub fn text(&self, entry: usize, variant: Option<usize>) -> anyhow::Result<Vec<HostTensor>> {
+        let key = match variant {
+            Some(variant) => &self.entries[entry].texts[variant],
+            None => (self.unconditional.as_ref()).context("no caption is dropped in this run")?,
         };
         self.entry(key, self.text)
     }
@@ -309,13 +388,13 @@ impl Cache {
 }
 
 /// The references of a sample, and their sizes.
-fn of_references(sample: &Sample) -> impl Iterator<Item = (Source<'_>, u32, u32)> {
+fn of_references(sample: &Sample) -> impl Iterator<Item = (Source<'_>, [u32; 2])> {
     sample.references.iter().map(|picture| {
         let source = Source {
             image: (&picture.path, &picture.sha256),
             mask: None,
         };
-        (source, picture.width_px, picture.height_px)
+        (source, [picture.width_px, picture.height_px])
     })
 }
 
@@ -359,17 +438,24 @@ pub fn encode<F: Family>(
 fn latents_key(
     source: Source<'_>,
     bucket: Bucket,
+    at: Option<[f64; 2]>,
     mirrored: bool,
     encoders: &str,
     backend: &str,
 ) -> String {
     let size = bucket.to_string();
     let mirrored = if mirrored { "mirrored" } else { "" };
+    let at = at.map(|at| format!("{at:?}"));
     let (_, image) = source.image;
-    match source.mask {
-        None => entry_key("latents", &[image, &size, mirrored, encoders, backend]),
-        Some((_, mask)) => entry_key("masked", &[image, mask, &size, mirrored, encoders, backend]),
-    }
+    let (kind, mask) = match source.mask {
+        None => ("latents", None),
+        Some((_, mask)) => ("masked", Some(mask)),
+    };
+    let mut parts = vec![image];
+    parts.extend(mask);
+    parts.extend([size.as_str(), mirrored, encoders, backend]);
+    parts.extend(at.as_deref());
+    entry_key(kind, &parts)
 }
 
 fn text_key(text: &str, max_sequence_length: usize, encoders: &str, backend: &str) -> String {

@@ -11,7 +11,8 @@ const MAX_CROPPED: f64 = 0.2;
 
 /// Lines about pictures that lose more than a fifth of their area to cropping, and about those that are enlarged; the worst first.
 pub fn cropped_and_enlarged(samples: &[Sample], config: &DatasetSection) -> Vec<String> {
-    let all_buckets = buckets(config.resolution, config.bucket_step);
+    // Of several sizes, the largest asks for most.
+    let all_buckets = buckets(config.largest_resolution(), config.bucket_step);
     let (mut cropped, mut enlarged) = (Vec::new(), Vec::new());
     for sample in samples {
         let (width, height) = (sample.width_px, sample.height_px);
@@ -114,6 +115,7 @@ mod tests {
             width_px,
             height_px,
             caption: String::new(),
+            folder: 0,
             references: Vec::new(),
             mask: None,
         }

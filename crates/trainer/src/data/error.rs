@@ -43,6 +43,12 @@ pub enum DatasetError {
         /// What is there, or nothing.
         instead: String,
     },
+    /// A name of an image to leave out, of which there is none.
+    #[error("`dataset.skip` names `{name}`, which is no image of the dataset: remove the name")]
+    NothingToSkip {
+        /// As configured.
+        name: String,
+    },
     /// A file name that cannot be kept as text.
     #[error("the name of `{}` is not UTF-8", shown(path))]
     Name {

@@ -132,7 +132,7 @@ fn is_one_of(extensions: &[&str], extension: &str) -> bool {
 }
 
 /// Refuses what is not a readable file with something in it.
-pub(super) fn check_image_file(path: &Path) -> Result<(), DatasetError> {
+fn check_image_file(path: &Path) -> Result<(), DatasetError> {
     let cannot_read = |error| read_error(path, error);
     let metadata = fs::metadata(path).map_err(cannot_read)?;
     if !metadata.is_file() {

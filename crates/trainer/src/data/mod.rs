@@ -4,6 +4,7 @@ pub mod batch;
 pub mod beside;
 pub mod bucket;
 pub mod cache;
+pub(crate) mod caption;
 mod colour;
 pub mod degradation;
 pub mod digest;

@@ -13,16 +13,19 @@ mod names;
 mod pair;
 mod tree;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use lora_core::files::digest::sha256_hex;
 
-use crate::config::DatasetSection;
+use crate::config::{DatasetSection, FolderSection};
 use crate::data::beside::{self, Picture};
+use crate::data::caption::with_trigger;
 use crate::data::error::{DatasetError, read_error};
-use crate::data::image::{ImageLimits, inspect, read_image};
+use crate::data::image::{ImageLimits, decode_image, inspect, read_image};
+use crate::nearest::one_line;
 use crate::progress;
 
 use pair::Pair;
@@ -44,8 +47,10 @@ pub struct Sample {
     pub width_px: u32,
     /// Height of the image in pixels, upright.
     pub height_px: u32,
-    /// The caption, without surrounding white space; may be empty.
+    /// The caption, without surrounding white space and with the trigger word; may be empty.
     pub caption: String,
+    /// Which of the dataset's folders it is from.
+    pub folder: usize,
     /// Pictures that the caption says what to do with.
     pub references: Vec<Picture>,
     /// Where the image is to be painted: the white of this one.
@@ -68,7 +73,92 @@ pub struct Scan {
 /// # Errors
 /// On anything that leaves an image without its one caption, and on a file that is unreadable, empty or not what it should be.
 pub fn scan(config: &DatasetSection) -> Result<Scan, DatasetError> {
-    let folder = config.path.as_path();
+    let folders = config.all_folders();
+    let mut all = Scan::default();
+    let mut unknown: BTreeSet<&String> = config.skip.iter().collect();
+    for (index, folder) in folders.iter().enumerate() {
+        let found = scan_folder(&folder.path, called(&folders, index).as_deref(), config)?;
+        unknown.retain(|name| !found.skipped.contains(name));
+        let own = folder.trigger_word.as_deref();
+        let trigger = own.or(config.trigger_word.as_deref());
+        for mut sample in found.scan.samples {
+            sample.folder = index;
+            sample.caption = with_trigger(&sample.caption, trigger);
+            all.samples.push(sample);
+        }
+        all.warnings.extend(found.scan.warnings);
+    }
+    if let Some(name) = unknown.first() {
+        let name = one_line(name);
+        return Err(DatasetError::NothingToSkip { name });
+    }
+    Ok(all)
+}
+
+/// The images of a dataset that cannot be used, by name, and why: those that are not left out yet are decoded, each in full.
+///
+/// # Errors
+/// As [`scan`], but for what is wrong with an image.
+pub fn unreadable(config: &DatasetSection) -> Result<Vec<(String, DatasetError)>, DatasetError> {
+    let folders = config.all_folders();
+    let limits = ImageLimits::default();
+    let mut found = Vec::new();
+    for (index, folder) in folders.iter().enumerate() {
+        let (pairs, _) = pairs_of(&folder.path, config)?;
+        let bar = progress::bar("try images", pairs.len() as u64);
+        for pair in pairs {
+            let name = full_name(called(&folders, index).as_deref(), pair.name);
+            let tried = || decode_image(&pair.image, &read_image(&pair.image, &limits)?, &limits);
+            if !config.skip.contains(&name)
+                && let Err(error) = tried()
+            {
+                found.push((name, error));
+            }
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+    }
+    Ok(found)
+}
+
+/// What one folder of a dataset holds.
+struct OfFolder {
+    scan: Scan,
+    /// Images that are left out.
+    skipped: Vec<String>,
+}
+
+/// The name of a sample in a dataset, from that in its folder.
+fn full_name(called: Option<&str>, name: String) -> String {
+    match called {
+        Some(called) => format!("{called}/{name}"),
+        None => name,
+    }
+}
+
+/// What a folder is called in front of the names of its samples, if there are several: its own name, with its place in the list
+/// where another has the same.
+fn called(folders: &[FolderSection], index: usize) -> Option<String> {
+    let name = |folder: &FolderSection| match folder.path.file_name() {
+        Some(name) => name.to_string_lossy().into_owned(),
+        None => folder.path.display().to_string(),
+    };
+    if folders.len() < 2 {
+        return None;
+    }
+    let own = name(&folders[index]);
+    let alike = folders.iter().filter(|folder| name(folder) == own).count();
+    Some(match alike {
+        1 => own,
+        _ => format!("{own} ({})", index + 1),
+    })
+}
+
+/// The images of a folder with their captions, by name, and what is said of its other files.
+fn pairs_of(
+    folder: &Path,
+    config: &DatasetSection,
+) -> Result<(Vec<Pair>, Vec<String>), DatasetError> {
     match fs::metadata(folder) {
         Ok(metadata) if metadata.is_dir() => {}
         Ok(_) => {
@@ -102,7 +192,16 @@ pub fn scan(config: &DatasetSection) -> Result<Scan, DatasetError> {
         });
     }
 
-    let mut warnings = tree.warnings;
+    Ok((pairs, tree.warnings))
+}
+
+fn scan_folder(
+    folder: &Path,
+    called: Option<&str>,
+    config: &DatasetSection,
+) -> Result<OfFolder, DatasetError> {
+    let (pairs, mut warnings) = pairs_of(folder, config)?;
+    let mut skipped = Vec::new();
     let limits = ImageLimits::default();
     let (mut several, mut profiles) = (Vec::new(), Vec::new());
     let bar = progress::bar("read images", pairs.len() as u64);
@@ -115,6 +214,12 @@ pub fn scan(config: &DatasetSection) -> Result<Scan, DatasetError> {
         references,
     } in pairs
     {
+        bar.inc(1);
+        let full = full_name(called, name.clone());
+        if config.skip.contains(&full) {
+            skipped.push(full);
+            continue;
+        }
         let bytes = read_image(&image, &limits)?;
         let header = inspect(&image, &bytes, &limits)?;
         if header.more_pictures {
@@ -130,11 +235,11 @@ pub fn scan(config: &DatasetSection) -> Result<Scan, DatasetError> {
             width_px: header.width_px,
             height_px: header.height_px,
             caption,
+            folder: 0,
             references: Vec::new(),
             mask: None,
         });
         listed.push(references);
-        bar.inc(1);
     }
     bar.finish_and_clear();
     warnings.extend(beside::find(&mut samples, &listed, config)?);
@@ -152,7 +257,32 @@ pub fn scan(config: &DatasetSection) -> Result<Scan, DatasetError> {
             named(&profiles)
         ));
     }
-    Ok(Scan { samples, warnings })
+    if !skipped.is_empty() {
+        warnings.push(format!(
+            "left out, as `dataset.skip` says: {} ({})",
+            counted(skipped.len(), "image"),
+            named(&skipped)
+        ));
+    }
+    if samples.is_empty() {
+        return Err(DatasetError::Empty {
+            path: folder.into(),
+            instead: " that are not left out by `dataset.skip`".into(),
+        });
+    }
+    for sample in &mut samples {
+        sample.name = full_name(called, std::mem::take(&mut sample.name));
+    }
+    if let Some(called) = called {
+        warnings = warnings
+            .into_iter()
+            .map(|line| format!("{called}: {line}"))
+            .collect();
+    }
+    Ok(OfFolder {
+        scan: Scan { samples, warnings },
+        skipped,
+    })
 }
 
 #[cfg(test)]

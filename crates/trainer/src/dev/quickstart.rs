@@ -41,7 +41,7 @@ pub fn show(args: &QuickstartArgs) -> anyhow::Result<String> {
     };
     let prompts = THINGS.map(|thing| format!("{} {thing}, ink style", article(thing)));
     let lora = args.run.join("lora.safetensors");
-    let side = config.dataset.resolution as usize;
+    let side = config.dataset.largest_resolution() as usize;
     let grid = draw(&SampleArgs {
         model: config.model.path.clone(),
         transformer: None,

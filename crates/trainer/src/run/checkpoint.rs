@@ -2,7 +2,8 @@
 //!
 //! `folder` and `transaction` keep folders of bytes safe; this file says what the bytes are: `lora.safetensors`, the
 //! adapter as diffusers loads it; `optimizer.safetensors`, the moments; `state.json`, everything else. Where a run uses an
-//! average of its weights rather than the last ones, `average.safetensors` is that average, in the form of `lora.safetensors`.
+//! average of its weights rather than the last ones, `average.safetensors` is that average, and where it validates,
+//! `best.safetensors` is the adapter of the best validation so far; both in the form of `lora.safetensors`.
 
 use std::io::Write;
 use std::path::Path;
@@ -28,6 +29,7 @@ use crate::run::vfs::Content;
 pub const TRANSFORMER_PREFIX: &str = "transformer.";
 const LORA: &str = "lora.safetensors";
 const AVERAGE: &str = "average.safetensors";
+const BEST: &str = "best.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 
@@ -37,6 +39,18 @@ const STATE: &str = "state.json";
 pub struct Progress {
     /// Optimizer steps taken; the position in the data follows from it.
     pub step: u64,
+}
+
+/// The validation that found least so far.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Best {
+    /// Steps taken.
+    pub step: u64,
+    /// The loss.
+    pub loss: f64,
+    /// What it is the loss of, see [`Validation::of`](crate::validation::Validation::of).
+    pub of: String,
 }
 
 /// Something that happened to a run and that its result depends on.
@@ -69,12 +83,16 @@ pub struct State {
     pub events: Vec<Event>,
     /// The part of the optimizer's state that is not tensors.
     pub optimizer: OptimizerScalars,
+    /// The best validation so far; its adapter is `best.safetensors`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best: Option<Best>,
 }
 
 /// A run on the host, to be written as a checkpoint.
 pub struct Snapshot {
     adapters: AdapterFile,
     average: Option<AdapterFile>,
+    best: Option<AdapterFile>,
     optimizer: OptimizerState,
     state: Vec<u8>,
 }
@@ -86,12 +104,13 @@ impl Snapshot {
     /// A weight or moment that is not finite: such a state is never saved.
     pub fn take<M: Module>(
         training: &RunTraining<M>,
+        average: Option<&M>,
+        best: Option<&AdapterFile>,
         state: State,
         lora: &LoraConfig,
     ) -> anyhow::Result<Self> {
         let adapters = adapter_file(&training.model, lora)?;
-        let average = training.optimizer.averaged(&training.model);
-        let average = average.map(|model| adapter_file(&model, lora));
+        let average = average.map(|model| adapter_file(model, lora));
         let optimizer = training.optimizer.state();
         if let Some((name, _)) = optimizer
             .tensors
@@ -110,6 +129,7 @@ impl Snapshot {
         Ok(Self {
             adapters,
             average: average.transpose()?,
+            best: best.cloned(),
             optimizer,
             state: serde_json::to_vec_pretty(&state).context("write state.json")?,
         })
@@ -120,14 +140,19 @@ impl Snapshot {
         let lora = |out: &mut dyn Write| out.write_all(&self.adapters.to_bytes(TRANSFORMER_PREFIX));
         let optimizer = |out: &mut dyn Write| out.write_all(&self.optimizer.to_bytes());
         let state = |out: &mut dyn Write| out.write_all(&self.state);
-        let average = |out: &mut dyn Write| match &self.average {
-            Some(average) => out.write_all(&average.to_bytes(TRANSFORMER_PREFIX)),
+        let write = |file: &Option<AdapterFile>, out: &mut dyn Write| match file {
+            Some(file) => out.write_all(&file.to_bytes(TRANSFORMER_PREFIX)),
             None => Ok(()),
         };
+        let average = |out: &mut dyn Write| write(&self.average, out);
+        let best = |out: &mut dyn Write| write(&self.best, out);
         let mut files: Vec<(&str, Content)> =
             vec![(LORA, &lora), (OPTIMIZER, &optimizer), (STATE, &state)];
         if self.average.is_some() {
             files.push((AVERAGE, &average));
+        }
+        if self.best.is_some() {
+            files.push((BEST, &best));
         }
         work(&files)
     }
@@ -195,6 +220,31 @@ impl Opened {
             config,
             verified,
         })
+    }
+
+    /// The average of the weights, if the run had one.
+    ///
+    /// # Errors
+    /// Tensors that are no adapter.
+    pub fn average(&self) -> anyhow::Result<Option<AdapterFile>> {
+        self.adapter(AVERAGE)
+    }
+
+    /// The adapter of the best validation, if there was one.
+    ///
+    /// # Errors
+    /// Tensors that are no adapter.
+    pub fn best(&self) -> anyhow::Result<Option<AdapterFile>> {
+        self.adapter(BEST)
+    }
+
+    fn adapter(&self, name: &str) -> anyhow::Result<Option<AdapterFile>> {
+        let mut files = self.verified.manifest.files.iter();
+        if !files.any(|file| file.name == name) {
+            return Ok(None);
+        }
+        let file = AdapterFile::load(&self.verified.path(name)?, TRANSFORMER_PREFIX)?;
+        Ok(Some(file))
     }
 
     /// Reads the tensors, to be restored onto a model.

@@ -57,6 +57,7 @@ pub(crate) const CONFIG: &str = "config.toml";
 pub(crate) const CACHE: &str = "cache";
 pub(crate) const SAMPLES: &str = "samples";
 const LORA: &str = "lora.safetensors";
+const BEST: &str = "best.safetensors";
 const PEFT: &str = "lora-peft";
 
 /// A run folder, for reading. To write, [`RunDir::lock`] it.
@@ -162,7 +163,7 @@ impl RunDir {
         if !self.path.exists() {
             return writable(&self.nearest_existing());
         }
-        for name in [CONFIG, METRICS, TIMINGS, CSV, LATEST, LORA] {
+        for name in [CONFIG, METRICS, TIMINGS, CSV, LATEST, LORA, BEST] {
             let path = self.path.join(name);
             if path.is_dir() {
                 return kind(path, "file");
@@ -188,6 +189,11 @@ impl RunDir {
     /// Where previews are.
     pub fn samples_path(&self) -> PathBuf {
         self.path.join(SAMPLES)
+    }
+
+    /// Where the LoRA of the best validation is.
+    pub(crate) fn best_path(&self) -> PathBuf {
+        self.path.join(BEST)
     }
 
     /// Where the finished LoRA is.
@@ -392,7 +398,7 @@ impl RunDir {
             let path = entry.path();
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            let temporary = ["ckpt-", LATEST, METRICS, TIMINGS, CONFIG, "lora"]
+            let temporary = ["ckpt-", LATEST, METRICS, TIMINGS, CONFIG, "lora", BEST]
                 .iter()
                 .any(|kind| name.starts_with(kind));
             if temporary && name.contains(".tmp-") {

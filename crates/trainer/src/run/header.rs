@@ -40,7 +40,7 @@ pub(crate) fn header(
             None => String::new(),
         }
     };
-    let side = config.dataset.resolution;
+    let side = config.dataset.largest_resolution();
     let mut entries = vec![
         (VERSION, env!("CARGO_PKG_VERSION").to_string()),
         (
@@ -83,6 +83,10 @@ pub(crate) fn header(
         ),
         ("ss_discrete_flow_shift", setting("train", "shift")),
         ("ss_weighting_scheme", setting("train", "loss_weighting")),
+        (
+            "modelspec.trigger_phrase",
+            setting("dataset", "trigger_word"),
+        ),
         ("modelspec.sai_model_spec", "1.0.1".into()),
         ("modelspec.resolution", format!("{side}x{side}")),
     ];
@@ -107,6 +111,11 @@ fn without_paths(config: &RunConfig) -> anyhow::Result<Table> {
                     || ["optimizer", "lr_scheduler"].contains(&section.as_str());
                 decides && !is_place(key, value)
             });
+            let folders = keys.get_mut("folders").and_then(Value::as_array_mut);
+            let folders = folders.into_iter().flatten();
+            for folder in folders.filter_map(Value::as_table_mut) {
+                folder.remove("path");
+            }
         }
     }
     table.retain(|_, keys| keys.as_table().is_none_or(|keys| !keys.is_empty()));
@@ -122,12 +131,13 @@ fn is_place(key: &str, value: &Value) -> bool {
     };
     let looks_like_one =
         |text: &&str| std::path::Path::new(text).is_absolute() || text.starts_with('~');
-    ["path", "init_from"].contains(&key) || texts.iter().any(looks_like_one)
+    ["path", "init_from", "skip"].contains(&key) || texts.iter().any(looks_like_one)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::FolderSection;
     use crate::fingerprint::Fingerprint;
     use crate::run::checkpoint::Progress;
 
@@ -137,6 +147,12 @@ mod tests {
         config.model.path = "/home/anna/models/FLUX.1-dev".into();
         config.dataset.path = "/home/anna/pictures".into();
         config.lora.init_from = Some("/home/anna/first.safetensors".into());
+        config.dataset.skip = vec!["anna-asleep.png".into()];
+        config.dataset.folders = vec![FolderSection {
+            path: "/home/anna/more".into(),
+            repeats: 3,
+            ..FolderSection::default()
+        }];
         config.train.steps = 1000;
         let state = State {
             progress: Progress { step: 400 },
@@ -154,6 +170,7 @@ mod tests {
             },
             events: Vec::new(),
             optimizer: Default::default(),
+            best: None,
         };
         let header =
             header(&config, &state, "d", 400, &ModelShape::default()).expect("TOML holds it");

@@ -6,17 +6,17 @@ use anyhow::Context;
 use burn::module::Module;
 use flux_model::family::Network;
 use flux_model::lora::{Component, LoraFormat, LoraSet, WriteOptions, WriteReport, write};
-use lora_core::LoraConfig;
 use lora_core::peft::PeftType;
+use lora_core::{AdapterFile, LoraConfig};
 use serde::Serialize;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::config::{ExportFormat, RunConfig};
 use crate::convert::table;
 use crate::data::batch::Order;
 use crate::data::digest::dataset_digest;
 use crate::run::checkpoint::{
-    RunTraining, Snapshot, State, TRANSFORMER_PREFIX, adapter_file, manifest_fields,
+    Best, RunTraining, Snapshot, State, TRANSFORMER_PREFIX, adapter_file, manifest_fields,
 };
 use crate::run::folder::{RunDir, RunLock};
 use crate::run::header::header;
@@ -24,7 +24,7 @@ use crate::run::logs::Logs;
 use crate::run::metrics::MetricsLog;
 use crate::run::timings::{Timing, TimingLog};
 use crate::run::transaction;
-use crate::run::vfs::{RealFs, replace_file};
+use crate::run::vfs::{RealFs, discard, replace_file};
 
 /// Writes checkpoints and the finished LoRA.
 pub(crate) struct Saver<'a> {
@@ -39,6 +39,7 @@ pub(crate) struct Saver<'a> {
     logs: Logs,
     config_digest: String,
     dataset_digest: String,
+    best: Option<AdapterFile>,
 }
 
 impl<'a> Saver<'a> {
@@ -74,6 +75,7 @@ impl<'a> Saver<'a> {
             logs,
             config_digest,
             dataset_digest,
+            best: None,
         })
     }
 
@@ -96,7 +98,52 @@ impl<'a> Saver<'a> {
         self.logs.finish();
     }
 
-    pub(crate) fn save<M: Module>(&mut self, training: &RunTraining<M>) -> anyhow::Result<()> {
+    /// The best validation so far.
+    pub(crate) fn best(&self) -> Option<&Best> {
+        self.state.best.as_ref()
+    }
+
+    /// Goes on from what a checkpoint says of the best validation, and puts its LoRA where it was; a loss of something else than
+    /// what is validated now, `of`, is forgotten. What lies there from steps that were gone back on is removed.
+    pub(crate) fn restore_best<N: Network>(
+        &mut self,
+        adapter: Option<AdapterFile>,
+        of: Option<&str>,
+        model: &N,
+    ) -> anyhow::Result<()> {
+        let path = self.run.best_path();
+        let best = self.state.best.take();
+        if let (Some(best), Some(adapter)) = (best, adapter) {
+            if of.is_none_or(|of| of == best.of) {
+                self.write_lora(&adapter, model, best.step, &path)?;
+                (self.state.best, self.best) = (Some(best), Some(adapter));
+                return Ok(());
+            }
+            warn!(
+                "what is validated on has changed, so the best validation so far, {:.4} at step {}, is no measure any more and is forgotten",
+                best.loss, best.step
+            );
+        }
+        if path.exists() {
+            discard(&RealFs, self.run.path(), &[path])?;
+        }
+        Ok(())
+    }
+
+    /// Notes that a validation found less than all before, with the model it was of.
+    pub(crate) fn new_best<N: Network>(&mut self, model: &N, best: Best) -> anyhow::Result<()> {
+        let adapter = adapter_file(model, self.lora)?;
+        self.write_lora(&adapter, model, best.step, &self.run.best_path())?;
+        (self.state.best, self.best) = (Some(best), Some(adapter));
+        Ok(())
+    }
+
+    /// Saves a run, with the average of its weights if it has one.
+    pub(crate) fn save<M: Module>(
+        &mut self,
+        training: &RunTraining<M>,
+        average: Option<&M>,
+    ) -> anyhow::Result<()> {
         let step = training.progress.step;
         let accumulation = self.config.train.gradient_accumulation_steps as u64;
         let epoch = self.order.epoch(step * accumulation);
@@ -110,7 +157,7 @@ impl<'a> Saver<'a> {
             self.config_digest.clone(),
             self.dataset_digest.clone(),
         )?;
-        let snapshot = Snapshot::take(training, state, self.lora)?;
+        let snapshot = Snapshot::take(training, average, self.best.as_ref(), state, self.lora)?;
         let keep = self.config.checkpoint.keep;
         let (lock, metrics) = (self.lock, &mut self.metrics);
         snapshot.with_files(|files| {
@@ -119,15 +166,18 @@ impl<'a> Saver<'a> {
         Ok(())
     }
 
-    /// The finished LoRA, beside the checkpoints.
-    pub(crate) fn export<N: Network>(&self, training: &RunTraining<N>) -> anyhow::Result<PathBuf> {
-        let average = training.optimizer.averaged(&training.model);
-        let model = average.as_ref().unwrap_or(&training.model);
-        let adapter = adapter_file(model, self.lora)?;
+    /// Writes the file that programs which load LoRAs read, after so many steps. Back come what it holds, for other formats, and
+    /// who reads it; an adapter of a kind that diffusers has none of with its scale folded.
+    fn write_lora<N: Network>(
+        &self,
+        adapter: &AdapterFile,
+        model: &N,
+        steps: u64,
+        path: &Path,
+    ) -> anyhow::Result<(LoraSet, Option<AdapterFile>, Option<WriteReport>)> {
         let lycoris = (adapter.peft_type() != PeftType::Lora).then(|| adapter.clone().fold_scale());
-        let source = lycoris.as_ref().unwrap_or(&adapter);
-        let shape = training.model.shape();
-        let steps = training.progress.step;
+        let source = lycoris.as_ref().unwrap_or(adapter);
+        let shape = model.shape();
         let header = header(
             self.config,
             &self.state,
@@ -137,17 +187,32 @@ impl<'a> Saver<'a> {
         )?;
         let mut set = LoraSet::from_adapter(source, Component::Transformer, shape);
         set.metadata.extend(header);
-        let path = self.run.lora_path();
+        let mut report = None;
         match &lycoris {
             Some(lycoris) => {
                 let bytes = lycoris.to_bytes(TRANSFORMER_PREFIX);
-                replace_file(&RealFs, &path, &|out| out.write_all(&bytes))?;
+                replace_file(&RealFs, path, &|out| out.write_all(&bytes))?;
             }
             // Unlike a checkpoint's, this file is read by programs that know only tensors: the scale is folded.
             None => {
-                let report = write(&set, LoraFormat::Diffusers, &path, &WriteOptions::default())?;
-                tell(&path, &report);
+                report = Some(write(
+                    &set,
+                    LoraFormat::Diffusers,
+                    path,
+                    &WriteOptions::default(),
+                )?);
             }
+        }
+        Ok((set, lycoris, report))
+    }
+
+    /// The finished LoRA, beside the checkpoints.
+    pub(crate) fn export<N: Network>(&self, model: &N, steps: u64) -> anyhow::Result<PathBuf> {
+        let adapter = adapter_file(model, self.lora)?;
+        let path = self.run.lora_path();
+        let (set, lycoris, report) = self.write_lora(&adapter, model, steps, &path)?;
+        if let Some(report) = report {
+            tell(&path, &report);
         }
         for format in &self.config.export.formats {
             let format = match format {

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use flux_model::family::Family;
+use lora_core::training::optimizers::OptimizerConfig;
 
 use crate::config::RunConfig;
 use crate::data::scan::Sample;
@@ -78,9 +79,13 @@ fn judge(need: Need, free: u64, run: &Path) -> anyhow::Result<()> {
 
 /// Latents of every sample and one embedding of every text, all f32.
 fn cache<F: Family>(config: &RunConfig, family: &F, samples: &[Sample]) -> anyhow::Result<u64> {
-    let side = config.dataset.resolution as usize;
-    let latents: usize = family.latent_shape(side, side).iter().product();
-    let copies = if config.dataset.random_flip { 2 } else { 1 };
+    let resolutions = config.dataset.resolution.as_slice();
+    let sides = || resolutions.iter().map(|&side| side as usize);
+    let latents = |side| family.latent_shape(side, side).iter().product::<usize>();
+    let latents: usize = sides().map(latents).sum();
+    let pixels: usize = sides().map(|side| side * side).sum();
+    let mirrored = if config.dataset.random_flip { 2 } else { 1 };
+    let copies = mirrored * config.dataset.random_crops;
     let of_image = F::LATENTS.len() * copies * latents;
     let shape = F::shape(family.folder())?;
     let t5 = shape.t5.map(|t5| t5.d_model);
@@ -88,12 +93,16 @@ fn cache<F: Family>(config: &RunConfig, family: &F, samples: &[Sample]) -> anyho
     let width = t5.or(flux2).unwrap_or(0);
     let text = width * config.dataset.max_sequence_length;
     let captions: BTreeSet<&str> = samples.iter().map(|s| s.caption.as_str()).collect();
-    let masked = of_image + copies * side * side;
+    let masked = of_image + copies * pixels;
     let images = samples.iter().map(|sample| {
         let beside = sample.references.len() * of_image;
         of_image + beside + sample.mask.as_ref().map_or(0, |_| masked)
     });
-    Ok(4 * (images.sum::<usize>() + captions.len() * text) as u64)
+    let texts = match config.dataset.varies_captions() {
+        true => captions.len() * config.dataset.caption_variants,
+        false => captions.len(),
+    };
+    Ok(4 * (images.sum::<usize>() + texts * text) as u64)
 }
 
 /// Adapters and what the optimizer keeps of them, as often as checkpoints are there at once.
@@ -105,7 +114,10 @@ fn checkpoints(config: &RunConfig, layers: &BTreeMap<String, [usize; 2]>) -> u64
     let saves = config.train.steps.div_ceil(config.checkpoint.every);
     // One more while a save is under way.
     let at_once = saves.min(config.checkpoint.keep as u64 + 1);
-    (4 + config.optimizer.rule.state_bytes()) * parameters * at_once
+    let rule = &config.optimizer.rule;
+    let averages = config.ema.is_some() || matches!(rule, OptimizerConfig::ScheduleFreeAdamw(_));
+    let adapters = 1 + u64::from(averages) + u64::from(config.validation.is_some());
+    (4 * adapters + rule.state_bytes()) * parameters * at_once
 }
 
 fn size_of(folder: &Path) -> u64 {

@@ -58,10 +58,8 @@ pub(crate) struct State {
 
 impl ScheduleFree {
     /// The average `x`, of a tensor that is `y`.
-    pub(crate) fn average<const D: usize>(&self, y: Tensor<D>, state: &State) -> Tensor<D> {
-        let shape = y.shape();
-        let weight = 1.0 - 1.0 / self.0.betas[0];
-        lerp(flattened(y), state.z.clone(), weight).reshape(shape)
+    pub(crate) fn average(&self, y: Tensor<1>, state: &State) -> Tensor<1> {
+        lerp(y, state.z.clone(), 1.0 - 1.0 / self.0.betas[0])
     }
 }
 

@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 
 use crate::data::error::{DatasetError, read_error};
-use crate::data::image::{check_image_file, is_image_extension};
+use crate::data::image::is_image_extension;
 use crate::data::metadata::{Row, read_list, wrong_line};
 use crate::nearest::one_line;
 
@@ -51,7 +51,7 @@ pub(super) fn listed(
         }
         let image = base.join(&name);
         match fs::metadata(&image) {
-            Ok(_) => check_image_file(&image)?,
+            Ok(_) => {} // looked at when it is read
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(wrong(format!("image `{quoted}` does not exist")));
             }

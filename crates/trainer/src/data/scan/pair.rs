@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::data::error::DatasetError;
-use crate::data::image::check_image_file;
 use crate::data::text::read_caption;
 use crate::nearest::one_line;
 
@@ -88,7 +87,6 @@ impl Folder {
                 match own.as_slice() {
                     [] => paired.bare.push(name),
                     [caption] => {
-                        check_image_file(&path.join(image))?;
                         paired.pairs.push(Pair {
                             image: path.join(image),
                             caption: read_caption(&path.join(caption))?,
