@@ -1065,7 +1065,7 @@ fn equal_configurations_have_no_changes() {
 fn changes_name_both_values_and_whether_they_are_allowed() {
     let old = read("[lora.rank_pattern]\nx = 4").expect("a good configuration");
     let new = read_with(
-        "[sample]\nprompts = [\"a\"]",
+        "[sample]\nprompts = [\"a\"]\npreview_vae = \"tiny\"",
         &[
             "train.steps=2000",
             "train.batch_size=2",
