@@ -450,7 +450,7 @@ pub struct FullSizeArgs {
     /// Memory that the run is made to fit into
     #[arg(long, default_value = "4GiB")]
     pub limit: String,
-    /// Leave everything where it is, and use a pipeline that is there
+    /// Leave everything where it is; the next run uses the weights that are there, as it does after an interruption
     #[arg(long)]
     pub keep: bool,
     /// At most so many blocks of each kind, for trying the benchmark out

@@ -42,21 +42,20 @@ pub fn run(args: &FullSizeArgs) -> anyhow::Result<()> {
     let model = Model::new(args);
     let work = args.dir.join(format!("full-size-{}", args.model));
     let pipeline = work.join("pipeline");
-    let complete = pipeline.join("complete");
     fs::create_dir_all(&work).with_context(|| format!("create {}", work.display()))?;
     let scratch = Scratch {
         folder: work.clone(),
         is_kept: args.keep,
     };
-    if !complete.is_file() {
-        model.write_configurations(&pipeline)?;
-        let files = files_of(&pipeline)?;
+    model.write_configurations(&pipeline)?;
+    let mut files = files_of(&pipeline)?;
+    files.retain(|(file, _)| !pipeline.join(file).is_file()); // written by a run before that was kept or interrupted
+    if !files.is_empty() {
         check_room(&work, &files)?;
         let started = Instant::now();
         for (file, tensors) in files {
             write_weights(&pipeline.join(file), tensors)?;
         }
-        fs::write(&complete, "")?;
         println!(
             "pipeline written in {:.0} s",
             started.elapsed().as_secs_f64()
@@ -206,7 +205,14 @@ impl Model {
                 template.display()
             );
         }
-        copy_folder(template, folder)?;
+        if !folder.is_dir() {
+            let copy = folder.with_extension("part");
+            copy_folder(template, &copy)?;
+            for (file, _) in files_of(&copy)? {
+                fs::remove_file(copy.join(file))?;
+            }
+            fs::rename(copy, folder)?;
+        }
         for (file, config) in &self.configs {
             let path = folder.join(file);
             fs::write(&path, config.to_string())
@@ -326,10 +332,12 @@ fn write_weights(path: &Path, shapes: BTreeMap<String, Vec<usize>>) -> anyhow::R
         })
     };
     let write = || -> std::io::Result<()> {
-        let mut out = BufWriter::new(File::create(path)?);
+        let part = path.with_extension("part");
+        let mut out = BufWriter::new(File::create(&part)?);
         let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
         write_streaming(&mut out, &layout, &metadata, tensor)?;
-        out.flush()
+        out.flush()?;
+        fs::rename(part, path)
     };
     write().with_context(|| format!("write {}", path.display()))
 }
