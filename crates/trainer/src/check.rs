@@ -65,32 +65,40 @@ impl Report {
     }
 }
 
-/// Checks a run of `config` in the folder `output`.
+/// How the run is to be started.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Planned<'a> {
+    /// The run folder.
+    pub(crate) output: &'a Path,
+    /// Device name, see [`device::open`].
+    pub(crate) device: &'a str,
+    /// Whether a network that was distilled to few steps is to be trained.
+    pub(crate) distilled: bool,
+    /// Whether the network must not be touched.
+    pub(crate) offline: bool,
+}
+
+/// Checks a run of `config`.
 ///
 /// # Errors
 /// A model that cannot be opened: nothing else can be known then.
-pub(crate) fn check(
-    config: &RunConfig,
-    output: &Path,
-    device: &str,
-    offline: bool,
-) -> anyhow::Result<Report> {
-    struct Check<'a>(PipelineFolder, &'a RunConfig, &'a Path, NamedDevice);
+pub(crate) fn check(config: &RunConfig, planned: &Planned<'_>) -> anyhow::Result<Report> {
+    struct Check<'a>(PipelineFolder, &'a RunConfig, &'a Planned<'a>, NamedDevice);
     impl Visitor for Check<'_> {
         type Output = anyhow::Result<Report>;
         fn visit<F: Family>(self) -> Self::Output {
             check_family(&F::open(self.0)?, self.1, self.2, &self.3)
         }
     }
-    let device = device::open(device)?;
-    let folder = pipeline(config, offline)?;
-    families::of_folder(&folder.clone(), Check(folder, config, output, device))?
+    let device = device::open(planned.device)?;
+    let folder = pipeline(config, planned.offline)?;
+    families::of_folder(&folder.clone(), Check(folder, config, planned, device))?
 }
 
 fn check_family<F: Family>(
     family: &F,
     config: &RunConfig,
-    output: &Path,
+    planned: &Planned<'_>,
     device: &NamedDevice,
 ) -> anyhow::Result<Report> {
     let config = &{
@@ -105,14 +113,16 @@ fn check_family<F: Family>(
     );
     report.row("device", format!("{} ({})", device.name, device.hardware));
 
-    let run = report.take(RunDir::planned(output).map_err(Into::into));
+    let run = report.take(RunDir::planned(planned.output).map_err(Into::into));
     if let Some(run) = &run {
         report.take(run.check_places().map_err(Into::into));
         if run.path().exists() {
             report.take(find_checkpoint(run, &Resume::No));
         }
     }
-    report.take(refuse_distilled(family).map_err(Into::into));
+    if !planned.distilled {
+        report.take(refuse_distilled(family).map_err(Into::into));
+    }
     let samples = match report.take(scan(&config.dataset).map_err(Into::into)) {
         Some(Scan { samples, warnings }) => {
             report.notes.extend(warnings);

@@ -212,6 +212,12 @@ pub struct CheckArgs {
     /// Override one configuration value
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
+    /// Optimizer steps in the whole run, in place of train.steps
+    #[arg(long)]
+    pub steps: Option<u64>,
+    /// Train on a model that was distilled to few steps, as for train
+    #[arg(long)]
+    pub yes_distilled: bool,
     /// Never touch the network: a Hub repository must be in the cache
     #[arg(long)]
     pub offline: bool,

@@ -121,8 +121,7 @@ fn cache(args: CacheArgs, say: Output) -> anyhow::Result<()> {
 }
 
 fn train(args: TrainArgs, say: Output) -> anyhow::Result<()> {
-    let mut overrides = args.set.clone();
-    overrides.extend(args.steps.map(|steps| format!("train.steps={steps}")));
+    let overrides = overrides(&args.set, args.steps);
     let config = RunConfig::load_on(args.preset.as_deref(), &args.config, &overrides)?;
     let mut output = run_folder(args.output, &args.config);
     let resume = match args.resume {
@@ -207,6 +206,12 @@ fn compare_runs(a: &Path, b: &Path, output: Output) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// `--set`, and `--steps` as one more of it.
+fn overrides(set: &[String], steps: Option<u64>) -> Vec<String> {
+    let steps = steps.map(|steps| format!("train.steps={steps}"));
+    set.iter().cloned().chain(steps).collect()
+}
+
 /// `--output`, or the folder named like the configuration.
 fn run_folder(output: Option<PathBuf>, config: &Path) -> PathBuf {
     let name = config.file_stem().unwrap_or_default();
@@ -214,10 +219,17 @@ fn run_folder(output: Option<PathBuf>, config: &Path) -> PathBuf {
 }
 
 fn check_run(args: &CheckArgs, say: Output) -> anyhow::Result<ExitCode> {
-    let config = RunConfig::load_on(args.preset.as_deref(), &args.config, &args.set)?;
+    let overrides = overrides(&args.set, args.steps);
+    let config = RunConfig::load_on(args.preset.as_deref(), &args.config, &overrides)?;
     let output = run_folder(args.output.clone(), &args.config);
     let device = args.device.as_deref().unwrap_or(device::default_name());
-    let report = check::check(&config, &output, device, args.offline)?;
+    let plan = check::Planned {
+        output: &output,
+        device,
+        distilled: args.yes_distilled,
+        offline: args.offline,
+    };
+    let report = check::check(&config, &plan)?;
     let rows = report
         .rows
         .iter()

@@ -1137,3 +1137,16 @@ fn blocks_are_not_streamed_where_their_weights_are_kept_or_needed_at_the_start()
         "`memory.base` in run.toml:2: cannot be \"stream\": this adapter starts from the base weights, which have to be in memory for that; use \"resident\"",
     );
 }
+
+#[test]
+fn a_repository_of_the_hub_stays_a_name_unless_a_folder_is_there() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("run.toml");
+    let text = "[model]\npath = \"owner/flux\"\n[dataset]\npath = \"owner/cats\"\n";
+    fs::write(&file, text).expect("writable");
+    let load = || RunConfig::load(&file, &[]).expect("a good configuration");
+    assert_eq!(load().model.path, Path::new("owner/flux"));
+    assert!(load().dataset.path.is_absolute());
+    fs::create_dir_all(folder.path().join("owner/flux")).expect("writable");
+    assert!(load().model.path.is_absolute());
+}
