@@ -74,6 +74,17 @@ fn check_tells_what_train_would_do_and_writes_nothing() {
         "{report}"
     );
 
+    for name in ["as diffusers' file", "as kohya's file", "as ComfyUI's file"] {
+        let value = report[name]
+            .as_str()
+            .unwrap_or_else(|| panic!("{name}: {report}"));
+        assert!(
+            value.contains("layers; keys loaded by diffusers"),
+            "{value}"
+        );
+        assert!(value.contains("ComfyUI"), "{value}");
+    }
+
     // What it counts is what train counts.
     let trained = bench.train("run", "flex", &["--json"]);
     let log = text(&trained.stdout);

@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::Context;
 use flux_model::families::{self, Visitor};
 use flux_model::family::{Family, Network};
-use flux_model::lora::{Component, LoraFormat, LoraSet, WriteOptions, write};
+use flux_model::lora::{Component, LoraFormat, LoraSet, Reading, WriteOptions, write};
 use flux_model::pipeline::PipelineFolder;
 use lora_core::attach::{DEFAULT_ADAPTER, targeted};
 use lora_core::peft::{InitLoraWeights, PeftType};
@@ -348,7 +348,17 @@ fn disk<F: Family>(
     Ok(())
 }
 
-/// How much of the LoRA each format holds: it is written in each, at rank 1.
+/// A program, and how many of the keys it loads as they are meant.
+fn loads(reading: &Reading) -> String {
+    let keys = reading.loads + reading.drops.len() + reading.differs.len();
+    match reading.loads {
+        0 => format!("{} none", reading.reader),
+        loads if loads == keys => format!("{} all", reading.reader),
+        loads => format!("{} {loads} of {keys}", reading.reader),
+    }
+}
+
+/// How much of the LoRA each format holds, and who reads how much of that: it is written in each, at rank 1.
 fn formats<N: Network>(
     outline: N,
     lora: &LoraConfig,
@@ -372,21 +382,28 @@ fn formats<N: Network>(
         ..WriteOptions::default()
     };
     let rows = [
-        ("for diffusers", LoraFormat::Diffusers),
-        ("for PEFT", LoraFormat::Peft),
-        ("for kohya, Forge", LoraFormat::Kohya),
-        ("for ComfyUI", LoraFormat::ComfyUi),
+        ("as diffusers' file", LoraFormat::Diffusers),
+        ("as PEFT's folder", LoraFormat::Peft),
+        ("as kohya's file", LoraFormat::Kohya),
+        ("as ComfyUI's file", LoraFormat::ComfyUi),
     ];
     let row = |(name, format)| {
         let path = folder.path().join(format!("{format}"));
         let value = match write(&set, format, &path, &options) {
-            Ok(written) if written.losses.is_empty() => format!("all {} layers", set.len()),
-            Ok(written) => format!(
-                "{} of {} layers; not {}",
-                set.len() - written.losses.len(),
-                set.len(),
-                written.losses[0].module
-            ),
+            Ok(written) => {
+                let lost = written.losses.len();
+                let held = match written.losses.first() {
+                    None => format!("all {} layers", set.len()),
+                    Some(loss) => format!(
+                        "{} of {} layers, not {}",
+                        set.len() - lost,
+                        set.len(),
+                        loss.module
+                    ),
+                };
+                let readers: Vec<String> = written.readings.iter().map(loads).collect();
+                format!("{held}; keys loaded by {}", readers.join(", "))
+            }
             Err(error) => format!("no: {error}"),
         };
         (name, value)

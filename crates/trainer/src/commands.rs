@@ -34,7 +34,7 @@ pub fn run(command: Command, output: Output) -> anyhow::Result<ExitCode> {
         Command::Train(args) => train(args, output)?,
         Command::Cache(args) => cache(args, output)?,
         Command::Sample(args) => sample(&args, output)?,
-        Command::Convert(args) => convert(&args)?,
+        Command::Convert(args) => convert(&args, output)?,
         Command::Merge {
             model,
             offline,

@@ -14,13 +14,14 @@ use crate::adapters::{self, LoadedLora};
 use crate::cli::ConvertArgs;
 use crate::cli::UsageError;
 use crate::models::open_pipeline;
+use crate::output::Output;
 
 /// Writes one LoRA in another format, or in all.
 ///
 /// # Errors
 /// An output that exists (without `--overwrite`), is the input or is named like something else; a LoRA that cannot be read,
 /// or that a format cannot hold.
-pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
+pub(crate) fn convert(args: &ConvertArgs, output: Output) -> anyhow::Result<()> {
     let dtype = match args.dtype.as_deref() {
         None => None,
         Some("f32") => Some(Dtype::F32),
@@ -52,12 +53,13 @@ pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
         Some(model) => families::shape(&open_pipeline(model, None, None, args.offline)?)?,
         None => ModelShape::default(),
     };
+    let say = |line: String| output.text("converted", &format!("{line}\n"));
     let set = read(&args.input, &shape)?;
     for line in set.report.ignored_lines() {
-        println!("{line}");
+        say(line);
     }
     for warning in &set.report.warnings {
-        println!("warning: {warning}");
+        say(format!("warning: {warning}"));
     }
     let options = WriteOptions {
         dtype,
@@ -66,15 +68,19 @@ pub(crate) fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
     for (format, out) in &outputs {
         make_parent(out)?;
         let report = write(&set, *format, out, &options)?;
-        println!("{format}: {} modules in {}", report.modules, out.display());
+        say(format!(
+            "{format}: {} modules in {}",
+            report.modules,
+            out.display()
+        ));
         for loss in report.losses {
-            println!("  lost {}: {}", loss.module, loss.reason);
+            say(format!("  lost {}: {}", loss.module, loss.reason));
         }
         for note in report.notes {
-            println!("  note: {note}");
+            say(format!("  note: {note}"));
         }
         for line in table(&report.readings) {
-            println!("  {line}");
+            say(format!("  {line}"));
         }
     }
     Ok(())

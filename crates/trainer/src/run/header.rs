@@ -4,6 +4,7 @@
 //! Nothing here depends on time or place: a resumed run writes the same header. No path and no name of a person is in it.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use anyhow::Context;
 use flux_model::lora::ModelShape;
@@ -104,34 +105,39 @@ fn without_paths(config: &RunConfig) -> anyhow::Result<Table> {
     let mut table = Table::try_from(config).context("write the settings")?;
     for (section, keys) in &mut table {
         if let Value::Table(keys) = keys {
-            keys.retain(|key, value| {
+            keys.retain(|key, _| {
                 let name = format!("{section}.{key}");
-                let decides = !may_change_on_resume(&name)
+                !may_change_on_resume(&name)
                     || name == "train.steps"
-                    || ["optimizer", "lr_scheduler"].contains(&section.as_str());
-                decides && !is_place(key, value)
+                    || ["optimizer", "lr_scheduler"].contains(&section.as_str())
             });
-            let folders = keys.get_mut("folders").and_then(Value::as_array_mut);
-            let folders = folders.into_iter().flatten();
-            for folder in folders.filter_map(Value::as_table_mut) {
-                folder.remove("path");
-            }
         }
+        forget_places(keys);
     }
     table.retain(|_, keys| keys.as_table().is_none_or(|keys| !keys.is_empty()));
     Ok(table)
 }
 
-/// Whether a value is a path: by its key, or by looking like one.
-fn is_place(key: &str, value: &Value) -> bool {
-    let texts: Vec<&str> = match value {
-        Value::String(text) => vec![text],
-        Value::Array(values) => values.iter().filter_map(Value::as_str).collect(),
-        _ => Vec::new(),
-    };
-    let looks_like_one =
-        |text: &&str| std::path::Path::new(text).is_absolute() || text.starts_with('~');
-    ["path", "init_from", "skip"].contains(&key) || texts.iter().any(looks_like_one)
+/// Takes paths out, known by their key or by looking like one.
+fn forget_places(value: &mut Value) {
+    match value {
+        Value::Table(keys) => {
+            keys.retain(|key, value| {
+                !matches!(key, "path" | "init_from" | "skip") && !is_place(value)
+            });
+            keys.iter_mut().for_each(|(_, value)| forget_places(value));
+        }
+        Value::Array(values) => {
+            values.retain(|value| !is_place(value));
+            values.iter_mut().for_each(forget_places);
+        }
+        _ => {}
+    }
+}
+
+fn is_place(value: &Value) -> bool {
+    let text = value.as_str().unwrap_or_default();
+    Path::new(text).is_absolute() || text.starts_with('~')
 }
 
 #[cfg(test)]
@@ -140,6 +146,17 @@ mod tests {
     use crate::config::FolderSection;
     use crate::fingerprint::Fingerprint;
     use crate::run::checkpoint::Progress;
+
+    #[test]
+    fn a_path_is_forgotten_wherever_it_is() {
+        let text = "[a]\npath = 'x'\nb = '/home/anna'\nc = ['~/anna', 'kept']\nd = [{path = 'anna', weight = 2}]\n";
+        let mut value = Value::Table(toml::from_str(text).expect("TOML"));
+        forget_places(&mut value);
+        assert_eq!(
+            value["a"].to_string(),
+            "{ c = [\"kept\"], d = [{ weight = 2 }] }"
+        );
+    }
 
     #[test]
     fn the_header_says_how_it_was_made_and_not_where() {
