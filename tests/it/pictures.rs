@@ -205,7 +205,6 @@ fn what_is_missing_beside_a_sample_or_cannot_be_read_is_said_before_anything_is_
     }
     references(&bench, "before");
     masks(&bench);
-    fs::remove_file(bench.path("before/3.png")).unwrap();
     let path = |name: &str| format!("model.path={}", bench.path(name).display());
     let refused = |model: &str, sets: &[&str], says: &str| {
         let mut args = vec!["--set".to_string(), path(model)];
@@ -221,6 +220,12 @@ fn what_is_missing_beside_a_sample_or_cannot_be_read_is_said_before_anything_is_
         );
         assert!(!bench.path("run/cache").exists(), "{says}");
     };
+    refused(
+        "klein",
+        &["dataset.reference=before", "dataset.random_crops=2"],
+        "would not lie on each other",
+    );
+    fs::remove_file(bench.path("before/3.png")).unwrap();
     let missing = format!(
         "data/3.png` has no reference: expected `{}`",
         bench.path("before/3.png").display()

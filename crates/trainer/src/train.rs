@@ -580,6 +580,12 @@ pub(crate) fn check_start<F: Family>(
         mask_name: "`dataset.mask`",
     };
     pictures.check(family, &outline)?;
+    if references && config.dataset.random_crops > 1 {
+        bail!(
+            "`dataset.random_crops` is {}, and references are cropped at their centre: image and reference would not lie on each other; leave it at 1",
+            config.dataset.random_crops
+        );
+    }
     let sample = config.sample.as_ref();
     if let Some(path) = sample.and_then(|sample| sample.preview_vae.as_deref()) {
         let problem = family.preview_problem(path);
