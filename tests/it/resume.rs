@@ -101,6 +101,26 @@ fn optimizers_with_more_than_moments_resume_exactly() {
 }
 
 #[test]
+fn a_base_in_few_bits_resumes_exactly_streamed_or_not() {
+    let with = |more: &[&'static str]| {
+        let settings = ["--set=train.steps=12"];
+        [&settings, more].concat()
+    };
+    let dense = resumes_exactly_with(&with(&[]), &[]);
+    for dtype in ["--set=model.base_dtype=nf4", "--set=model.base_dtype=q8"] {
+        let resident = resumes_exactly_with(&with(&[dtype]), &[1, 7]);
+        assert_ne!(resident.metrics, dense.metrics);
+        let streamed = resumes_exactly_with(&with(&[dtype, "--set=memory.base=stream"]), &[7]);
+        let last = |result: &RunResult| -> f64 {
+            let line = result.metrics.lines().last().unwrap();
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            line["loss"].as_f64().unwrap()
+        };
+        assert_eq!(last(&streamed).to_bits(), last(&resident).to_bits());
+    }
+}
+
+#[test]
 fn the_finished_lora_of_a_schedule_free_optimizer_is_the_average() {
     let bench = Workbench::new();
     let settings = [

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use flux_model::lora::{Bias, Component, LoraSet};
 use lora_core::files::host::{Dtype, HostTensor};
+use lora_core::files::quantised::Stored;
 use lora_core::files::safetensors::{TensorFile, TensorSet, write_streaming};
 
 use crate::adapters::LoadedLora;
@@ -149,6 +150,7 @@ fn merge_file(
     changed: &mut Changed,
 ) -> anyhow::Result<()> {
     let file = TensorFile::open(from)?;
+    let quantised: BTreeSet<String> = Stored::all(weights)?.into_keys().collect();
     let layout: Vec<(String, Dtype, Vec<usize>)> = file
         .names()
         .filter_map(|name| {
@@ -160,7 +162,8 @@ fn merge_file(
     let mut out = BufWriter::new(out);
     let write = |name: &str| -> Result<HostTensor, MergeError> {
         let tensor = file.read(name).map_err(|error| MergeError(error.into()))?;
-        let merged = merged(name, &tensor, component, loras, weights).map_err(MergeError)?;
+        let merged =
+            merged(name, &tensor, component, loras, weights, &quantised).map_err(MergeError)?;
         if merged.is_some() {
             changed.tensors += 1;
             let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
@@ -186,6 +189,7 @@ fn merged(
     component: Component,
     loras: &[LoraSet],
     weights: &TensorSet,
+    quantised: &BTreeSet<String>,
 ) -> anyhow::Result<Option<HostTensor>> {
     let Some((module, parameter)) = name.rsplit_once('.') else {
         return Ok(None);
@@ -212,6 +216,11 @@ fn merged(
             _ => continue,
         };
         let Some(change) = change else { continue };
+        if quantised.contains(name) {
+            bail!(
+                "`{name}` is stored in few bits, and a change cannot be merged into it without most of it being rounded away: merge into the checkpoint of 16 or 32 bits that it was made from"
+            );
+        }
         if change.len() != current.len() {
             bail!(
                 "the LoRA changes {} values of `{name}`, which has {}",

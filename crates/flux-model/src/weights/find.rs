@@ -1,8 +1,7 @@
 //! A parameter's place in a checkpoint, checked, and what is stored there.
 
-use lora_core::files::host::HostTensor;
-
 use super::layout::Location;
+use super::storage::Read;
 use super::{Checkpoint, Layout};
 use crate::error::WeightsError;
 
@@ -63,19 +62,26 @@ impl Checkpoint {
         Ok(Place { location, shape })
     }
 
-    /// Reads what is stored at a place; what is stored in few bits as f32.
+    /// Reads what is stored at a place.
     ///
     /// # Errors
     /// A file that has changed since it was opened.
-    pub(super) fn stored(&self, place: &Place) -> Result<HostTensor, WeightsError> {
+    pub(super) fn stored(&self, place: &Place) -> Result<Read, WeightsError> {
         let location = &place.location;
-        let mut tensor = self.read(location)?;
+        let read = self.read(location)?;
+        if let Read::FewBits(tensor) = &read
+            && tensor.shape() == place.shape
+            && !location.swap_halves
+        {
+            return Ok(read);
+        }
+        let mut tensor = read.dense();
         tensor.shape = place.shape.clone();
         if location.swap_halves {
             let half = tensor.bytes.len() / 2;
             tensor.bytes.rotate_left(half);
         }
-        Ok(tensor)
+        Ok(Read::Dense(tensor))
     }
 
     pub(super) fn not_finite(&self, key: &str, index: usize) -> WeightsError {

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use burn::module::{ModuleMapper, Param};
 use burn::tensor::{Device, Tensor};
+use lora_core::frozen::placeholder;
 
-use super::storage::{BaseDtype, Ready};
-use super::stream::{Parameter, placeholder};
+use super::storage::{BaseDtype, Held, Ready};
+use super::stream::Parameter;
 use super::walk::Walk;
 use super::{Checkpoint, Layout};
 use crate::error::WeightsError;
@@ -20,6 +21,8 @@ pub(super) struct Load<'a> {
     /// Checkpoint key to the rows that were read.
     used: BTreeMap<String, usize>,
     pub(super) error: Option<WeightsError>,
+    /// What is to be put on the network after the walk.
+    pub(super) held: Held,
     /// Paths of the blocks that are not read, and what was found of each.
     pub(super) streamed: Vec<(String, Vec<Parameter>)>,
 }
@@ -39,6 +42,7 @@ impl<'a> Load<'a> {
             walk: Walk::default(),
             used: BTreeMap::new(),
             error: None,
+            held: Held::new(),
             streamed: Vec::new(),
         }
     }
@@ -96,7 +100,10 @@ impl ModuleMapper for Load<'_> {
         }
         let shape = param.lazy_shape();
         match self.read(&shape) {
-            Ok(Some(ready)) => Param::initialized(param.id, ready.on(self.device)),
+            Ok(Some(ready)) => {
+                let path = self.walk.path.join(".");
+                Param::initialized(param.id, ready.on(path, &mut self.held, self.device))
+            }
             Ok(None) => {
                 let shape = std::array::from_fn(|axis| shape[axis]);
                 Param::initialized(param.id, placeholder(shape, self.device))

@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 
 use burn::module::Module;
 use burn::tensor::Device;
-use lora_core::files::host::{Dtype, HostTensor};
 use lora_core::files::quantised::Stored;
 use lora_core::files::safetensors::TensorSet;
+use lora_core::frozen::hold;
 
 pub use self::layout::Layout;
 use self::layout::Location;
@@ -20,6 +20,7 @@ use self::load::Load;
 pub use self::parameters::{change_parameters, checkpoint_tensors, tensors_of};
 pub use self::sizes::{BlockSize, Sizes};
 pub use self::storage::BaseDtype;
+use self::storage::{Read, Storage};
 pub use self::stream::Stream;
 use crate::error::WeightsError;
 use crate::family::Network;
@@ -37,6 +38,8 @@ mod stream;
 mod tests;
 #[cfg(test)]
 mod tests_base;
+#[cfg(test)]
+mod tests_few_bits;
 mod walk;
 
 /// How the base weights of a network are held.
@@ -119,23 +122,25 @@ impl Checkpoint {
         }
     }
 
-    /// What a tensor is stored as, unless in few bits.
-    fn dtype(&self, key: &str) -> Option<Dtype> {
+    /// What a tensor is stored as.
+    fn storage(&self, key: &str) -> Option<Storage> {
         let name = format!("{}{key}", self.prefix);
-        let info = self.tensors.info(&name)?;
-        (!self.quantised.contains_key(&name)).then_some(info.dtype)
+        match self.quantised.get(&name) {
+            Some(stored) => Some(Storage::FewBits(stored.bits())),
+            None => Some(Storage::Dense(self.tensors.info(&name)?.dtype)),
+        }
     }
 
-    fn read(&self, location: &Location) -> Result<HostTensor, WeightsError> {
+    fn read(&self, location: &Location) -> Result<Read, WeightsError> {
         let name = format!("{}{}", self.prefix, location.key);
         if let Some(stored) = self.quantised.get(&name) {
             let tensor = stored.read(&self.tensors, location.rows.clone())?;
-            return Ok(HostTensor::from_f32(tensor.shape(), &tensor.to_f32()));
+            return Ok(Read::FewBits(tensor));
         }
-        Ok(match &location.rows {
+        Ok(Read::Dense(match &location.rows {
             Some(rows) => self.tensors.read_rows(&name, rows.clone())?,
             None => self.tensors.read(&name)?,
-        })
+        }))
     }
 
     /// The weight in few bits that a tensor belongs to, both without prefix.
@@ -219,7 +224,8 @@ impl Checkpoint {
         }
         let unused: Vec<&str> = self.names().filter(|key| !load.is_used(key)).collect();
         match unused.first() {
-            None => Ok(module),
+            None => Ok(hold(module, std::mem::take(&mut load.held))
+                .expect("they are of the network's shapes")),
             Some(key) => Err(WeightsError::Leftover {
                 path: self.path.clone(),
                 key: key.to_string(),
@@ -239,7 +245,7 @@ impl Checkpoint {
             swap_halves: false,
             pointwise: false,
         };
-        let values = self.read(&location)?.to_f32();
+        let values = self.read(&location)?.dense().to_f32();
         match values.iter().position(|v| !v.is_finite()) {
             None => Ok(values),
             Some(index) => Err(WeightsError::NotFinite {

@@ -5,8 +5,10 @@ use std::collections::BTreeMap;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{DType, Tensor, TensorData};
 use lora_core::files::host::HostTensor;
+use lora_core::frozen::{held, release};
 
 use super::Layout;
+use super::storage::Held;
 use super::walk::Walk;
 
 /// Name and shape of every tensor a checkpoint of `module` must hold; allocates no weight.
@@ -56,6 +58,7 @@ pub fn tensors_of<M: Module>(
     struct Collect<F> {
         wanted: F,
         walk: Walk,
+        held: Held,
         tensors: BTreeMap<String, HostTensor>,
     }
     impl<F: Fn(&str) -> bool> ModuleVisitor for Collect<F> {
@@ -67,7 +70,13 @@ pub fn tensors_of<M: Module>(
         }
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             let key = self.walk.key();
-            if (self.wanted)(&key) {
+            if !(self.wanted)(&key) {
+                return;
+            }
+            if let Some(held) = self.held.get(&self.walk.path.join(".")) {
+                let tensor = HostTensor::from_f32(held.shape(), &held.to_f32());
+                self.tensors.insert(key, tensor);
+            } else {
                 let tensor = lora_core::state::host_tensor(param.val());
                 let tensor = if self.walk.is_transposed(D) {
                     tensor.transposed()
@@ -81,6 +90,7 @@ pub fn tensors_of<M: Module>(
     let mut collect = Collect {
         wanted,
         walk: Walk::default(),
+        held: held(module),
         tensors: BTreeMap::new(),
     };
     module.visit(&mut collect);
@@ -88,7 +98,7 @@ pub fn tensors_of<M: Module>(
 }
 
 /// Adds `strength * values` to parameters by their diffusers key, or replaces them where the flag says so; values are in the
-/// checkpoint's shape. Also returns the keys that name no parameter of that shape.
+/// checkpoint's shape. Also returns the keys that name no parameter of that shape. A weight in few bits becomes f32 by it.
 pub fn change_parameters<M: Module>(
     module: M,
     changes: BTreeMap<String, (bool, HostTensor)>,
@@ -136,6 +146,7 @@ pub fn change_parameters<M: Module>(
             Param::initialized(param.id, changed.detach().set_require_grad(false))
         }
     }
+    let module = release(module, |path| changes.contains_key(path));
     let mut edit = Edit {
         walk: Walk::default(),
         changes,

@@ -4,6 +4,7 @@ use burn::module::{ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
 use lora_core::files::host::Dtype;
 
+use super::storage::Kept;
 use super::walk::Walk;
 use super::{BaseDtype, Checkpoint, Layout};
 use crate::family::Network;
@@ -57,12 +58,12 @@ impl Checkpoint {
                 let (key, shape) = (self.walk.key(), param.lazy_shape().to_vec());
                 let is_linear = self.walk.is_transposed(D);
                 let stored = (self.layout.locate(&key))
-                    .and_then(|location| self.checkpoint.dtype(&location.key));
+                    .and_then(|location| self.checkpoint.storage(&location.key));
                 let kept = match stored {
                     Some(stored) if is_linear => self.base.kept(stored, self.device),
-                    _ => Dtype::F32,
+                    _ => Kept::Dense(Dtype::F32),
                 };
-                let bytes = (shape.iter().product::<usize>() * kept.size()) as u64;
+                let bytes = kept.bytes(shape.iter().product());
                 let is_of = |path: &String| {
                     let rest = key.strip_prefix(path.as_str());
                     rest.is_some_and(|rest| rest.starts_with('.'))

@@ -16,10 +16,11 @@ use std::thread::{self, JoinHandle};
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor};
+use lora_core::frozen::hold;
 
 use super::Checkpoint;
 use super::find::Place;
-use super::storage::{BaseDtype, Ready};
+use super::storage::{BaseDtype, Held, Ready};
 use crate::error::WeightsError;
 
 /// The blocks of one network on disk; a copy is the same stream.
@@ -96,9 +97,11 @@ impl Stream {
     pub(crate) fn fill<B: Module>(&self, index: usize, block: B) -> Result<B, WeightsError> {
         let mut fill = Fill {
             values: self.take(index)?,
+            held: Held::new(),
             path: Vec::new(),
         };
-        Ok(block.map(&mut fill))
+        let block = block.map(&mut fill);
+        Ok(hold(block, fill.held).expect("they are of the block's shapes"))
     }
 
     /// One row of the only parameter of block `index`, a matrix, as f32.
@@ -150,14 +153,10 @@ impl Shared {
     }
 }
 
-/// In place of a parameter of `shape`.
-pub(super) fn placeholder<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
-    Tensor::<D>::full([1; D], f32::NAN, device).expand(shape)
-}
-
 /// Puts values in the places of placeholders.
 struct Fill {
     values: Values,
+    held: Held,
     path: Vec<String>,
 }
 
@@ -171,8 +170,12 @@ impl ModuleMapper for Fill {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        match self.values.remove(&self.path.join(".")) {
-            Some(values) => Param::initialized(param.id, values.on(&param.lazy_device())),
+        let path = self.path.join(".");
+        match self.values.remove(&path) {
+            Some(values) => {
+                let values = values.on(path, &mut self.held, &param.lazy_device());
+                Param::initialized(param.id, values)
+            }
             None => param,
         }
     }

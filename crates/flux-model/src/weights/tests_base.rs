@@ -19,12 +19,12 @@ use crate::network_config::NetworkConfig;
 use crate::pipeline::read_config;
 use crate::text::t5::{T5Config, T5Encoder};
 
-const STREAMED: Base = Base {
+pub(super) const STREAMED: Base = Base {
     dtype: BaseDtype::AsStored,
     is_streamed: true,
 };
 
-fn fixture(component: &str) -> PathBuf {
+pub(super) fn fixture(component: &str) -> PathBuf {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures");
     fixtures.join("parity/pipeline_dev/model").join(component)
 }
@@ -55,11 +55,11 @@ fn stored_as(component: &str, dtype: Dtype) -> TempDir {
     to
 }
 
-fn load(folder: &Path, base: Base) -> FluxTransformer {
+pub(super) fn load(folder: &Path, base: Base) -> FluxTransformer {
     FluxConfig::load(folder, None, base, &Device::flex()).expect("a transformer")
 }
 
-fn velocity(network: &FluxTransformer) -> Vec<f32> {
+pub(super) fn velocity(network: &FluxTransformer) -> Vec<f32> {
     let config = network.config();
     let tensor = |shape: [usize; 3]| {
         let values = (0..shape.iter().product::<usize>()).map(|i| (i as f32 * 0.37).sin());

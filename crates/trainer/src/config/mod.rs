@@ -162,9 +162,9 @@ pub struct ModelSection {
     /// Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vae: Option<PathBuf>,
-    /// What the transformer's frozen matrices are kept as in memory: "as-stored" (bf16 and f16 as the file has them, where
-    /// the device has the type; what else a file has becomes f32), "f32" or "bf16" (rounded where the file has more bits).
-    /// Default "as-stored".
+    /// What the transformer's frozen matrices are kept as in memory: "as-stored" (bf16, f16 and few bits as the file has them,
+    /// where the device has the type; what else a file has becomes f32), "f32", "bf16" (rounded where the file has more
+    /// bits), "q8" or "nf4" (what the file has in as few bits stays as it is). Default "as-stored".
     pub base_dtype: BaseDtype,
 }
 

@@ -1,6 +1,7 @@
-//! Into few bits: NF4 as bitsandbytes makes it, and 8-bit integers.
+//! Into few bits: NF4 as bitsandbytes makes it, integers of 8 bits, fp8 with a scale.
 
 use super::{Factors, Quantised, Rounding, Values};
+use crate::files::host::E4M3;
 
 /// Elements of a block: bitsandbytes' default.
 const BLOCK: usize = 64;
@@ -88,6 +89,42 @@ impl Quantised {
             skipped: 0,
             factors: Factors::Plain(largest.iter().map(|largest| largest / 127.0).collect()),
             rounding: Rounding::F32,
+        }
+    }
+
+    /// fp8 E4M3 with one factor, such that the largest element is the largest number of the type.
+    ///
+    /// # Panics
+    /// If `values` does not fill `shape`.
+    pub fn fp8(shape: impl Into<Vec<usize>>, values: &[f32]) -> Self {
+        const LARGEST: usize = 0x7e; // codes from 0 to here grow with their values
+        let shape = shape.into();
+        check_shape(&shape, values);
+        let scale = largest(values).max(1e-30) / E4M3[LARGEST];
+        let code = |value: &f32| {
+            let size = (value / scale).abs();
+            let above = E4M3[..LARGEST].partition_point(|&entry| entry < size);
+            let below = above.saturating_sub(1);
+            let [under, over] = [size - E4M3[below], E4M3[above] - size];
+            let is_even = below & 1 == 0;
+            let code = match under < over || (under == over && is_even) {
+                true => below,
+                false => above,
+            };
+            code as u8 | if value.is_sign_negative() { 0x80 } else { 0 }
+        };
+        let factors = match values.is_empty() {
+            true => Vec::new(),
+            false => vec![scale],
+        };
+        Self {
+            codes: values.iter().map(code).collect(),
+            values: Values::Bytes(Box::new(E4M3)),
+            block: values.len().max(1),
+            skipped: 0,
+            factors: Factors::Plain(factors),
+            rounding: Rounding::F32,
+            shape,
         }
     }
 }

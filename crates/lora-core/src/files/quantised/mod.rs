@@ -175,6 +175,14 @@ impl Quantised {
         self.shape.iter().product()
     }
 
+    /// Bits of a code.
+    pub fn bits(&self) -> u32 {
+        match self.values {
+            Values::Nibbles(_) => 4,
+            Values::Bytes(_) | Values::Int8 => 8,
+        }
+    }
+
     /// Bytes that it takes in memory.
     pub fn bytes(&self) -> usize {
         self.codes.len() + self.factors.bytes()

@@ -79,6 +79,14 @@ impl Stored {
         &self.shape
     }
 
+    /// Bits of a code.
+    pub fn bits(&self) -> u32 {
+        match self.form {
+            Form::Packed(_) => 4,
+            Form::Scaled(_) => 8,
+        }
+    }
+
     /// Names of the tensors that belong to it.
     pub fn parts(&self) -> impl Iterator<Item = &str> {
         self.parts.iter().map(String::as_str)

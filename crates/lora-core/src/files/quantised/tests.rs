@@ -108,17 +108,26 @@ fn what_is_encoded_is_near_to_what_was() {
         let distance: f64 = own.iter().zip(&source).map(|(a, b)| square(a - b)).sum();
         (distance / source.iter().map(|&b| square(b)).sum::<f64>()).sqrt()
     };
-    let (eight, four) = (
+    let (eight, float, four) = (
         error(Quantised::int8(shape.clone(), &source)),
+        error(Quantised::fp8(shape.clone(), &source)),
         error(Quantised::nf4(shape, &source)),
     );
+    assert!((0.01..0.04).contains(&float), "{float}");
     assert!((0.001..0.008).contains(&eight), "{eight}");
     assert!((0.05..0.11).contains(&four), "{four}");
     for zeros in [0, 1, 63, 64, 65] {
         let zeros = vec![0.0; zeros];
         assert_eq!(Quantised::nf4([zeros.len()], &zeros).to_f32(), zeros);
         assert_eq!(Quantised::int8([zeros.len()], &zeros).to_f32(), zeros);
+        assert_eq!(Quantised::fp8([zeros.len()], &zeros).to_f32(), zeros);
     }
+    let all: Vec<u8> = (0..=255).filter(|code| code & 0x7f != 0x7f).collect();
+    let numbers = fp8([1, all.len()], &all).to_f32();
+    assert_eq!(Quantised::fp8([all.len()], &numbers).codes, all);
+    let between = [448.0, 17.0, 19.0, -17.5, 0.0009]; // 16, 18, 20: halfway goes to the even code
+    let found = Quantised::fp8([5], &between).to_f32();
+    assert_eq!(found, [448.0, 16.0, 20.0, -18.0, 0.0]);
 }
 
 fn fp8(shape: [usize; 2], codes: &[u8]) -> HostTensor {
