@@ -404,6 +404,10 @@ pub enum BenchCommand {
     Lora(LoraBenchArgs),
     /// A whole training, killed and resumed too, of a model of real dimensions with random weights
     FullSize(FullSizeArgs),
+    /// A LoRA through lora-core, beside Burn's own
+    LoraCore(LoraCoreBenchArgs),
+    /// What base weights in fewer bits do to what a model computes and learns
+    Quality(QualityBenchArgs),
 }
 
 /// `flux-lora bench step`
@@ -484,6 +488,40 @@ impl std::fmt::Display for FullSizeModel {
             Self::Klein4b => "klein-4b",
         })
     }
+}
+
+/// `flux-lora bench lora-core`
+#[derive(Debug, Args)]
+pub struct LoraCoreBenchArgs {
+    /// Widths of the model
+    #[arg(long, value_delimiter = ',', default_values_t = [1536, 2304, 3072])]
+    pub widths: Vec<usize>,
+    /// Blocks of three layers
+    #[arg(long, default_value_t = 2)]
+    pub blocks: usize,
+    /// Tokens
+    #[arg(long, default_value_t = 512)]
+    pub tokens: usize,
+    /// Timed steps of each process
+    #[arg(long, default_value_t = 3)]
+    pub steps: usize,
+    /// Processes of each way
+    #[arg(long, default_value_t = 3)]
+    pub rounds: usize,
+    /// Only this way, in this process; prints seconds and peak MiB
+    #[arg(long, hide = true)]
+    pub way: Option<String>,
+}
+
+/// `flux-lora bench quality`
+#[derive(Debug, Args)]
+pub struct QualityBenchArgs {
+    /// Device, as for train
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Steps of each training
+    #[arg(long, default_value_t = 200)]
+    pub steps: u64,
 }
 
 /// `flux-lora bench lora`

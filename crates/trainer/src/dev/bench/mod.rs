@@ -2,7 +2,10 @@
 
 mod full_size;
 mod lora;
+mod lora_core;
+mod model;
 mod ops;
+mod quality;
 mod step;
 
 use std::process::{Command, Stdio};
@@ -22,6 +25,8 @@ pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Ops(args) => ops::run(args),
         BenchCommand::Lora(args) => lora::run(args),
         BenchCommand::FullSize(args) => full_size::run(args),
+        BenchCommand::LoraCore(args) => lora_core::run(args),
+        BenchCommand::Quality(args) => quality::run(args),
     }
 }
 

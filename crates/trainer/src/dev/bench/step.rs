@@ -8,28 +8,16 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use burn::optim::AdamWConfig;
-use burn::tensor::{Device, Tensor, TensorData};
 use flux_model::families::{self, Visitor};
-use flux_model::family::{Condition, Family, Network};
-use lora_core::files::host::HostTensor;
+use flux_model::family::Family;
 use lora_core::ops::composed;
-use lora_core::peft::{InitLoraWeights, Targets};
-use lora_core::random::Stream;
 use lora_core::state::count_parameters;
-use lora_core::{LoraConfig, PathOptimizer, Training, attach};
-use serde_json::{Value, json};
 
+use super::model::{self, BLOCKS, HIDDEN, IMAGE_SIDE, TEXT_TOKENS};
 use super::{in_own_process, median, peak_rss_mib};
-use crate::backward::MicroBatch;
 use crate::cli::StepBenchArgs;
 use crate::device::{self, NamedDevice};
-use crate::loss::Penalty;
-use crate::run::checkpoint::Progress;
-use crate::step::{Drawn, Rule, step};
-
-const IMAGE_SIDE: usize = 16;
-const TEXT_TOKENS: usize = 128;
+use crate::step::step;
 
 /// Runs one variant, or each in a process of its own so that peak memory belongs to it.
 ///
@@ -71,24 +59,6 @@ pub fn run(args: &StepBenchArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-const HIDDEN: usize = 768;
-const BLOCKS: [usize; 2] = [3, 6];
-const TEXT_WIDTH: usize = 1024;
-const CHANNELS: usize = 16;
-
-fn config() -> Value {
-    json!({
-        "num_layers": BLOCKS[0],
-        "num_single_layers": BLOCKS[1],
-        "attention_head_dim": HIDDEN / 12,
-        "num_attention_heads": 12,
-        "joint_attention_dim": TEXT_WIDTH,
-        "pooled_projection_dim": 768,
-        "guidance_embeds": true,
-        "axes_dims_rope": [16, 24, 24],
-    })
-}
-
 /// Times one variant on FLUX.1.
 struct TimeSteps<'a> {
     device: &'a NamedDevice,
@@ -102,38 +72,14 @@ impl Visitor for TimeSteps<'_> {
 
     fn visit<F: Family>(self) -> Self::Output {
         let (raw, autodiff) = (&self.device.device, self.device.device.clone().autodiff());
-        let model = F::new_network(config(), &autodiff).map_err(anyhow::Error::msg)?;
-        let model = crate::dev::random_weights::fill_module(model, 1234, &autodiff);
-        let targets = F::TARGETS.iter().chain(&["proj_mlp"]);
-        let lora = LoraConfig {
-            r: 16,
-            lora_alpha: 16.0,
-            target_modules: Targets::List(targets.map(|ending| String::from(*ending)).collect()),
-            init_lora_weights: InitLoraWeights::Gaussian,
-            ..LoraConfig::default()
-        };
-        let adamw = AdamWConfig::new()
-            .with_epsilon(1e-8)
-            .with_weight_decay(1e-2);
-        let mut training = Training {
-            model: attach(model, lora.fresh(1234).fast())?,
-            optimizer: PathOptimizer::new(adamw.build()),
-            progress: Progress::default(),
-        };
+        let mut training = model::training::<F>(model::network::<F>(&autodiff)?)?;
         let count = count_parameters(&training.model);
-        let rule = Rule {
-            accumulation: 1,
-            recomputed: if self.recompute { usize::MAX } else { 0 },
-            seed: 1234,
-            max_grad_norm: Some(1.0),
-            lr: 1e-4,
-            divergence_factor: None,
-        };
+        let rule = model::rule(if self.recompute { usize::MAX } else { 0 }, 1e-4);
 
         let (mut gradient_time, mut total, mut losses) = (Vec::new(), Vec::new(), Vec::new());
         for i in 0..=self.steps {
             let started = Instant::now();
-            let stepped = step(&mut training, &rule, |_| Ok(draw::<F>(&autodiff)))?;
+            let stepped = step(&mut training, &rule, |_| Ok(model::draw::<F>(0, &autodiff)))?;
             raw.sync().map_err(|error| anyhow::anyhow!("{error:?}"))?;
             if i > 0 {
                 gradient_time.push(stepped.backward);
@@ -160,43 +106,6 @@ impl Visitor for TimeSteps<'_> {
             losses[losses.len() - 1],
         );
         Ok(())
-    }
-}
-
-/// Latents of a square image, halfway to noise, and a text.
-fn draw<F: Family>(device: &Device) -> Drawn<<F::Network as Network>::Input> {
-    let normals = |name: &str, shape: &[usize]| {
-        let values = Stream::new(1234, name, 0, 0).normals(shape.iter().product());
-        HostTensor::from_f32(shape.to_vec(), &values)
-    };
-    let grid = [2 * IMAGE_SIDE; 2];
-    let shape = [1, CHANNELS, grid[0], grid[1]];
-    let tokens = |name: &str| {
-        let values = normals(name, &shape).to_f32();
-        F::pack(Tensor::from_data(TensorData::new(values, shape), device))
-    };
-    let (latents, noise) = (tokens("latents"), tokens("noise"));
-    let text = vec![
-        normals("txt", &[1, TEXT_TOKENS, TEXT_WIDTH]),
-        normals("pooled", &[1, 768]),
-    ];
-    let input = F::input(
-        latents.clone() * 0.4 + noise.clone() * 0.6,
-        grid,
-        F::text(text, device),
-        vec![0.6],
-        vec![3.5],
-        Condition::default(),
-    );
-    Drawn {
-        batch: MicroBatch {
-            input,
-            target: noise - latents,
-            weights: vec![1.0],
-            penalty: Penalty::Square,
-        },
-        about: Vec::new(),
-        loss_of_zero: f64::INFINITY,
     }
 }
 
