@@ -57,7 +57,7 @@ mod cpu {
     use burn::backend::flex::FlexTensor;
     use lora_core::ops::Operation;
     use lora_core::ops::kernel::{ROWS, dims, exp, packed, simd, sum, tensor, values};
-    use lora_core::ops::tile::{self, Simd, WithSimd, block_times, columns_times};
+    use lora_core::ops::tile::{self, Kernel, Simd, block_times, columns_times};
     use rayon::prelude::*;
 
     #[derive(Debug, Clone)]
@@ -78,8 +78,10 @@ mod cpu {
     /// Columns of a strip: two vectors of AVX-512, four of AVX2.
     const COLUMNS: usize = 32;
 
-    /// Rows of a tile with vectors of 16 lanes, and with shorter ones.
-    const TALL: [usize; 2] = [8, 2];
+    /// In tiles of 8 rows, of 2 where vectors are shorter.
+    fn run<K: Kernel>(kernel: K) -> K::Output {
+        tile::run::<K, 8, 2>(kernel)
+    }
 
     type Lanes = [f32; COLUMNS];
     type Strips = tile::Strips<COLUMNS>;
@@ -132,7 +134,7 @@ mod cpu {
                     .zip(log_sum.par_chunks_mut(QUERIES))
                     .zip(q.par_chunks(QUERIES * dim));
                 tasks.for_each(|((out, log_sum), q)| {
-                    tile::run(Forward {
+                    run(Forward {
                         q,
                         k: &k,
                         v: &v,
@@ -207,7 +209,7 @@ mod cpu {
                     log_sum: by_group(&log_sum[index * queries..][..queries]),
                     along: by_group(&along),
                 };
-                tile::run(Backward {
+                run(Backward {
                     x: operands,
                     dq,
                     dk,
@@ -254,19 +256,9 @@ mod cpu {
         log_sum: &'a mut [f32],
     }
 
-    impl WithSimd for Forward<'_> {
+    impl Kernel for Forward<'_> {
         type Output = ();
 
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, simd: S) {
-            match S::F32_LANES {
-                16 => self.tiles::<S, { TALL[0] }>(simd),
-                _ => self.tiles::<S, { TALL[1] }>(simd),
-            }
-        }
-    }
-
-    impl Forward<'_> {
         #[inline(always)]
         fn tiles<S: Simd, const R: usize>(self, simd: S) {
             let (dim, keys) = (self.k.depth(), self.k.width());
@@ -390,19 +382,9 @@ mod cpu {
         dv: &'a mut [f32],
     }
 
-    impl WithSimd for Backward<'_> {
+    impl Kernel for Backward<'_> {
         type Output = ();
 
-        #[inline(always)]
-        fn with_simd<S: Simd>(self, simd: S) {
-            match S::F32_LANES {
-                16 => self.tiles::<S, { TALL[0] }>(simd),
-                _ => self.tiles::<S, { TALL[1] }>(simd),
-            }
-        }
-    }
-
-    impl Backward<'_> {
         #[inline(always)]
         fn tiles<S: Simd, const R: usize>(self, simd: S) {
             let Self { x, dq, dk, dv } = self;

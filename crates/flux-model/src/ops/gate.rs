@@ -28,6 +28,9 @@ mod cpu {
     use lora_core::ops::kernel::{ROWS, dims, packed, simd, tensor, values};
     use rayon::prelude::*;
 
+    /// Elements that are not worth a second thread.
+    const ALONE: usize = 1 << 19;
+
     #[derive(Debug, Clone)]
     pub struct GatedResidual;
 
@@ -47,7 +50,8 @@ mod cpu {
                 let tasks = y
                     .par_chunks_mut(ROWS * width)
                     .zip(x.par_chunks(ROWS * width))
-                    .zip(z.par_chunks(ROWS * width));
+                    .zip(z.par_chunks(ROWS * width))
+                    .with_min_len(tasks_alone(width));
                 tasks.for_each(|((y, x), z)| {
                     simd(
                         #[inline(always)]
@@ -89,24 +93,33 @@ mod cpu {
                     let tasks = dz
                         .par_chunks_mut(ROWS * width)
                         .zip(grad.par_chunks(ROWS * width));
-                    tasks.for_each(|(dz, grad)| {
-                        simd(
-                            #[inline(always)]
-                            || {
-                                let rows = dz.chunks_exact_mut(width);
-                                for (dz, grad) in rows.zip(grad.chunks_exact(width)) {
-                                    for ((dz, &grad), &gate) in dz.iter_mut().zip(grad).zip(gate) {
-                                        *dz = gate * grad;
+                    tasks
+                        .with_min_len(tasks_alone(width))
+                        .for_each(|(dz, grad)| {
+                            simd(
+                                #[inline(always)]
+                                || {
+                                    let rows = dz.chunks_exact_mut(width);
+                                    for (dz, grad) in rows.zip(grad.chunks_exact(width)) {
+                                        for ((dz, &grad), &gate) in
+                                            dz.iter_mut().zip(grad).zip(gate)
+                                        {
+                                            *dz = gate * grad;
+                                        }
                                     }
-                                }
-                            },
-                        )
-                    });
+                                },
+                            )
+                        });
                 }
                 tensor(dz, grad.layout().shape().clone())
             });
             [want_x.then_some(grad), dgate, dz]
         }
+    }
+
+    /// Tasks of [`ROWS`] rows that one thread does at a time: they are over before another one has begun.
+    fn tasks_alone(width: usize) -> usize {
+        ALONE.div_ceil(ROWS * width)
     }
 
     /// Sum over the rows of `x * y`, in parts of [`ROWS`] rows.

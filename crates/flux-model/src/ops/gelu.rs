@@ -39,49 +39,37 @@ pub fn cat_gelu_tanh(first: Tensor<3>, x: Tensor<3>) -> Tensor<3> {
 mod cpu {
     use burn::backend::flex::FlexTensor;
     use lora_core::ops::Operation;
-    use lora_core::ops::kernel::{
-        CHUNK, ROWS, dims, exp, narrow_last, owned, packed, simd, tensor, values,
-    };
+    use lora_core::ops::kernel::{ROWS, dims, exp, narrow_last, packed, simd, tensor, values};
     use rayon::prelude::*;
+
+    use crate::ops::activation::{self, Activation};
 
     /// `2 sqrt(2/π)`.
     const A: f32 = 1.595_769;
     const B: f32 = 0.044_715;
 
-    /// `s`.
-    #[inline(always)]
-    fn gate(x: f32) -> f32 {
-        1.0 / (1.0 + exp(-A * x * (x * x).mul_add(B, 1.0)))
-    }
-
-    #[inline(always)]
-    fn derivative(x: f32) -> f32 {
-        let gate = gate(x);
-        let slope = A * (x * x).mul_add(3.0 * B, 1.0);
-        (x * slope * (1.0 - gate)).mul_add(gate, gate)
-    }
-
     #[derive(Debug, Clone)]
     pub struct Gelu;
+
+    impl Activation for Gelu {
+        #[inline(always)]
+        fn gate(x: f32) -> f32 {
+            1.0 / (1.0 + exp(-A * x * (x * x).mul_add(B, 1.0)))
+        }
+
+        #[inline(always)]
+        fn derivative(x: f32) -> f32 {
+            let gate = Self::gate(x);
+            let slope = A * (x * x).mul_add(3.0 * B, 1.0);
+            (x * slope * (1.0 - gate)).mul_add(gate, gate)
+        }
+    }
 
     impl Operation<1> for Gelu {
         type Saved = FlexTensor;
 
         fn forward(&self, inputs: Vec<FlexTensor>) -> (FlexTensor, FlexTensor) {
-            let [x] = <[_; 1]>::try_from(inputs).expect("one input").map(packed);
-            let mut y = vec![0f32; values(&x).len()];
-            let tasks = y.par_chunks_mut(CHUNK).zip(values(&x).par_chunks(CHUNK));
-            tasks.for_each(|(y, x)| {
-                simd(
-                    #[inline(always)]
-                    || {
-                        for (y, &x) in y.iter_mut().zip(x) {
-                            *y = x * gate(x);
-                        }
-                    },
-                )
-            });
-            (tensor(y, x.layout().shape().clone()), x)
+            activation::forward::<Self>(inputs)
         }
 
         fn backward(
@@ -90,21 +78,7 @@ mod cpu {
             grad: FlexTensor,
             _: [bool; 1],
         ) -> [Option<FlexTensor>; 1] {
-            let mut grad = owned(grad);
-            let grads = grad.storage_mut::<f32>().par_chunks_mut(CHUNK);
-            grads
-                .zip(values(&x).par_chunks(CHUNK))
-                .for_each(|(grad, x)| {
-                    simd(
-                        #[inline(always)]
-                        || {
-                            for (grad, &x) in grad.iter_mut().zip(x) {
-                                *grad *= derivative(x);
-                            }
-                        },
-                    )
-                });
-            [Some(grad)]
+            [Some(activation::backward::<Self>(&x, grad))]
         }
     }
 
@@ -129,7 +103,7 @@ mod cpu {
                             let (first, y) = y.split_at_mut(m);
                             first.copy_from_slice(&firsts[row * m..][..m]);
                             for (y, &x) in y.iter_mut().zip(&xs[row * n..][..n]) {
-                                *y = x * gate(x);
+                                *y = x * Gelu::gate(x);
                             }
                         }
                     },
@@ -159,7 +133,7 @@ mod cpu {
                                 let grad = &grads[row * (m + n) + m..][..n];
                                 let x = &xs[row * n..][..n];
                                 for ((dx, &x), &grad) in dx.iter_mut().zip(x).zip(grad) {
-                                    *dx = grad * derivative(x);
+                                    *dx = grad * Gelu::derivative(x);
                                 }
                             }
                         },

@@ -2,13 +2,16 @@
 //!
 //! | file | operation |
 //! |---|---|
+//! | `activation` | what GELU and SiLU have in common |
 //! | `attention` | `softmax(scale q kᵀ) v`, never holding the scores of all tokens |
 //! | `gate` | `x + gate * y` |
 //! | `gelu` | GELU by tanh, alone and behind another tensor |
 //! | `heads` | tokens to heads: RMS norm, rotary positions and layout |
 //! | `layer_norm` | layer norm and modulation |
-//! | `silu` | SiLU |
+//! | `silu` | SiLU, alone and as a gate |
 
+#[cfg(feature = "flex")]
+mod activation;
 pub mod attention;
 pub mod gate;
 pub mod gelu;

@@ -37,35 +37,32 @@ pub fn swiglu(x: Tensor<3>) -> Tensor<3> {
 mod cpu {
     use burn::backend::flex::FlexTensor;
     use lora_core::ops::Operation;
-    use lora_core::ops::kernel::{CHUNK, ROWS, dims, exp, owned, packed, simd, tensor, values};
+    use lora_core::ops::kernel::{ROWS, dims, exp, packed, simd, tensor, values};
     use rayon::prelude::*;
 
-    #[inline(always)]
-    fn gate(x: f32) -> f32 {
-        1.0 / (1.0 + exp(-x))
-    }
+    use crate::ops::activation::{self, Activation};
 
     #[derive(Debug, Clone)]
     pub struct Silu;
+
+    impl Activation for Silu {
+        #[inline(always)]
+        fn gate(x: f32) -> f32 {
+            1.0 / (1.0 + exp(-x))
+        }
+
+        #[inline(always)]
+        fn derivative(x: f32) -> f32 {
+            let gate = Self::gate(x);
+            (x * (1.0 - gate)).mul_add(gate, gate)
+        }
+    }
 
     impl Operation<1> for Silu {
         type Saved = FlexTensor;
 
         fn forward(&self, inputs: Vec<FlexTensor>) -> (FlexTensor, FlexTensor) {
-            let [x] = <[_; 1]>::try_from(inputs).expect("one input").map(packed);
-            let mut y = vec![0f32; values(&x).len()];
-            let tasks = y.par_chunks_mut(CHUNK).zip(values(&x).par_chunks(CHUNK));
-            tasks.for_each(|(y, x)| {
-                simd(
-                    #[inline(always)]
-                    || {
-                        for (y, &x) in y.iter_mut().zip(x) {
-                            *y = x * gate(x);
-                        }
-                    },
-                )
-            });
-            (tensor(y, x.layout().shape().clone()), x)
+            activation::forward::<Self>(inputs)
         }
 
         fn backward(
@@ -74,22 +71,7 @@ mod cpu {
             grad: FlexTensor,
             _: [bool; 1],
         ) -> [Option<FlexTensor>; 1] {
-            let mut grad = owned(grad);
-            let grads = grad.storage_mut::<f32>().par_chunks_mut(CHUNK);
-            grads
-                .zip(values(&x).par_chunks(CHUNK))
-                .for_each(|(grad, x)| {
-                    simd(
-                        #[inline(always)]
-                        || {
-                            for (grad, &x) in grad.iter_mut().zip(x) {
-                                let gate = gate(x);
-                                *grad *= (x * (1.0 - gate)).mul_add(gate, gate);
-                            }
-                        },
-                    )
-                });
-            [Some(grad)]
+            [Some(activation::backward::<Self>(&x, grad))]
         }
     }
 
@@ -114,7 +96,7 @@ mod cpu {
                         for (y, x) in y.chunks_exact_mut(half).zip(x.chunks_exact(width)) {
                             let (a, b) = x.split_at(half);
                             for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
-                                *y = a * gate(a) * b;
+                                *y = a * Silu::gate(a) * b;
                             }
                         }
                     },
@@ -146,7 +128,7 @@ mod cpu {
                             let ((a, b), (da, db)) = (x.split_at(half), dx.split_at_mut(half));
                             let inputs = a.iter().zip(b).zip(grad);
                             for (((&a, &b), &grad), (da, db)) in inputs.zip(da.iter_mut().zip(db)) {
-                                let gate = gate(a);
+                                let gate = Silu::gate(a);
                                 *db = grad * (a * gate);
                                 *da = grad * b * (a * (1.0 - gate)).mul_add(gate, gate);
                             }

@@ -3,13 +3,15 @@
 use rayon::prelude::*;
 
 use super::kernel::ROWS;
-use super::tile::{self, Simd, WithSimd, columns_times, rows_times};
+use super::tile::{self, Kernel, Simd, columns_times, rows_times};
 
 /// Columns of a strip: one vector of AVX-512, and the usual rank.
 const COLUMNS: usize = 16;
 
-/// Rows of a tile with vectors of 16 lanes, and with shorter ones.
-const TALL: [usize; 2] = [8, 4];
+/// In tiles of 8 rows, of 4 where vectors are shorter.
+fn run<K: Kernel>(kernel: K) -> K::Output {
+    tile::run::<K, 8, 4>(kernel)
+}
 
 type Lanes = [f32; COLUMNS];
 
@@ -34,7 +36,7 @@ pub fn project(x: &[f32], down: &Strips, scale: f32) -> Vec<f32> {
         .par_chunks_mut(ROWS * rank)
         .zip(x.par_chunks(ROWS * down.depth()));
     tasks.for_each(|(low, x)| {
-        tile::run(Project {
+        run(Project {
             x,
             down,
             scale,
@@ -52,19 +54,9 @@ struct Project<'a> {
     low: &'a mut [f32],
 }
 
-impl WithSimd for Project<'_> {
+impl Kernel for Project<'_> {
     type Output = ();
 
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        match S::F32_LANES {
-            16 => self.tiles::<S, { TALL[0] }>(simd),
-            _ => self.tiles::<S, { TALL[1] }>(simd),
-        }
-    }
-}
-
-impl Project<'_> {
     #[inline(always)]
     fn tiles<S: Simd, const R: usize>(self, simd: S) {
         let (depth, rank) = (self.down.depth(), self.down.width());
@@ -98,7 +90,7 @@ pub fn expand(y: &mut [f32], low: &[f32], up: &Strips, bias: &[f32], mask: &[f32
             true => mask,
             false => &mask[task * step..][..y.len()],
         };
-        tile::run(Expand {
+        run(Expand {
             y,
             low,
             up,
@@ -117,19 +109,9 @@ struct Expand<'a> {
     mask: &'a [f32],
 }
 
-impl WithSimd for Expand<'_> {
+impl Kernel for Expand<'_> {
     type Output = ();
 
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        match S::F32_LANES {
-            16 => self.tiles::<S, { TALL[0] }>(simd),
-            _ => self.tiles::<S, { TALL[1] }>(simd),
-        }
-    }
-}
-
-impl Expand<'_> {
     #[inline(always)]
     fn tiles<S: Simd, const R: usize>(self, simd: S) {
         let (rank, width) = (self.up.depth(), self.up.width());
@@ -183,7 +165,7 @@ pub fn outer(low: &[f32], x: &[f32], [rank, width]: [usize; 2]) -> Vec<f32> {
     let parts: Vec<Vec<Lanes>> = (0..width.div_ceil(OUTER[0]))
         .into_par_iter()
         .map(|task| {
-            tile::run(Outer {
+            run(Outer {
                 low,
                 x,
                 rank,
@@ -212,19 +194,9 @@ struct Outer<'a> {
     first: usize,
 }
 
-impl WithSimd for Outer<'_> {
+impl Kernel for Outer<'_> {
     type Output = Vec<Lanes>;
 
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> Vec<Lanes> {
-        match S::F32_LANES {
-            16 => self.tiles::<S, { TALL[0] }>(simd),
-            _ => self.tiles::<S, { TALL[1] }>(simd),
-        }
-    }
-}
-
-impl Outer<'_> {
     #[inline(always)]
     fn tiles<S: Simd, const R: usize>(self, simd: S) -> Vec<Lanes> {
         const STRIPS: usize = OUTER[0] / COLUMNS;

@@ -3,11 +3,36 @@
 //! One operand lies in strips of some columns, a tile of the result stays in registers, and the loop over the inner dimension
 //! adds element by element in its order: the bits depend on neither the height of the tile nor the number of threads.
 
-pub use pulp::{Simd, WithSimd};
+pub use pulp::Simd;
+use pulp::WithSimd;
 
-/// Runs `kernel` with the best vector unit of this CPU. `with_simd` and all it calls must be inlined.
-pub fn run<K: WithSimd>(kernel: K) -> K::Output {
-    super::kernel::arch().dispatch(kernel)
+/// A kernel whose tiles are as tall as registers allow.
+pub trait Kernel {
+    /// What it gives.
+    type Output;
+
+    /// Runs it in tiles of `R` rows. This and all it calls must be inlined.
+    fn tiles<S: Simd, const R: usize>(self, simd: S) -> Self::Output;
+}
+
+/// Runs `kernel` with the best vector unit of this CPU, in tiles of `TALL` rows with vectors of 16 lanes and of `LOW` rows with
+/// shorter ones.
+pub fn run<K: Kernel, const TALL: usize, const LOW: usize>(kernel: K) -> K::Output {
+    super::kernel::arch().dispatch(ByLanes::<K, TALL, LOW>(kernel))
+}
+
+struct ByLanes<K, const TALL: usize, const LOW: usize>(K);
+
+impl<K: Kernel, const TALL: usize, const LOW: usize> WithSimd for ByLanes<K, TALL, LOW> {
+    type Output = K::Output;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> K::Output {
+        match S::F32_LANES {
+            16 => self.0.tiles::<S, TALL>(simd),
+            _ => self.0.tiles::<S, LOW>(simd),
+        }
+    }
 }
 
 /// A matrix `[depth, width]` cut into strips of `C` columns, filled up with zeros: `[width / C, depth, C]`.
