@@ -1,7 +1,18 @@
-use super::*;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use tempfile::TempDir;
+
+use crate::files::host::{Dtype, HostTensor};
+
+use super::header::*;
+use super::shards::MAX_INDEX;
+use super::*;
 
 const F32: &str = r#""dtype":"F32","shape":[1]"#;
 
