@@ -8,7 +8,6 @@
 
 mod crops;
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -22,10 +21,8 @@ use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{Device, Int, Tensor};
 use flux_lora_examples::{fresh_run, root};
 use lora_core::state::count_parameters;
-use lora_core::training::OptimizerState;
 use lora_core::{
-    AdapterFile, Gradients, LoraConfig, PathOptimizer, Training, TrainingRecord, attach, detach,
-    merge, set_adapters,
+    AdapterFile, LoraConfig, Training, TrainingRecord, attach, detach, merge, set_adapters,
 };
 
 use crops::{Batch, Film, PATCH_VALUES, PATCHES, PHOTOS, Photographs, Split};
@@ -85,7 +82,7 @@ fn pretrain(mut model: Classifier, data: &Photographs, device: &Device) -> Resul
     Ok(model)
 }
 
-// ---- The same loop with an adapter: gradients and optimizer state by parameter path, so that they can be saved. ----
+// ---- The same loop with an adapter: optimizer state by parameter path, so that it can be saved. ----
 
 /// The model with its adapter, the optimizer, and the number of steps made.
 type Run = Training<Classifier, u64>;
@@ -102,11 +99,8 @@ fn lora_config() -> LoraConfig {
 }
 
 fn start(base: Classifier) -> Result<Run> {
-    Ok(Training {
-        model: attach(base, lora_config().fresh(42).named(ADAPTER))?,
-        optimizer: PathOptimizer::new(AdamWConfig::new().build()),
-        progress: 0,
-    })
+    let model = attach(base, lora_config().fresh(42).named(ADAPTER))?;
+    Ok(Training::new(model, AdamWConfig::new().build(), 0))
 }
 
 fn train(mut run: Run, until: u64, data: &Photographs, device: &Device) -> Result<Run> {
@@ -114,29 +108,15 @@ fn train(mut run: Run, until: u64, data: &Photographs, device: &Device) -> Resul
         let batch = data.batch(Split::Train, Film::Negative, 32, run.progress, device);
         let loss = run.model.loss(batch);
         report(run.progress, &loss)?;
-        let mut gradients = Gradients::default();
-        gradients.take("", &run.model, &mut loss.backward());
-        run.optimizer.step(2e-3, &mut run.model, gradients)?;
+        run.step(2e-3, &loss)?;
         run.progress += 1;
     }
     Ok(run)
 }
 
-/// The adapter as the folder that PEFT saves, and beside it what only training needs.
-fn save(run: &Run, dir: &Path) -> Result<()> {
-    AdapterFile::from_model(&run.model, ADAPTER, Some(&lora_config()))?.save_peft(dir)?;
-    let state = run.optimizer.state();
-    fs::write(dir.join("optimizer.safetensors"), state.to_bytes())?;
-    let rest = serde_json::to_vec(&(state.scalars, run.progress))?;
-    Ok(fs::write(dir.join("progress.json"), rest)?)
-}
-
 /// Onto the bare base: the adapter first, then the optimizer, then the position. No other order compiles.
 fn resume(base: Classifier, dir: &Path, device: &Device) -> Result<Run> {
-    let (scalars, steps) = serde_json::from_slice(&fs::read(dir.join("progress.json"))?)?;
-    let path = dir.join("optimizer.safetensors");
-    let state = OptimizerState::from_bytes(&path, fs::read(&path)?, scalars)?;
-    let run = TrainingRecord::new(AdapterFile::load_peft(dir)?, state, steps)
+    let run = TrainingRecord::load(dir)?
         .restore_adapters(base, |file| file.stored().named(ADAPTER))?
         .restore_optimizer(AdamWConfig::new().build(), device)?
         .restore_progress();
@@ -174,7 +154,8 @@ fn main() -> Result<()> {
 
     // A run that is stopped after 80 steps, saved, dropped and resumed.
     println!("stopped and resumed:");
-    save(&train(start(base.clone())?, 80, &data, &autodiff)?, &dir)?;
+    let stopped = train(start(base.clone())?, 80, &data, &autodiff)?;
+    stopped.save(&dir, ADAPTER, Some(&lora_config()))?;
     let resumed = train(resume(base.clone(), &dir, &device)?, 200, &data, &autodiff)?;
     let logits = |model: &Classifier| -> Vec<u32> {
         let (patches, _) = data.batch(Split::Test, Film::Negative, 256, 0, &device);
@@ -192,7 +173,7 @@ fn main() -> Result<()> {
         "the resumed optimizer differs"
     );
 
-    save(&run, &dir)?;
+    AdapterFile::from_model(&run.model, ADAPTER, Some(&lora_config()))?.save_peft(&dir)?;
     let loaded = attach(base.clone(), AdapterFile::load_peft(&dir)?.stored())?;
     same_bits("loaded from its folder and trained", &loaded, &run.model)?;
 

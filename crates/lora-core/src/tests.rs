@@ -358,6 +358,66 @@ fn restored_in_the_only_order_training_goes_on_in_the_same_bits() {
 }
 
 #[test]
+fn a_run_saved_in_a_folder_goes_on_in_the_same_bits() {
+    let device = Device::flex();
+    let autodiff = device.clone().autodiff();
+    let folder = tempfile::tempdir().expect("a folder");
+    let to = |mut run: Training<Mlp, u64>, until: u64| {
+        while run.progress < until {
+            let y = run.model.fast(input(5, 8, &device).autodiff());
+            run.step(1e-2, &y.square().sum()).expect("a step");
+            run.progress += 1;
+        }
+        run
+    };
+    // A part of the base weight is split off, which a PEFT folder would not keep apart.
+    let config = LoraConfig {
+        init_lora_weights: InitLoraWeights::Olora,
+        ..config()
+    };
+    let rule = || AdamWConfig::new().build();
+    let start = || {
+        let model = attach(Mlp::new(8, &autodiff), "default", &config, 1);
+        Training::new(model, rule(), 0)
+    };
+    let straight = to(start(), 9);
+    let first = to(start(), 4);
+    first
+        .save(folder.path(), "default", Some(&config))
+        .expect("saved");
+    let resumed = TrainingRecord::<u64>::load(folder.path())
+        .expect("saved")
+        .restore_adapters(Mlp::new(8, &autodiff), |file| {
+            file.stored().agreeing_with(&config).fast()
+        })
+        .expect("fits")
+        .restore_optimizer(rule(), &device)
+        .expect("complete")
+        .restore_progress();
+    assert_eq!(resumed.progress, 4);
+    let resumed = to(resumed, 9);
+    assert_eq!(
+        adapter_state(&resumed.model),
+        adapter_state(&straight.model)
+    );
+    let moments = |run: &Training<Mlp, u64>| run.optimizer.state().tensors;
+    assert_eq!(moments(&resumed), moments(&straight));
+
+    // Files of two saves are no run.
+    let other = tempfile::tempdir().expect("a folder");
+    straight
+        .save(other.path(), "default", Some(&config))
+        .expect("saved");
+    let adapter = "adapter.safetensors";
+    std::fs::copy(other.path().join(adapter), folder.path().join(adapter)).expect("copied");
+    let error = TrainingRecord::<u64>::load(folder.path()).expect_err("two saves");
+    assert!(
+        error.to_string().contains("take both from one save"),
+        "{error}"
+    );
+}
+
+#[test]
 fn optimizer_state_that_does_not_fit_is_refused() {
     let device = Device::flex();
     let (model, optimizer) = trained(2);

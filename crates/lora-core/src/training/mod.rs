@@ -1,4 +1,4 @@
-//! What a training loop needs: optimizers by name, gradients and optimizer state by parameter path, restoring in order, per-block recompute.
+//! What a training loop needs: optimizers by name, gradients and optimizer state by parameter path, saving, restoring in order, per-block recompute.
 
 pub(crate) mod dropout;
 pub(crate) mod ema;
@@ -7,6 +7,7 @@ pub(crate) mod optimizer;
 pub mod optimizers;
 pub mod recompute;
 pub(crate) mod record;
+pub(crate) mod saved;
 
 pub use dropout::DropoutScope;
 pub use ema::Ema;

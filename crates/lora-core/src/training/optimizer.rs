@@ -71,7 +71,14 @@ impl OptimizerState {
         bytes: Vec<u8>,
         scalars: OptimizerScalars,
     ) -> Result<Self, LoraError> {
-        let file = TensorFile::from_bytes(name, bytes)?;
+        Self::from_file(&TensorFile::from_bytes(name, bytes)?, scalars)
+    }
+
+    /// The same of an opened file.
+    ///
+    /// # Errors
+    /// Tensors that can no longer be read.
+    pub fn from_file(file: &TensorFile, scalars: OptimizerScalars) -> Result<Self, LoraError> {
         let tensors = file
             .names()
             .map(|key| Ok((key.to_string(), file.read(key)?)))

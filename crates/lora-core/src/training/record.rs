@@ -5,13 +5,14 @@
 //! without all three.
 
 use burn::module::Module;
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use derive_new::new;
 
 use crate::attach::{NewAdapter, attach};
 use crate::error::LoraError;
 use crate::peft::file::AdapterFile;
 use crate::state::trainable_parameters;
+use crate::training::gradients::Gradients;
 use crate::training::optimizer::{OptimizerState, PathOptimizer};
 use crate::training::optimizers::UpdateRule;
 
@@ -51,6 +52,27 @@ pub struct Training<M, P> {
     pub optimizer: PathOptimizer,
     /// How far the run is.
     pub progress: P,
+}
+
+impl<M: Module, P> Training<M, P> {
+    /// A run at its beginning, with any per-tensor optimizer of Burn or one of ours by name.
+    pub fn new(model: M, optimizer: impl Into<UpdateRule>, progress: P) -> Self {
+        Self {
+            model,
+            optimizer: PathOptimizer::new(optimizer),
+            progress,
+        }
+    }
+
+    /// One step against the gradient of `loss`, `[1]`, which was computed with this model. The progress is the caller's.
+    ///
+    /// # Errors
+    /// As [`PathOptimizer::step`].
+    pub fn step(&mut self, lr: f64, loss: &Tensor<1>) -> Result<(), LoraError> {
+        let mut gradients = Gradients::default();
+        gradients.take("", &self.model, &mut loss.backward());
+        self.optimizer.step(lr, &mut self.model, gradients)
+    }
 }
 
 impl<P> TrainingRecord<P> {

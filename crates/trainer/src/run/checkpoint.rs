@@ -11,7 +11,7 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use burn::module::Module;
 use lora_core::attach::DEFAULT_ADAPTER;
-use lora_core::files::safetensors::{FileError, TensorFile};
+use lora_core::files::safetensors::TensorFile;
 use lora_core::files::strict_json::{parse_json, read_file};
 use lora_core::training::optimizers::UpdateRule;
 use lora_core::training::{OptimizerScalars, OptimizerState};
@@ -137,11 +137,11 @@ impl Snapshot {
 
     /// Does something with the name and content of every file.
     pub fn with_files<T>(&self, work: impl FnOnce(Files) -> T) -> T {
-        let lora = |out: &mut dyn Write| out.write_all(&self.adapters.to_bytes(TRANSFORMER_PREFIX));
-        let optimizer = |out: &mut dyn Write| out.write_all(&self.optimizer.to_bytes());
+        let lora = |out: &mut dyn Write| self.adapters.write(TRANSFORMER_PREFIX, out);
+        let optimizer = |out: &mut dyn Write| self.optimizer.write(out);
         let state = |out: &mut dyn Write| out.write_all(&self.state);
         let write = |file: &Option<AdapterFile>, out: &mut dyn Write| match file {
-            Some(file) => out.write_all(&file.to_bytes(TRANSFORMER_PREFIX)),
+            Some(file) => file.write(TRANSFORMER_PREFIX, out),
             None => Ok(()),
         };
         let average = |out: &mut dyn Write| write(&self.average, out);
@@ -254,14 +254,7 @@ impl Opened {
     pub fn record(&self) -> anyhow::Result<TrainingRecord<Progress>> {
         let adapters = AdapterFile::load(&self.verified.path(LORA)?, TRANSFORMER_PREFIX)?;
         let moments = TensorFile::open(&self.verified.path(OPTIMIZER)?)?;
-        let read = |name: &str| Ok((name.to_string(), moments.read(name)?));
-        let optimizer = OptimizerState {
-            tensors: moments
-                .names()
-                .map(read)
-                .collect::<Result<_, FileError>>()?,
-            scalars: self.state.optimizer.clone(),
-        };
+        let optimizer = OptimizerState::from_file(&moments, self.state.optimizer.clone())?;
         // What was parsed is what was verified.
         self.verified.check()?;
         #[cfg(feature = "canary")]

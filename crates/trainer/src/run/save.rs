@@ -190,8 +190,7 @@ impl<'a> Saver<'a> {
         let mut report = None;
         match &lycoris {
             Some(lycoris) => {
-                let bytes = lycoris.to_bytes(TRANSFORMER_PREFIX);
-                replace_file(&RealFs, path, &|out| out.write_all(&bytes))?;
+                replace_file(&RealFs, path, &|out| lycoris.write(TRANSFORMER_PREFIX, out))?;
             }
             // Unlike a checkpoint's, this file is read by programs that know only tensors: the scale is folded.
             None => {
