@@ -6,8 +6,6 @@ use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::ops::heads::Stream;
-
 /// A linear layer with lazily initialised weights.
 pub(crate) fn linear_layer(inputs: usize, outputs: usize, bias: bool, device: &Device) -> Linear {
     LinearConfig::new(inputs, outputs)
@@ -30,6 +28,17 @@ pub fn layer_norm<const D: usize>(x: Tensor<D>, eps: f64) -> Tensor<D> {
     let centered = x.clone() - x.mean_dim(D - 1);
     let variance = centered.clone().square().mean_dim(D - 1);
     centered / (variance + eps).sqrt()
+}
+
+/// One stream of tokens and its norm.
+#[derive(Debug, Clone)]
+pub struct Stream {
+    /// `[batch, tokens, heads * head_dim]`.
+    pub x: Tensor<3>,
+    /// Weight, `[head_dim]`.
+    pub norm: Tensor<1>,
+    /// Added to the mean square.
+    pub eps: f64,
 }
 
 /// `x / rms(x) * weight` over the last dimension.

@@ -3,6 +3,7 @@
 //! | file | idea |
 //! |---|---|
 //! | `family`, `families` | what training and sampling may ask of a model; which ones there are |
+//! | `network` | the velocity network as a chain of blocks |
 //! | `network_config` | loading a network: what is stated of it and what its tensors tell |
 //! | `flux1/` | FLUX.1: the velocity network, latents as tokens, positions, the rules of its pipeline, names in BFL's layout |
 //! | `flux2/` | FLUX.2 likewise, with its autoencoder and schedule |
@@ -35,6 +36,7 @@ mod joint_attention;
 pub mod layers;
 pub mod lora;
 mod modulation;
+mod network;
 pub mod network_config;
 pub mod ops;
 pub mod pipeline;

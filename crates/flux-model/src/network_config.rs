@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::error::WeightsError;
-use crate::family::Network;
+use crate::network::Network;
 use crate::pipeline::read_config;
 use crate::sizes::differences;
 use crate::weights::{Base, Checkpoint, Layout};

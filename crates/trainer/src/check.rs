@@ -25,6 +25,7 @@ use crate::estimate::{self, device_speed, step_operations};
 use crate::memory;
 use crate::nearest::sentence;
 use crate::previews::prompts_of;
+use crate::progress;
 use crate::run::folder::RunDir;
 use crate::run::resume::{Resume, find_checkpoint};
 use crate::run::space;
@@ -280,7 +281,7 @@ fn adapter<N: Network>(report: &mut Report, config: &RunConfig, outline: &N) -> 
         format!(
             "{:.3} million, {} as a file",
             trainable as f64 / 1e6,
-            space::shown(4 * trainable as u64)
+            progress::shown(4 * trainable as u64)
         ),
     );
     Ok(())
@@ -340,9 +341,9 @@ fn disk<F: Family>(
         "disk",
         format!(
             "about {} for encoded samples, {} for checkpoints; {} free",
-            space::shown(need.cache),
-            space::shown(need.checkpoints),
-            space::shown(free)
+            progress::shown(need.cache),
+            progress::shown(need.checkpoints),
+            progress::shown(free)
         ),
     );
     Ok(())

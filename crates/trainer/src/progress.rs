@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tracing::{Level, info};
 
-use crate::run::space::shown;
 use crate::run::timings::Timing;
 use crate::validation::Validated;
 
@@ -182,5 +181,13 @@ impl TrainReport {
     /// Leaves the bar as it is.
     pub fn finish(&self) {
         self.bar.abandon();
+    }
+}
+
+/// Bytes for people.
+pub(crate) fn shown(bytes: u64) -> String {
+    match bytes {
+        0..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.1} GB", bytes as f64 / 1e9),
     }
 }

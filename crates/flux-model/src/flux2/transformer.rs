@@ -22,13 +22,13 @@ use lora_core::training::recompute::{Blocks, TensorTree};
 
 use crate::blocks::{Block, block_path, noisy_tokens};
 use crate::error::WeightsError;
-use crate::family::{Network, argument, numbers, positions};
 use crate::flux2::config::Flux2Config;
 use crate::flux2::latent::Position;
 use crate::joint_attention::JointAttention;
 use crate::layers::{RmsNorm, RotaryTable, linear_layer, sinusoidal_embedding};
 use crate::lora::ModelShape;
 use crate::modulation::{Embedder, Modulation, vectors};
+use crate::network::{Network, argument, numbers, positions};
 use crate::ops::attention::attention;
 use crate::ops::gate::gated_residual;
 use crate::ops::heads::{norm_rotate, to_heads};

@@ -7,10 +7,11 @@ use lora_core::ops::linear::{LowRank, linear};
 use super::attention::attention;
 use super::gate::gated_residual;
 use super::gelu::{cat_gelu_tanh, gelu_tanh};
-use super::heads::{Stream, norm_rotate, to_heads};
+use super::heads::{norm_rotate, to_heads};
 use super::layer_norm::layer_norm_modulate;
 use super::silu::silu;
 use crate::layers::RotaryTable;
+use crate::layers::Stream;
 
 #[test]
 fn neither_threads_nor_vectors_change_a_bit() {

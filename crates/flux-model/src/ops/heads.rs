@@ -15,18 +15,7 @@
 
 use burn::tensor::Tensor;
 
-use crate::layers::{RotaryTable, rms_norm, split_heads};
-
-/// One stream of tokens and its norm.
-#[derive(Debug, Clone)]
-pub struct Stream {
-    /// `[batch, tokens, heads * head_dim]`.
-    pub x: Tensor<3>,
-    /// Weight, `[head_dim]`.
-    pub norm: Tensor<1>,
-    /// Added to the mean square.
-    pub eps: f64,
-}
+use crate::layers::{RotaryTable, Stream, rms_norm, split_heads};
 
 /// Normed and rotated heads. `rotary` gets no gradient.
 ///
@@ -82,8 +71,8 @@ mod cpu {
     use lora_core::ops::{Operation, apply, has_kernels};
     use rayon::prelude::*;
 
-    use super::Stream;
     use crate::layers::RotaryTable;
+    use crate::layers::Stream;
 
     /// One or two streams with something in them.
     pub fn takes(streams: &[&Tensor<3>], heads: usize) -> bool {

@@ -23,8 +23,8 @@ pub use self::storage::BaseDtype;
 use self::storage::{Read, Storage};
 pub use self::stream::Stream;
 use crate::error::WeightsError;
-use crate::family::Network;
 use crate::found;
+use crate::network::Network;
 
 mod architecture;
 mod find;

@@ -7,7 +7,7 @@ use lora_core::files::host::Dtype;
 use super::storage::Kept;
 use super::walk::Walk;
 use super::{BaseDtype, Checkpoint, Layout};
-use crate::family::Network;
+use crate::network::Network;
 
 /// Sizes of a network's parts.
 #[derive(Debug, Clone, Default)]

@@ -12,21 +12,9 @@ use lora_core::files::digest::sha256_hex;
 use crate::config::DatasetSection;
 use crate::data::error::{DatasetError, image_error};
 use crate::data::image::{ImageLimits, inspect, is_image_extension, read_image};
-use crate::data::scan::{Sample, counted, entries, key, more, named, split};
+use crate::data::sample::{Picture, Sample};
+use crate::data::scan::{counted, entries, key, more, named, split};
 use crate::nearest::one_line;
-
-/// An image file beside a sample, looked at.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Picture {
-    /// Where it is.
-    pub path: PathBuf,
-    /// SHA-256 of the file, in hex.
-    pub sha256: String,
-    /// Width in pixels, upright.
-    pub width_px: u32,
-    /// Height in pixels, upright.
-    pub height_px: u32,
-}
 
 impl Picture {
     fn look_at(path: &Path) -> Result<Self, DatasetError> {

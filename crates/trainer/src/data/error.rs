@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use image::ImageError;
 
-use crate::data::metadata::{METADATA_CSV, METADATA_FILE};
 use crate::nearest::{one_line, shown};
 
 /// Why a dataset was refused.
@@ -145,7 +144,7 @@ pub enum DatasetError {
     },
     /// Two lists for the same images.
     #[error(
-        "`{}` has both a {METADATA_FILE} and a {METADATA_CSV}: remove one",
+        "`{}` has both a metadata.jsonl and a metadata.csv: remove one",
         shown(path)
     )]
     TwoLists {

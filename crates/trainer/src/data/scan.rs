@@ -16,15 +16,16 @@ mod tree;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use lora_core::files::digest::sha256_hex;
 
 use crate::config::{DatasetSection, FolderSection};
-use crate::data::beside::{self, Picture};
+use crate::data::beside;
 use crate::data::caption::with_trigger;
 use crate::data::error::{DatasetError, read_error};
 use crate::data::image::{ImageLimits, decode_image, inspect, read_image};
+pub use crate::data::sample::{Picture, Sample};
 use crate::nearest::one_line;
 use crate::progress;
 
@@ -33,29 +34,6 @@ use tree::Tree;
 
 pub(super) use names::{counted, key, more, named, split};
 pub(super) use tree::entries;
-
-/// One image and the text that describes it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sample {
-    /// Path of the image from the dataset folder, with `/` on every platform; unique in the dataset.
-    pub name: String,
-    /// Where the image is.
-    pub image: PathBuf,
-    /// SHA-256 of the image file, in hex.
-    pub image_sha256: String,
-    /// Width of the image in pixels, upright.
-    pub width_px: u32,
-    /// Height of the image in pixels, upright.
-    pub height_px: u32,
-    /// The caption, without surrounding white space and with the trigger word; may be empty.
-    pub caption: String,
-    /// Which of the dataset's folders it is from.
-    pub folder: usize,
-    /// Pictures that the caption says what to do with.
-    pub references: Vec<Picture>,
-    /// Where the image is to be painted: the white of this one.
-    pub mask: Option<Picture>,
-}
 
 /// A dataset, and what its owner should know of it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

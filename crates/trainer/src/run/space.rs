@@ -10,6 +10,7 @@ use lora_core::training::optimizers::OptimizerConfig;
 
 use crate::config::RunConfig;
 use crate::data::scan::Sample;
+use crate::progress::shown;
 use crate::run::folder::RunDir;
 
 /// Bytes that a run needs on its disk, from sizes alone.
@@ -125,14 +126,6 @@ fn size_of(folder: &Path) -> u64 {
     files
         .filter_map(|file| Some(file.metadata().ok()?.len()))
         .sum()
-}
-
-/// Bytes for people.
-pub(crate) fn shown(bytes: u64) -> String {
-    match bytes {
-        0..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
-        _ => format!("{:.1} GB", bytes as f64 / 1e9),
-    }
 }
 
 #[cfg(test)]

@@ -5,11 +5,11 @@
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use flux_model::layers::RotaryTable;
+use flux_model::layers::{RotaryTable, Stream};
 use flux_model::ops::attention::attention;
 use flux_model::ops::gate::gated_residual;
 use flux_model::ops::gelu::{cat_gelu_tanh, gelu_tanh};
-use flux_model::ops::heads::{Stream, norm_rotate};
+use flux_model::ops::heads::norm_rotate;
 use flux_model::ops::layer_norm::layer_norm_modulate;
 use lora_core::ops::composed;
 use lora_core::ops::linear::{LowRank, linear};

@@ -1,0 +1,111 @@
+//! The velocity network as a chain of blocks, and its input by the names of diffusers.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor, TensorData};
+use lora_core::files::host::HostTensor;
+use lora_core::training::recompute::Blocks;
+
+use crate::error::WeightsError;
+use crate::lora::ModelShape;
+use crate::weights::Stream;
+
+/// A velocity network: enter, the blocks one after the other, leave.
+pub trait Network: Module + Blocks<Error = WeightsError> {
+    /// All that one forward pass reads.
+    type Input: Clone + Debug;
+
+    /// What the first block gets, and what every block reads.
+    fn enter(&self, input: Self::Input) -> (Self::Carry, Self::Shared);
+
+    /// What the last block gave, as the velocity of the image tokens, `[batch, img_tokens, out_channels]`.
+    fn leave(&self, carry: Self::Carry, shared: &Self::Shared) -> Tensor<3>;
+
+    /// Width of a token between blocks.
+    fn width(&self) -> usize;
+
+    /// How many streams of tokens block `index` keeps apart, each with layers of its own.
+    fn streams(&self, index: usize) -> usize;
+
+    /// The same with its blocks in `stream`, which it then gets them from.
+    #[must_use]
+    fn with_stream(self, stream: Stream) -> Self;
+
+    /// Its architecture, which LoRA files are read against.
+    fn shape(&self) -> ModelShape;
+
+    /// Whether the guidance strength is an input of it.
+    fn reads_guidance(&self) -> bool;
+
+    /// Its input from tensors under the names that diffusers' `forward` gives its arguments.
+    ///
+    /// # Errors
+    /// What is missing or of another shape, in words.
+    fn named_input(
+        &self,
+        tensors: &BTreeMap<String, HostTensor>,
+        device: &Device,
+    ) -> Result<Self::Input, String>;
+
+    /// The velocity, `[batch, img_tokens, out_channels]`.
+    ///
+    /// # Errors
+    /// A block that is not resident and cannot be read.
+    fn forward(&self, input: Self::Input) -> Result<Tensor<3>, WeightsError> {
+        let (mut carry, shared) = self.enter(input);
+        for index in 0..self.count() {
+            carry = Self::apply(&self.block(index)?, carry, &shared);
+        }
+        Ok(self.leave(carry, &shared))
+    }
+}
+
+/// An argument of diffusers' `forward`, see [`Network::named_input`].
+pub(crate) fn argument<const D: usize>(
+    tensors: &BTreeMap<String, HostTensor>,
+    name: &str,
+    device: &Device,
+) -> Result<Tensor<D>, String> {
+    let tensor = named(tensors, name)?;
+    if tensor.shape.len() != D {
+        let shape = &tensor.shape;
+        return Err(format!(
+            "input `{name}` has shape {shape:?}, not {D} dimensions"
+        ));
+    }
+    let data = TensorData::new(tensor.to_f32(), tensor.shape.clone());
+    Ok(Tensor::from_data(data, device))
+}
+
+/// Numbers, one for each row of the batch.
+pub(crate) fn numbers(
+    tensors: &BTreeMap<String, HostTensor>,
+    name: &str,
+) -> Result<Vec<f32>, String> {
+    Ok(named(tensors, name)?.to_f32())
+}
+
+/// Positions, `[tokens, N]`.
+pub(crate) fn positions<const N: usize>(
+    tensors: &BTreeMap<String, HostTensor>,
+    name: &str,
+) -> Result<Vec<[f32; N]>, String> {
+    let tensor = named(tensors, name)?;
+    match tensor.shape.as_slice() {
+        &[_, axes] if axes == N => Ok(tensor.to_f32().as_chunks().0.to_vec()),
+        shape => Err(format!(
+            "input `{name}` has shape {shape:?}, not [tokens, {N}]"
+        )),
+    }
+}
+
+fn named<'a>(
+    tensors: &'a BTreeMap<String, HostTensor>,
+    name: &str,
+) -> Result<&'a HostTensor, String> {
+    tensors
+        .get(name)
+        .ok_or_else(|| format!("no input `{name}`"))
+}
