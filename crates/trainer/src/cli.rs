@@ -237,7 +237,7 @@ pub struct ExportArgs {
     /// Name of the files (default: the run folder's)
     #[arg(long)]
     pub name: Option<String>,
-    /// Word in the captions that stands for what was learned
+    /// Word in the captions that stands for what was learned (default: dataset.trigger_word)
     #[arg(long)]
     pub trigger: Option<String>,
     /// Repository of the base model, OWNER/NAME (default: as the configuration names it)

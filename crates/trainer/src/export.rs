@@ -146,7 +146,10 @@ pub(crate) fn export(args: &ExportArgs) -> anyhow::Result<Exported> {
     let card = Card {
         name: &name,
         base: base(args.base.as_deref(), &config)?,
-        trigger: args.trigger.as_deref(),
+        trigger: args
+            .trigger
+            .as_deref()
+            .or(config.dataset.trigger_word.as_deref()),
         set: &set,
         config: &config,
         weights,
