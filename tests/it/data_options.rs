@@ -168,7 +168,12 @@ fn a_cache_filled_beforehand_is_what_training_uses() {
         "{}",
         String::from_utf8_lossy(&out.stderr)
     );
-    assert!(text.contains("4 samples to train on, 1 held out"), "{text}");
+    let said = |name: &str| {
+        let line = text.lines().find(|line| line.starts_with(name));
+        line.unwrap().rsplit(' ').next().unwrap().to_string()
+    };
+    assert_eq!(said("trained samples:"), "4", "{text}");
+    assert_eq!(said("held out samples:"), "1", "{text}");
     let entries = |run: &str| (cached(&bench, run, "latents"), cached(&bench, run, "text"));
     assert_eq!(entries("filled"), (10, 6));
     // Nothing of it is written again.
@@ -224,6 +229,7 @@ fn images_that_cannot_be_read_are_left_out_when_that_is_meant() {
     bench.train_ok("again", "flex", &with(&["--resume"]));
     bench.result("again").assert_same(&expected, "resumed");
 
+    fs::write(bench.path("data/1.png"), &good).unwrap();
     let out = bench.train("other", "flex", &with(&["--set=dataset.skip=['no.png']"]));
     let text = String::from_utf8_lossy(&out.stderr);
     assert!(
