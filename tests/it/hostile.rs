@@ -474,7 +474,7 @@ fn loras() -> Vec<Case> {
         case(
             header(twice),
             read_checkpoint_lora,
-            "`lora_adapter_metadata` of x.safetensors is malformed: duplicate key \"transformer.r\" at line 1 column 36",
+            "`lora_adapter_metadata` of `x.safetensors` is malformed: write it again: duplicate key \"transformer.r\" at line 1 column 36",
         ),
         case(
             header(&deep),
@@ -484,7 +484,7 @@ fn loras() -> Vec<Case> {
         case(
             header(r#"{"transformer.r": 18446744073709551616}"#),
             read_lora,
-            "`x.safetensors`: `r` is 1.8446744073709552e+19: a rank is at least 1",
+            "`r` of `lora_adapter_metadata` of `x.safetensors` is 1.8446744073709552e+19: invalid type: floating point `1.8446744073709552e+19`, expected usize",
         ),
         case(
             header(r#"{"transformer.r": 2, "transformer.lora_alpha": 1e999}"#),
@@ -505,7 +505,7 @@ fn loras() -> Vec<Case> {
         ),
         folder(
             b"[]".to_vec(),
-            "`adapter_config.json`: the adapter configuration is malformed: write it again: invalid type: sequence, expected a map at line 1 column 0",
+            "`adapter_config.json` is malformed: write it again: invalid type: sequence, expected a map at line 1 column 0",
         ),
         Case {
             prepare: |folder| make_sparse(&folder.join("adapter_config.json"), 1 << 40),
@@ -523,7 +523,7 @@ fn loras() -> Vec<Case> {
         },
         single(
             factors("transformer.", &[0, 4], &[4, 0], &[]),
-            "`x.safetensors`: `transformer.transformer_blocks.0.attn.to_q.lora_B.weight` has rank 0: remove the module or train it again",
+            "`x.safetensors`: `transformer.transformer_blocks.0.attn.to_q.lora_A.weight` has rank 0: remove the module or train it again",
         ),
         single(
             factors("transformer.", &[2, 4], &[4, 3], &[]),
