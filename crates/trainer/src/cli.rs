@@ -60,7 +60,7 @@ pub enum Command {
     Convert(ConvertArgs),
     /// Add LoRAs to a pipeline on disk
     Merge {
-        /// Pipeline folder, or a Hub repository, OWNER/NAME[@REVISION]
+        /// Pipeline folder, or a Hub repository, `OWNER/NAME[@REVISION]`
         #[arg(long)]
         model: PathBuf,
         /// Never touch the network: a Hub repository must be in the cache
@@ -276,7 +276,7 @@ pub struct CacheArgs {
 /// `flux-lora sample`
 #[derive(Debug, Args)]
 pub struct SampleArgs {
-    /// Pipeline folder, a single transformer file in one, or a Hub repository, OWNER/NAME[@REVISION]
+    /// Pipeline folder, a single transformer file in one, or a Hub repository, `OWNER/NAME[@REVISION]`
     #[arg(long)]
     pub model: PathBuf,
     /// A single transformer file in place of the model's

@@ -20,7 +20,7 @@ use crate::training::gradients::Gradients;
 use crate::training::optimizers::{Kind, UpdateRule};
 use crate::walk::walk;
 
-/// A per-tensor optimizer of Burn (`AdamWConfig::build()`), or one of [`OptimizerConfig`](crate::OptimizerConfig), and its
+/// A per-tensor optimizer of Burn (`AdamWConfig::build()`), or one of [`OptimizerConfig`](crate::training::optimizers::OptimizerConfig), and its
 /// state for every parameter.
 #[derive(Clone)]
 pub struct PathOptimizer {

@@ -202,7 +202,7 @@ pub struct DatasetSection {
     /// once. Default 1.
     #[serde(skip_serializing_if = "is_one")]
     pub random_crops: usize,
-    /// A word put in front of captions that have it not, and in place of every "[trigger]" in them. Default: none.
+    /// A word put in front of captions that have it not, and in place of every `[trigger]` in them. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trigger_word: Option<String>,
     /// Train with the tags of a caption in other orders. Default false.

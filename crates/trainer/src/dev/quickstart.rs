@@ -22,7 +22,7 @@ const TILE: u32 = 16;
 /// Thumbnails of a thing: one for each style it was drawn in.
 const STYLES: u32 = 4;
 
-/// Draws [`THINGS`] in ink style without and with the LoRA of a finished run, writes `before-after.png` into the run
+/// Draws `THINGS` in ink style without and with the LoRA of a finished run, writes `before-after.png` into the run
 /// folder, and returns what to tell the user.
 ///
 /// # Errors

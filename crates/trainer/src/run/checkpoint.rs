@@ -49,7 +49,7 @@ pub struct Best {
     pub step: u64,
     /// The loss.
     pub loss: f64,
-    /// What it is the loss of, see [`Validation::of`](crate::validation::Validation::of).
+    /// What it is the loss of, see `Validation::of`.
     pub of: String,
 }
 

@@ -14,7 +14,7 @@ use super::header::{Entry, LENGTH, MAX_HEADER, METADATA, byte_len, is_valid_name
 /// Bytes of a safetensors file, the same for the same tensors and metadata.
 ///
 /// # Panics
-/// If a name is one that [`TensorFile::open`] refuses, or a tensor's bytes do not fill its shape.
+/// If a name is one that [`TensorFile::open`](super::TensorFile::open) refuses, or a tensor's bytes do not fill its shape.
 pub fn serialize(
     tensors: &BTreeMap<String, HostTensor>,
     metadata: &BTreeMap<String, String>,
@@ -29,7 +29,7 @@ pub fn serialize(
 /// Writes the file that [`serialize`] makes, without a copy of the tensors.
 ///
 /// # Errors
-/// What `out` returns; [`io::ErrorKind::InvalidInput`] for a name that [`TensorFile::open`] refuses, or a tensor whose bytes
+/// What `out` returns; [`io::ErrorKind::InvalidInput`] for a name that [`TensorFile::open`](super::TensorFile::open) refuses, or a tensor whose bytes
 /// do not fill its shape.
 pub fn write_tensors<W: Write + ?Sized, T: Borrow<HostTensor>>(
     out: &mut W,
@@ -54,7 +54,7 @@ pub fn write_tensors<W: Write + ?Sized, T: Borrow<HostTensor>>(
 /// The data has the order of `layout`; with wide dtypes first, every tensor is aligned to its element size.
 ///
 /// # Errors
-/// What `tensor` and `out` return; and [`io::ErrorKind::InvalidInput`] if a name is one that [`TensorFile::open`]
+/// What `tensor` and `out` return; and [`io::ErrorKind::InvalidInput`] if a name is one that [`TensorFile::open`](super::TensorFile::open)
 /// refuses, occurs twice, or a tensor is not what `layout` says. What has been written by then is no use.
 pub fn write_streaming<W: Write, E: From<io::Error>>(
     out: &mut W,
