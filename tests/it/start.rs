@@ -182,8 +182,13 @@ fn what_headers_show_is_refused_before_anything_is_encoded() {
     ] {
         let args = [&FEW[..], &["--set", set]].concat();
         assert_says(&error(&bench.train("run", "flex", &args), 1), parts);
-        assert!(!bench.path("run/cache").exists(), "{set}");
+        assert!(!bench.path("run").exists(), "{set}");
     }
+    // A folder that is there already stays empty.
+    fs::create_dir(bench.path("run")).unwrap();
+    let args = [&FEW[..], &["--set", &model]].concat();
+    error(&bench.train("run", "flex", &args), 1);
+    assert!(content(&bench.path("run")).is_empty());
 }
 
 #[test]

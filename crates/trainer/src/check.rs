@@ -117,9 +117,7 @@ fn check_family<F: Family>(
     let run = report.take(RunDir::planned(planned.output).map_err(Into::into));
     if let Some(run) = &run {
         report.take(run.check_places().map_err(Into::into));
-        if run.path().exists() {
-            report.take(find_checkpoint(run, &Resume::No));
-        }
+        report.take(find_checkpoint(run, &Resume::No));
     }
     if !planned.distilled {
         report.take(refuse_distilled(family).map_err(Into::into));

@@ -208,8 +208,11 @@ fn prepare<F: Family>(
     options: &TrainOptions,
 ) -> anyhow::Result<Prepared> {
     let device = device::open(&options.device)?;
-    let run = RunDir::open_or_create(&options.output)?;
-    let lock = run.lock()?;
+    let run = RunDir::planned(&options.output)?;
+    let lock = run.lock_if_there()?;
+    if lock.is_none() {
+        run.check_places()?;
+    }
     let opened = find_checkpoint(&run, &options.resume)?
         .map(Opened::read)
         .transpose()?;
@@ -261,7 +264,11 @@ fn prepare<F: Family>(
         say_what_is_lost(warnings, &samples.all, config, family)?;
     }
 
-    // From here on the folder is written to: what is refused above leaves it as it was.
+    // From here on the folder is written to: what is refused above leaves it as it was, or not there.
+    let lock = match lock {
+        Some(lock) => lock,
+        None => first_lock(options, &begin)?,
+    };
     lock.begin(&RealFs)?;
     create_dir_durably(&cache_folder)?;
     known.save()?;
@@ -483,6 +490,17 @@ fn to_use<M: Module>(training: &RunTraining<M>, ema: Option<&Ema>, wants_ema: bo
         Some(_) if !wants_ema => training.model.clone(),
         ema => averaged(training, ema).unwrap_or_else(|| training.model.clone()),
     }
+}
+
+/// The lock of a folder that had none when the start began to be checked: looks again at what was found there.
+fn first_lock(options: &TrainOptions, begin: &Begin) -> anyhow::Result<RunLock> {
+    let run = RunDir::open_or_create(&options.output)?;
+    let lock = run.lock()?;
+    if run.has_checkpoints()? != matches!(begin, Begin::Resumed(_)) {
+        let run = run.path().display();
+        bail!("another process has used {run} just now: start again, or choose another --output");
+    }
+    Ok(lock)
 }
 
 /// Whatever of the data is not used, or not as it is: said once, when it is first trained on.

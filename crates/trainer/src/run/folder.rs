@@ -144,6 +144,9 @@ impl RunDir {
 
     /// The LoRA of a run that has ended here.
     pub(crate) fn finished(&self) -> Result<Option<PathBuf>, CheckpointError> {
+        if !self.path.exists() {
+            return Ok(None);
+        }
         let names = list(&self.path)?.into_iter().map(|entry| entry.file_name());
         let mut outputs = names.filter(|name| {
             let name = name.to_string_lossy();
@@ -243,6 +246,13 @@ impl RunDir {
         self.path.join(TENSORBOARD)
     }
 
+    /// Takes the lock where a lock file shows that a run is or was here. Where there is none, nobody writes, and a start that
+    /// is refused has nothing to make.
+    pub(crate) fn lock_if_there(&self) -> Result<Option<RunLock>, CheckpointError> {
+        let is_there = self.path.join(LOCK).exists();
+        is_there.then(|| self.lock()).transpose()
+    }
+
     /// Takes the lock, or fails at once if another process has it. A lock file left by a dead
     /// process is no obstacle.
     pub fn lock(&self) -> Result<RunLock, CheckpointError> {
@@ -287,6 +297,9 @@ impl RunDir {
     /// Whether anything here could be a checkpoint, damaged or put aside included: then a fresh
     /// start would be a mistake.
     pub fn has_checkpoints(&self) -> Result<bool, CheckpointError> {
+        if !self.path.exists() {
+            return Ok(false);
+        }
         let scan = self.scan()?;
         Ok(!scan.checkpoints.is_empty() || !scan.other.is_empty())
     }
