@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use serde::Deserialize;
 
+use super::encode::NF4;
 use super::{Factors, Quantised, Rounding, Values};
 use crate::files::host::{Dtype, E4M3, E5M2, HostTensor};
 use crate::files::safetensors::{FileError, TensorProblem, TensorSet};
@@ -22,6 +23,9 @@ pub struct Stored {
     parts: Vec<String>,
 }
 
+/// How far a stored table may be from the published one: bf16 is within 0.002.
+const TABLE_TOLERANCE: f32 = 0.005;
+
 #[derive(Debug, Clone, PartialEq)]
 enum Form {
     /// bitsandbytes' 4 bits.
@@ -33,6 +37,7 @@ enum Form {
 /// What bitsandbytes says as JSON.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 struct QuantState {
+    quant_type: Option<String>,
     blocksize: usize,
     shape: Vec<usize>,
     /// What the weight had, and is decoded to.
@@ -265,7 +270,16 @@ impl Stored {
             ));
         };
         let table = part("quant_map")?.to_f32().try_into();
-        let table = table.map_err(|_| fail("its `quant_map` has not 16 values".into()))?;
+        let table: [f32; 16] =
+            table.map_err(|_| fail("its `quant_map` has not 16 values".into()))?;
+        let is_nf4 = |table: &[f32; 16]| {
+            table
+                .iter()
+                .zip(NF4)
+                .all(|(own, value)| (own - value).abs() < TABLE_TOLERANCE)
+        };
+        // bitsandbytes goes by the name of the table, this reader by its values: they must say the same.
+        let is_known = state.quant_type.as_deref() != Some("nf4") || is_nf4(&table);
         let codes = set.read(&self.name)?.bytes; // of whatever dtype: `bnb_4bit_quant_storage`
         let (shape, values) = (self.shape.clone(), Values::Nibbles(table));
         let rounding = match state.dtype.as_str() {
@@ -274,8 +288,14 @@ impl Stored {
             "float16" => Rounding::F16,
             other => return Err(fail(format!("its dtype `{other}` is not known"))),
         };
-        let read = Quantised::new(shape, codes, values, state.blocksize, factors);
-        Ok(read.map_err(fail)?.rounded_to(rounding))
+        let read = Quantised::new(shape, codes, values, state.blocksize, factors).map_err(fail)?;
+        if !is_known {
+            return Err(fail(
+                "its `quant_map` is not the table of bitsandbytes' NF4; quantise the model again"
+                    .into(),
+            ));
+        }
+        Ok(read.rounded_to(rounding))
     }
 }
 

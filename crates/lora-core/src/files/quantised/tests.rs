@@ -208,6 +208,7 @@ fn what_cannot_be_read_is_said() {
             "lacks what `nested_absmax` needs",
         ),
         (with("x.weight.quant_map", f32s(15)), "has not 16 values"),
+        (message(base()), "is not the table of bitsandbytes' NF4"),
         (with(key, json("{")), "malformed"),
         (
             with(key, json(&state.replace("float32", "int8"))),
