@@ -79,7 +79,7 @@ pub enum Command {
         path: PathBuf,
     },
     /// Check a run without starting it: data, targets, sizes, disk; exits with 0 if it would train
-    Check(CheckArgs),
+    Check(RunArgs),
     /// Write a run as one HTML page: curves, samples, configuration
     Report {
         /// Run folder
@@ -152,9 +152,9 @@ pub enum Command {
 #[error("{0}")]
 pub struct UsageError(pub String);
 
-/// `flux-lora train`
+/// What says which run is meant: all of `flux-lora check`, and the beginning of `flux-lora train`.
 #[derive(Debug, Args)]
-pub struct TrainArgs {
+pub struct RunArgs {
     /// Run configuration (TOML)
     pub config: PathBuf,
     /// Begin from a run preset: the configuration counts before it, and needs the paths alone
@@ -166,15 +166,29 @@ pub struct TrainArgs {
     /// Run folder (default: runs/NAME for NAME.toml)
     #[arg(long)]
     pub output: Option<PathBuf>,
-    /// Continue: the newest valid checkpoint of the run folder, or of the run folder or checkpoint given
-    #[arg(long, value_name = "RUN_OR_CHECKPOINT", num_args = 0..=1)]
-    pub resume: Option<Option<PathBuf>>,
     /// Optimizer steps in the whole run, in place of train.steps
     #[arg(long)]
     pub steps: Option<u64>,
     /// Override one configuration value
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
+    /// Train on a model that was distilled to few steps
+    #[arg(long)]
+    pub yes_distilled: bool,
+    /// Never touch the network: a Hub repository must be in the cache
+    #[arg(long)]
+    pub offline: bool,
+}
+
+/// `flux-lora train`
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// The run.
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// Continue: the newest valid checkpoint of the run folder, or of the run folder or checkpoint given
+    #[arg(long, value_name = "RUN_OR_CHECKPOINT", num_args = 0..=1)]
+    pub resume: Option<Option<PathBuf>>,
     /// Leave out images that cannot be read, instead of refusing the dataset; the run keeps the list as dataset.skip
     #[arg(long)]
     pub skip_bad: bool,
@@ -187,40 +201,6 @@ pub struct TrainArgs {
     /// Resume although settings changed that earlier steps depended on
     #[arg(long)]
     pub adopt_config: bool,
-    /// Train on a model that was distilled to few steps
-    #[arg(long)]
-    pub yes_distilled: bool,
-    /// Never touch the network: a Hub repository must be in the cache
-    #[arg(long)]
-    pub offline: bool,
-}
-
-/// `flux-lora check`
-#[derive(Debug, Args)]
-pub struct CheckArgs {
-    /// Run configuration (TOML)
-    pub config: PathBuf,
-    /// Run preset, as for train
-    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(preset::names()))]
-    pub preset: Option<String>,
-    /// Device, as for train
-    #[arg(long)]
-    pub device: Option<String>,
-    /// Run folder, as for train
-    #[arg(long)]
-    pub output: Option<PathBuf>,
-    /// Override one configuration value
-    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
-    pub set: Vec<String>,
-    /// Optimizer steps in the whole run, in place of train.steps
-    #[arg(long)]
-    pub steps: Option<u64>,
-    /// Train on a model that was distilled to few steps, as for train
-    #[arg(long)]
-    pub yes_distilled: bool,
-    /// Never touch the network: a Hub repository must be in the cache
-    #[arg(long)]
-    pub offline: bool,
 }
 
 /// `flux-lora export`

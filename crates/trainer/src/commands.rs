@@ -11,7 +11,7 @@ use clap::CommandFactory;
 use flux_model::pipeline::PipelineFolder;
 use serde_json::{Value, json};
 
-use crate::cli::{CacheArgs, CheckArgs, Cli, Command, TrainArgs, UsageError};
+use crate::cli::{CacheArgs, Cli, Command, RunArgs, TrainArgs, UsageError};
 use crate::config::{ConfigError, RunConfig};
 use crate::convert::{convert, load_loras};
 use crate::dev::{bench, parity, quickstart, random_weights};
@@ -121,9 +121,7 @@ fn cache(args: CacheArgs, say: Output) -> anyhow::Result<()> {
 }
 
 fn train(args: TrainArgs, say: Output) -> anyhow::Result<()> {
-    let overrides = overrides(&args.set, args.steps);
-    let config = RunConfig::load_on(args.preset.as_deref(), &args.config, &overrides)?;
-    let mut output = run_folder(args.output, &args.config);
+    let (config, mut output) = configured(&args.run)?;
     let resume = match args.resume {
         None => Resume::No,
         Some(None) => Resume::Newest,
@@ -148,15 +146,18 @@ fn train(args: TrainArgs, say: Output) -> anyhow::Result<()> {
     };
     let options = TrainOptions {
         output: output.clone(),
-        device: args.device.unwrap_or_else(|| device::default_name().into()),
+        device: args
+            .run
+            .device
+            .unwrap_or_else(|| device::default_name().into()),
         resume,
         accepted: Accepted {
             inexact: args.allow_inexact,
             data: args.adopt_data,
             config: args.adopt_config,
         },
-        distilled: args.yes_distilled,
-        offline: args.offline,
+        distilled: args.run.yes_distilled,
+        offline: args.run.offline,
         skip_bad: args.skip_bad,
         stop: stop_on_signals()?,
     };
@@ -218,10 +219,16 @@ fn run_folder(output: Option<PathBuf>, config: &Path) -> PathBuf {
     output.unwrap_or_else(|| Path::new("runs").join(name))
 }
 
-fn check_run(args: &CheckArgs, say: Output) -> anyhow::Result<ExitCode> {
+/// The configuration and the folder of a run.
+fn configured(args: &RunArgs) -> anyhow::Result<(RunConfig, PathBuf)> {
     let overrides = overrides(&args.set, args.steps);
     let config = RunConfig::load_on(args.preset.as_deref(), &args.config, &overrides)?;
     let output = run_folder(args.output.clone(), &args.config);
+    Ok((config, output))
+}
+
+fn check_run(args: &RunArgs, say: Output) -> anyhow::Result<ExitCode> {
+    let (config, output) = configured(args)?;
     let device = args.device.as_deref().unwrap_or(device::default_name());
     let plan = check::Planned {
         output: &output,
