@@ -5,6 +5,9 @@ use std::fmt;
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
+use super::lora::LoraSection;
+use super::rules::Invalid;
+
 /// What is in memory, and what is read or computed again instead. No setting here changes a bit of the result.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -19,6 +22,23 @@ pub struct MemorySection {
     /// How many blocks keep only their input, and are computed again in the backward pass: "all", "none", a number (the first so
     /// many), "auto" as few as fit. Default "auto".
     pub recompute: Recompute,
+}
+
+impl MemorySection {
+    pub(super) fn check(&self, lora: &LoraSection) -> Result<(), Invalid> {
+        if self.base != BasePlace::Stream {
+            return Ok(());
+        }
+        if let Recompute::First(_) = self.recompute {
+            let problem = "must be \"all\" or \"auto\" with base = \"stream\": what is kept of a block keeps its weights";
+            return Err(("memory.recompute", problem.into()));
+        }
+        if lora.reads_base_weights() {
+            let problem = "cannot be \"stream\": this adapter starts from the base weights, which have to be in memory for that; use \"resident\"";
+            return Err(("memory.base", problem.into()));
+        }
+        Ok(())
+    }
 }
 
 /// An amount of memory.

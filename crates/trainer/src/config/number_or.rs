@@ -1,12 +1,10 @@
 //! Values that are a number or a word.
 
+use serde::Serializer;
 use serde::de::{self, Deserializer, Visitor};
-use serde::{Deserialize, Serialize, Serializer};
-
-use super::TimestepShift;
 
 /// A number or one word, `WORD`, which stands for `None`.
-struct NumberOr<'a>(&'a str);
+pub(super) struct NumberOr<'a>(pub(super) &'a str);
 
 impl Visitor<'_> for NumberOr<'_> {
     type Value = Option<f64>;
@@ -49,21 +47,5 @@ pub(super) mod number_or_none {
         deserializer: D,
     ) -> Result<Option<f64>, D::Error> {
         deserializer.deserialize_any(NumberOr("none"))
-    }
-}
-
-impl Serialize for TimestepShift {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::Constant(shift) => serializer.serialize_f64(*shift),
-            Self::Flux => serializer.serialize_str("flux"),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for TimestepShift {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let shift = deserializer.deserialize_any(NumberOr("flux"))?;
-        Ok(shift.map_or(Self::Flux, Self::Constant))
     }
 }

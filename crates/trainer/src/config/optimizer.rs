@@ -14,8 +14,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
 use toml::{Table, Value};
 
+use super::error::in_our_words;
+use super::fields::fields_of;
 use super::number_or::number_or_none;
-use super::read::{fields_of, in_our_words};
+use super::rules::{ABOVE_0, AT_LEAST_0, BELOW_1, Invalid, Rule};
 
 /// How gradients become updates.
 #[derive(Debug, Clone, PartialEq)]
@@ -151,9 +153,83 @@ impl OptimizerSection {
     }
 
     /// The name and the options of [`rule`](Self::rule), as they are written.
-    pub(super) fn options(&self) -> Result<Table, toml::ser::Error> {
+    fn options(&self) -> Result<Table, toml::ser::Error> {
         Table::try_from(&self.rule)
     }
+
+    pub(super) fn check(&self) -> Result<(), Invalid> {
+        ABOVE_0.check("optimizer.learning_rate", self.learning_rate)?;
+        let options = self.options().map_err(|error| {
+            let problem = format!("cannot be written as TOML: {error}");
+            ("optimizer", problem)
+        })?;
+        for (key, rule) in OPTIMIZER_OPTIONS {
+            let numbers = match options.get(key.trim_start_matches("optimizer.")) {
+                Some(Value::Array(numbers)) => numbers.clone(),
+                number => number.cloned().into_iter().collect(),
+            };
+            for number in numbers.iter().filter_map(Value::as_float) {
+                rule.check(key, number)?;
+            }
+        }
+        match &self.rule {
+            OptimizerConfig::ScheduleFreeAdamw(options) => {
+                ABOVE_0.check("optimizer.betas", options.betas[0])?;
+            }
+            OptimizerConfig::Sgd(options) => check_momentum(options)?,
+            OptimizerConfig::Prodigy(_) => {
+                let problem =
+                    "cannot be used with name = \"prodigy\", which has one rate for all parameters";
+                if self.loraplus_lr_ratio.is_some() {
+                    return Err(("optimizer.loraplus_lr_ratio", problem.into()));
+                }
+                if !self.lr_pattern.is_empty() {
+                    return Err(("optimizer.lr_pattern", problem.into()));
+                }
+            }
+            _ => {}
+        }
+        if let Some(ratio) = self.loraplus_lr_ratio {
+            ABOVE_0.check("optimizer.loraplus_lr_ratio", ratio)?;
+        }
+        for (_, &factor) in self.lr_pattern.iter() {
+            AT_LEAST_0.check("optimizer.lr_pattern", factor)?;
+        }
+        if let Some(norm) = self.max_grad_norm {
+            let rule = Rule("above 0, or \"none\" for no clipping", ABOVE_0.1);
+            rule.check("optimizer.max_grad_norm", norm)?;
+        }
+        Ok(())
+    }
+}
+
+/// The options of optimizers, and what they must be.
+const OPTIMIZER_OPTIONS: [(&str, Rule); 13] = [
+    ("optimizer.betas", BELOW_1),
+    ("optimizer.eps", ABOVE_0),
+    ("optimizer.weight_decay", AT_LEAST_0),
+    ("optimizer.momentum", BELOW_1),
+    ("optimizer.dampening", BELOW_1),
+    ("optimizer.beta2_decay", Rule("below 0", |x| x < 0.0)),
+    ("optimizer.d", Rule("at least 1", |x| x >= 1.0)),
+    ("optimizer.beta3", BELOW_1),
+    ("optimizer.d0", ABOVE_0),
+    ("optimizer.d_coef", ABOVE_0),
+    ("optimizer.growth_rate", Rule("above 1", |x| x > 1.0)),
+    ("optimizer.r", AT_LEAST_0),
+    ("optimizer.weight_lr_power", AT_LEAST_0),
+];
+
+fn check_momentum(options: &SgdOptions) -> Result<(), Invalid> {
+    if options.momentum == 0.0 && options.dampening != 0.0 {
+        let problem = "has no effect without momentum: set `momentum`";
+        return Err(("optimizer.dampening", problem.into()));
+    }
+    if options.nesterov && (options.momentum == 0.0 || options.dampening != 0.0) {
+        let problem = "needs a `momentum` above 0, and no `dampening`";
+        return Err(("optimizer.nesterov", problem.into()));
+    }
+    Ok(())
 }
 
 impl Default for OptimizerSection {

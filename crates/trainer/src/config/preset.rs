@@ -1,6 +1,6 @@
 //! Run presets: configurations by aim and memory, complete but for paths. Each is a file of `presets/`, kept in the program.
 
-use super::ConfigError;
+use super::error::ConfigError;
 
 macro_rules! presets {
     ($($name:literal),+) => {

@@ -1,15 +1,13 @@
-//! Reading the configuration: where each key was written, `--set`, unknown keys, errors of one line.
+//! Reading the text of a configuration: where each key was written, `--set`, errors of one line.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
-use serde::Deserialize;
-use serde::de::{self, Deserializer, Visitor};
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
-use super::*;
-use crate::nearest::{nearest, one_line, shown};
+use super::error::{ConfigError, in_our_words, set_error, value_error};
+use crate::nearest::{one_line, shown};
 
 /// Where each key was written, for errors.
 pub(super) struct Origins<'a> {
@@ -175,25 +173,6 @@ pub(super) fn insert(table: &mut Table, keys: &[String], value: Value) -> Result
     Ok(())
 }
 
-/// The sections and their keys.
-pub(super) fn sections() -> [(&'static str, Vec<&'static str>); 13] {
-    [
-        ("model", fields_of::<ModelSection>().to_vec()),
-        ("dataset", fields_of::<DatasetSection>().to_vec()),
-        ("lora", fields_of::<LoraSection>().to_vec()),
-        ("optimizer", OptimizerSection::keys()),
-        ("lr_scheduler", fields_of::<LrSchedulerSection>().to_vec()),
-        ("train", fields_of::<TrainSection>().to_vec()),
-        ("memory", fields_of::<MemorySection>().to_vec()),
-        ("checkpoint", fields_of::<CheckpointSection>().to_vec()),
-        ("export", fields_of::<ExportSection>().to_vec()),
-        ("logging", fields_of::<LoggingSection>().to_vec()),
-        ("sample", fields_of::<SampleSection>().to_vec()),
-        ("validation", fields_of::<ValidationSection>().to_vec()),
-        ("ema", fields_of::<EmaSection>().to_vec()),
-    ]
-}
-
 /// `train.recompute`, true or false, is what earlier versions called `memory.recompute`, "all" or "none".
 pub(super) fn move_recompute(table: &mut Table) {
     let train = table.get_mut("train").and_then(Value::as_table_mut);
@@ -210,87 +189,6 @@ pub(super) fn move_recompute(table: &mut Table) {
     }
 }
 
-/// Refuses sections and keys that do not exist, naming the nearest that does.
-pub(super) fn check_keys(table: &Table, origins: &Origins) -> Result<(), ConfigError> {
-    let sections = sections();
-    for (name, value) in table {
-        let Some((section, known)) = sections.iter().find(|(section, _)| section == name) else {
-            let in_set = origins
-                .set
-                .iter()
-                .find(|key| key.split('.').next() == Some(name));
-            let place = origins.place(in_set.unwrap_or(name));
-            if value.is_table() {
-                let names = sections.each_ref().map(|(section, _)| *section);
-                return Err(ConfigError::UnknownSection {
-                    section: one_line(name),
-                    place,
-                    nearest: nearest(name, &names).unwrap_or_default().to_owned(),
-                });
-            }
-            return Err(ConfigError::UnknownKey {
-                key: one_line(name),
-                place,
-                nearest: suggest("", name),
-            });
-        };
-        let Value::Table(keys) = value else {
-            let problem = format!("is a section, to be written as [{section}]");
-            return Err(value_error(section, &origins.place(section), problem));
-        };
-        if let Some(key) = keys.keys().find(|key| !known.contains(&key.as_str())) {
-            let full = format!("{section}.{key}");
-            return Err(ConfigError::UnknownKey {
-                place: origins.place(&full),
-                key: one_line(&full),
-                nearest: suggest(section, key),
-            });
-        }
-    }
-    Ok(())
-}
-
-/// Refuses options that the optimizer has not, and values that they cannot have.
-pub(super) fn check_optimizer(table: &Table, origins: &Origins) -> Result<(), ConfigError> {
-    let Some(Value::Table(section)) = table.get("optimizer") else {
-        return Ok(());
-    };
-    let read = OptimizerSection::read(section.clone());
-    read.map(drop).map_err(|(key, problem)| {
-        let key = format!("optimizer.{key}");
-        value_error(&key, &origins.place(&key), problem)
-    })
-}
-
-/// The key meant by the unknown `key` in `section`: as other trainers call it, the same in another section, or spelled
-/// most like it in this one (in any, for a key outside of all sections).
-fn suggest(section: &str, key: &str) -> String {
-    let sections = sections();
-    let full_name = |key: &str| {
-        let home = sections.iter().find(|(_, keys)| keys.contains(&key));
-        home.map(|(section, _)| format!("{section}.{key}"))
-    };
-    let spelled_alike = || match sections.iter().find(|(name, _)| *name == section) {
-        Some((_, keys)) => nearest(key, keys).unwrap_or_default().to_owned(),
-        None => {
-            let keys: Vec<&str> = sections
-                .iter()
-                .flat_map(|(_, keys)| keys.to_vec())
-                .collect();
-            nearest(key, &keys).and_then(full_name).unwrap_or_default()
-        }
-    };
-    let other = OTHER_NAMES.iter().find(|(other, _)| *other == key);
-    let known = other
-        .map(|(_, full)| (*full).to_owned())
-        .or_else(|| full_name(key))
-        .unwrap_or_else(spelled_alike);
-    match known.split_once('.') {
-        Some((home, key)) if home == section => key.to_owned(),
-        _ => known,
-    }
-}
-
 /// Says in the user's words what serde found wrong.
 pub(super) fn deserialize_error(error: &toml::de::Error, origins: &Origins) -> ConfigError {
     // the path of the value is only in the rendered form, behind the message
@@ -302,50 +200,6 @@ pub(super) fn deserialize_error(error: &toml::de::Error, origins: &Origins) -> C
     let key: Vec<&str> = path.splitn(3, '.').take(2).collect();
     let problem = in_our_words(error.message());
     value_error(&one_line(path), &origins.place(&key.join(".")), problem)
-}
-
-/// What serde says, in the user's words.
-pub(super) fn in_our_words(message: &str) -> String {
-    let mut problem = one_line(message);
-    for (serde, ours) in [
-        ("unknown variant", "unknown value"),
-        ("expected f64", "expected a number"),
-        ("expected usize", "expected a whole number"),
-        ("expected u64", "expected a whole number"),
-        ("expected u32", "expected a whole number"),
-        ("expected path string", "expected a path"),
-        ("expected a tuple of size 2", "expected two numbers"),
-        (
-            "expected a nonzero usize",
-            "expected a whole number above 0",
-        ),
-        ("floating point", "number"),
-    ] {
-        problem = problem.replace(serde, ours);
-    }
-    if let Some((_, rest)) = problem.split_once("string \"")
-        && let Some((text, expected)) = rest.split_once('"')
-        && text.parse::<f64>().is_ok()
-        && expected.ends_with("number")
-    {
-        problem = format!("{problem}: write {text} without quotes");
-    }
-    problem
-}
-
-pub(super) fn value_error(key: &str, place: &str, problem: String) -> ConfigError {
-    ConfigError::Value {
-        key: key.into(),
-        place: place.into(),
-        problem,
-    }
-}
-
-pub(super) fn set_error(text: &str, problem: &str) -> ConfigError {
-    ConfigError::Set {
-        text: one_line(text),
-        problem: problem.into(),
-    }
 }
 
 /// `path` from `folder`, without `.` and without leading `..`.
@@ -368,37 +222,4 @@ pub(super) fn absolute(folder: &Path, path: &Path) -> PathBuf {
         }
     }
     absolute
-}
-
-/// The field names that `T`'s derived `Deserialize` accepts.
-pub(super) fn fields_of<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
-    /// Notes the names it is asked for and gives nothing.
-    struct Probe<'a>(&'a mut &'static [&'static str]);
-
-    impl<'de> Deserializer<'de> for Probe<'_> {
-        type Error = de::value::Error;
-
-        fn deserialize_struct<V: Visitor<'de>>(
-            self,
-            _name: &'static str,
-            fields: &'static [&'static str],
-            visitor: V,
-        ) -> Result<V::Value, Self::Error> {
-            *self.0 = fields;
-            self.deserialize_any(visitor)
-        }
-
-        fn deserialize_any<V: Visitor<'de>>(self, _visitor: V) -> Result<V::Value, Self::Error> {
-            Err(de::Error::custom("only the names were wanted"))
-        }
-
-        serde::forward_to_deserialize_any! {
-            bool i8 i16 i32 i64 u8 u16 u32 u64 f32 f64 char str string bytes byte_buf option unit unit_struct
-            newtype_struct seq tuple tuple_struct map enum identifier ignored_any
-        }
-    }
-
-    let mut fields: &'static [&'static str] = &[];
-    let _ = T::deserialize(Probe(&mut fields));
-    fields
 }

@@ -3,8 +3,6 @@
 use flux_model::family::Family;
 use lora_core::peft::Targets;
 
-use super::LoraSection;
-
 /// Names for sets of layers, beside PEFT's "all-linear" and those of the family: they mean these paths.
 const PRESETS: [(&str, &str); 2] = [
     ("attention", r".*\.attn\.(?:to|add)_.*"),
@@ -14,25 +12,25 @@ const PRESETS: [(&str, &str); 2] = [
 /// The family's own set.
 const DIFFUSERS_DEFAULT: &str = "diffusers-default";
 
-impl LoraSection {
-    /// Names the layers to adapt as paths: what `target_modules` means for this family, in the blocks that are asked for.
-    pub fn name_targets<F: Family>(&mut self) {
-        let of_family = || Targets::List(F::TARGETS.iter().copied().map(String::from).collect());
-        let targets = match self.target_modules.take() {
-            None => of_family(),
-            Some(Targets::Pattern(name)) if name == DIFFUSERS_DEFAULT => of_family(),
-            Some(Targets::Pattern(name)) => {
-                let preset = PRESETS.iter().find(|(preset, _)| *preset == name);
-                Targets::Pattern(preset.map_or(name, |(_, paths)| String::from(*paths)))
-            }
-            Some(list) => list,
-        };
-        let double = self.train_double_block_indices.take();
-        let single = self.train_single_block_indices.take();
-        self.target_modules = Some(match (&double, &single) {
-            (None, None) => targets,
-            _ => within_blocks(targets, double.as_deref(), single.as_deref()),
-        });
+/// What `target_modules` means for this family, as paths, in the blocks that are asked for.
+pub(super) fn named<F: Family>(
+    targets: Option<Targets>,
+    double: Option<&str>,
+    single: Option<&str>,
+) -> Targets {
+    let of_family = || Targets::List(F::TARGETS.iter().copied().map(String::from).collect());
+    let targets = match targets {
+        None => of_family(),
+        Some(Targets::Pattern(name)) if name == DIFFUSERS_DEFAULT => of_family(),
+        Some(Targets::Pattern(name)) => {
+            let preset = PRESETS.iter().find(|(preset, _)| *preset == name);
+            Targets::Pattern(preset.map_or(name, |(_, paths)| String::from(*paths)))
+        }
+        Some(list) => list,
+    };
+    match (double, single) {
+        (None, None) => targets,
+        _ => within_blocks(targets, double, single),
     }
 }
 
@@ -113,6 +111,7 @@ mod tests {
     use lora_core::attach::targeted;
 
     use super::*;
+    use crate::config::LoraSection;
     use crate::device;
 
     /// The layers of a model of 2 double and 3 single blocks that are adapted.

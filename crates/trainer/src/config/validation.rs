@@ -1,0 +1,66 @@
+//! `[validation]`: the loss on pictures that are not trained on.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::rules::{Invalid, Rule, check_at_least_1, check_count, check_path, check_seed};
+
+/// The loss on pictures that are not trained on, at noise and noise levels that never change.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ValidationSection {
+    /// Folder of held-out images with captions, in the forms of `dataset.path`. This or `share` is required in this section.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Share of the dataset to hold out, above 0 and below 1; the same samples whenever the run goes on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share: Option<f64>,
+    /// Validate each time this many optimizer steps are done. Default 100.
+    pub every: u64,
+    /// Bands of equal width that [0, 1] is cut into; each sample is tried once in each, at its own level. Default 4.
+    pub bands: usize,
+    /// Stop when the loss has not fallen for this many validations; absent to go on. Default: absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub patience: Option<u64>,
+    /// Seed of the noise, the levels and the share. Default 42.
+    pub seed: u64,
+}
+
+impl Default for ValidationSection {
+    fn default() -> Self {
+        Self {
+            path: None,
+            share: None,
+            every: 100,
+            bands: 4,
+            patience: None,
+            seed: 42,
+        }
+    }
+}
+
+impl ValidationSection {
+    pub(super) fn check(&self) -> Result<(), Invalid> {
+        match (&self.path, self.share) {
+            (None, None) => {
+                let problem = "or `validation.share` is required: name a folder of held-out pictures, or the share of the dataset to hold out";
+                return Err(("validation.path", problem.into()));
+            }
+            (Some(_), Some(_)) => {
+                let problem =
+                    "cannot be given with `validation.path`: hold out a share, or name a folder";
+                return Err(("validation.share", problem.into()));
+            }
+            (path, share) => {
+                check_path("validation.path", path.as_deref())?;
+                let rule = Rule("above 0 and below 1", |x| x > 0.0 && x < 1.0);
+                share.map_or(Ok(()), |share| rule.check("validation.share", share))?;
+            }
+        }
+        check_at_least_1("validation.every", self.every)?;
+        check_count("validation.bands", self.bands, 64)?;
+        (self.patience).map_or(Ok(()), |n| check_at_least_1("validation.patience", n))?;
+        check_seed("validation.seed", self.seed)
+    }
+}
