@@ -194,6 +194,25 @@ pub(crate) fn with_adapters<M: Module>(model: M, adapters: BTreeMap<String, Adap
     model.map(&mut Steps)
 }
 
+/// Replaces the adapters of every parameter that has some by what `f` makes of them; `f` gets the parameter's path.
+pub(crate) fn edit<M: Module>(model: M, mut f: impl FnMut(&str, Adapters) -> Adapters) -> M {
+    let found = adapters_of(&model).into_iter();
+    let made = found.map(|(path, adapters)| {
+        let made = f(&path, adapters);
+        (path, made)
+    });
+    let made = made.collect();
+    with_adapters(model, made)
+}
+
+/// The weights of a model that are held in few bits, by path.
+pub fn held<M: Module>(model: &M) -> BTreeMap<String, Arc<Quantised>> {
+    let found = adapters_of(model).into_iter();
+    found
+        .filter_map(|(path, adapters)| Some((path, adapters.frozen?)))
+        .collect()
+}
+
 impl Module for Adapters {
     fn collect_devices(&self, devices: Devices) -> Devices {
         self.adapters

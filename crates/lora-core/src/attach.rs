@@ -9,8 +9,8 @@ use burn::module::{Module, Param, Reparameterizer};
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::adapter::Adapter;
-use crate::adapters::Adapters;
-use crate::edit::{active_replacements, adapter_names, edit};
+use crate::adapters::{Adapters, edit};
+use crate::edit::{active_replacements, adapter_names};
 use crate::error::LoraError;
 use crate::files::host::HostTensor;
 use crate::kinds::dense::Whole;

@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::Module;
 
+use crate::adapters::edit;
 use crate::attach::attach;
-use crate::edit::edit;
 use crate::error::LoraError;
 use crate::files::host::HostTensor;
 use crate::kinds::factors::Factors;

@@ -8,20 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use burn::module::Module;
 
 use crate::adapter::Adapter;
-use crate::adapters::{Adapters, adapters_of, with_adapters};
+use crate::adapters::{Adapters, adapters_of, edit, held};
 use crate::error::LoraError;
-use crate::frozen::{held, hold};
-
-/// Replaces the adapters of every parameter that has some by what `f` makes of them; `f` gets the parameter's path.
-pub(crate) fn edit<M: Module>(model: M, mut f: impl FnMut(&str, Adapters) -> Adapters) -> M {
-    let found = adapters_of(&model).into_iter();
-    let made = found.map(|(path, adapters)| {
-        let made = f(&path, adapters);
-        (path, made)
-    });
-    let made = made.collect();
-    with_adapters(model, made)
-}
+use crate::frozen::hold;
 
 /// Names of the attached adapters, sorted.
 pub fn adapter_names<M: Module>(model: &M) -> Vec<String> {

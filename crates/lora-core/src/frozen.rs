@@ -11,8 +11,8 @@ use std::sync::Arc;
 use burn::module::{Module, ModuleMapper, Param, Reparameterizer};
 use burn::tensor::{Device, Tensor};
 
-use crate::adapters::{Adapters, adapters_of};
-use crate::edit::edit;
+pub use crate::adapters::held;
+use crate::adapters::{Adapters, edit};
 use crate::error::LoraError;
 use crate::files::quantised::Quantised;
 use crate::ops::linear::Weight;
@@ -75,14 +75,6 @@ fn refusal(path: &str) -> LoraError {
     LoraError::Config(format!(
         "`{path}` cannot be held in few bits: the model has no matrix of this size there, or one that carries another library's reparameterization"
     ))
-}
-
-/// The weights of a model that are held in few bits, by path.
-pub fn held<M: Module>(model: &M) -> BTreeMap<String, Arc<Quantised>> {
-    let found = adapters_of(model).into_iter();
-    found
-        .filter_map(|(path, adapters)| Some((path, adapters.frozen?)))
-        .collect()
 }
 
 /// Decodes the weights whose path `wanted` picks: they are dense f32 from then on, and can be changed.

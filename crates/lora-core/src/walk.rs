@@ -6,9 +6,8 @@ use std::sync::Arc;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Gradients as BurnGradients, Tensor};
 
-use crate::adapters::{ADAPTER, Adapters};
+use crate::adapters::{ADAPTER, Adapters, held};
 use crate::files::quantised::Quantised;
-use crate::frozen::held;
 use crate::ops::linear::Weight;
 use burn::module::Reparameterization;
 

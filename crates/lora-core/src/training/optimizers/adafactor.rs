@@ -9,7 +9,7 @@ use burn::optim::{Optimizer, RecordState, StateSink, StateSource};
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{flattened, lerp, number, restored};
+use super::state::{flattened, lerp, number, restored};
 
 /// Options of Adafactor.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

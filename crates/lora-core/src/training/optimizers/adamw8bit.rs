@@ -11,7 +11,7 @@ use burn::optim::{Optimizer, RecordState, StateSink, StateSource};
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-use super::number;
+use super::state::number;
 
 /// Options of AdamW with moments of 8 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

@@ -7,16 +7,13 @@ mod adafactor;
 mod adamw8bit;
 pub(crate) mod prodigy;
 pub(crate) mod schedule_free;
+mod state;
 
 use std::sync::Arc;
 
 use burn::optim::decay::WeightDecayConfig;
 use burn::optim::momentum::MomentumConfig;
-use burn::optim::{
-    AdamConfig, AdamWConfig, DynOptimizer, LionConfig, Optimizer, SgdConfig, StateSource,
-};
-use burn::tensor::{Device, Tensor};
-use burn_pack::Scalar;
+use burn::optim::{AdamConfig, AdamWConfig, DynOptimizer, LionConfig, Optimizer, SgdConfig};
 use serde::{Deserialize, Serialize};
 
 use self::adafactor::Adafactor;
@@ -239,35 +236,4 @@ impl From<&OptimizerConfig> for UpdateRule {
 
 fn decay(penalty: f64) -> Option<WeightDecayConfig> {
     (penalty != 0.0).then(|| WeightDecayConfig::new(penalty as f32))
-}
-
-/// Row by row.
-fn flattened<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
-    let n = tensor.shape().num_elements();
-    tensor.reshape([n])
-}
-
-/// `from + weight * (to - from)`, counted from the nearer end as torch's `lerp` does.
-fn lerp<const D: usize>(from: Tensor<D>, to: Tensor<D>, weight: f64) -> Tensor<D> {
-    let way = to.clone() - from.clone();
-    match weight.abs() < 0.5 {
-        true => from + way * weight,
-        false => to - way * (1.0 - weight),
-    }
-}
-
-/// A number of a stored state.
-fn number<T: TryFrom<Scalar>>(from: &mut StateSource, prefix: &str, name: &str) -> Option<T> {
-    T::try_from(from.take_scalar(prefix, name)?).ok()
-}
-
-/// A tensor of a stored state.
-fn restored<const D: usize>(
-    from: &mut StateSource,
-    prefix: &str,
-    name: &str,
-    device: &Device,
-) -> Option<Tensor<D>> {
-    let data = from.take_tensor(prefix, name)?;
-    Some(Tensor::from_data(data, device))
 }

@@ -12,7 +12,7 @@ use burn::tensor::{Device, Int, Tensor};
 use burn_pack::Scalar;
 use serde::{Deserialize, Serialize};
 
-use super::{flattened, restored};
+use super::state::{flattened, restored};
 
 /// Options of Prodigy.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

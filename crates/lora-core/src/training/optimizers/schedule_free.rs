@@ -9,7 +9,7 @@ use burn::optim::{Optimizer, RecordState, StateSink, StateSource};
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::{flattened, lerp, number, restored};
+use super::state::{flattened, lerp, number, restored};
 
 /// Options of schedule-free AdamW.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
