@@ -1,8 +1,8 @@
 //! A parameter's place in a checkpoint, checked, and what is stored there.
 
-use super::layout::Location;
+use super::checkpoint::Checkpoint;
+use super::layout::{Layout, Location};
 use super::storage::Read;
-use super::{Checkpoint, Layout};
 use crate::error::WeightsError;
 
 /// Where a parameter is in a checkpoint, which has it in this shape.

@@ -1,17 +1,102 @@
-//! A walk that fills a network with the values of a checkpoint.
+//! Filling a network with the values of a checkpoint.
 
 use std::collections::BTreeMap;
 
-use burn::module::{ModuleMapper, Param};
+use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor};
-use lora_core::frozen::placeholder;
+use lora_core::frozen::{hold, placeholder};
 
+use super::checkpoint::Checkpoint;
+use super::layout::Layout;
 use super::storage::{BaseDtype, Held, Ready};
-use super::stream::Parameter;
+use super::stream::{Parameter, Stream};
 use super::walk::Walk;
-use super::{Checkpoint, Layout};
 use crate::error::WeightsError;
+use crate::network::Network;
 
+/// How the base weights of a network are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Base {
+    /// What the weights of linear layers are kept as.
+    pub dtype: BaseDtype,
+    /// Whether blocks are read from the checkpoint each time they are needed, and not kept.
+    pub is_streamed: bool,
+}
+
+impl Checkpoint {
+    /// Fills `module` with this checkpoint's values on `device`, without gradients; the weights of linear layers are kept as
+    /// `base` says.
+    ///
+    /// # Errors
+    /// A tensor that is missing, left over, of another shape, or not finite.
+    pub fn load<M: Module>(
+        &self,
+        module: M,
+        layout: Layout,
+        base: BaseDtype,
+        device: &Device,
+    ) -> Result<M, WeightsError> {
+        self.fill(module, &mut Load::new(self, layout, base, device))
+    }
+
+    /// As [`load`](Self::load), but the parts of `module` at the paths `blocks` get no values; the stream has them, in this
+    /// order.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); the values in blocks are looked at when they are read.
+    pub(crate) fn stream<M: Module>(
+        self,
+        module: M,
+        blocks: Vec<String>,
+        layout: Layout,
+        base: BaseDtype,
+        device: &Device,
+    ) -> Result<(M, Stream), WeightsError> {
+        let mut load = Load::new(&self, layout, base, device);
+        load.streamed = blocks.into_iter().map(|path| (path, Vec::new())).collect();
+        let module = self.fill(module, &mut load)?;
+        let blocks = load.streamed.into_iter().map(|(_, found)| found).collect();
+        Ok((module, Stream::new(self, base, device, blocks)))
+    }
+
+    /// A network whose blocks are streamed if `base` says so.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load) or [`stream`](Self::stream).
+    pub(crate) fn load_network<N: Network>(
+        self,
+        network: N,
+        layout: Layout,
+        base: Base,
+        device: &Device,
+    ) -> Result<N, WeightsError> {
+        if !base.is_streamed {
+            return self.load(network, layout, base.dtype, device);
+        }
+        let blocks = (0..network.count()).map(|i| network.path(i)).collect();
+        let (network, stream) = self.stream(network, blocks, layout, base.dtype, device)?;
+        Ok(network.with_stream(stream))
+    }
+
+    fn fill<M: Module>(&self, module: M, load: &mut Load<'_>) -> Result<M, WeightsError> {
+        let module = module.map(load);
+        if let Some(error) = load.error.take() {
+            return Err(error);
+        }
+        let unused: Vec<&str> = self.names().filter(|key| !load.is_used(key)).collect();
+        match unused.first() {
+            None => Ok(hold(module, std::mem::take(&mut load.held))
+                .expect("they are of the network's shapes")),
+            Some(key) => Err(WeightsError::Leftover {
+                path: self.path.clone(),
+                key: key.to_string(),
+                count: unused.len(),
+            }),
+        }
+    }
+}
+
+/// The walk.
 pub(super) struct Load<'a> {
     checkpoint: &'a Checkpoint,
     layout: Layout,

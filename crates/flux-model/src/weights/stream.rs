@@ -18,7 +18,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor};
 use lora_core::frozen::hold;
 
-use super::Checkpoint;
+use super::checkpoint::Checkpoint;
 use super::find::Place;
 use super::storage::{BaseDtype, Held, Ready};
 use crate::error::WeightsError;
