@@ -19,7 +19,9 @@ use lora_core::{AdapterFile, LoraConfig, attach};
 use crate::config::RunConfig;
 use crate::data::bucket::{Bucket, buckets, nearest_bucket};
 use crate::data::degradation::{cropped_and_enlarged, cut_texts};
-use crate::data::scan::{Sample, Scan, scan};
+use crate::data::sample::Sample;
+use crate::data::samples::Samples;
+use crate::data::scan::{Scan, scan};
 use crate::device::{self, NamedDevice};
 use crate::estimate::{self, device_speed, step_operations};
 use crate::memory;
@@ -30,7 +32,6 @@ use crate::run::folder::RunDir;
 use crate::run::resume::{Resume, find_checkpoint};
 use crate::run::space;
 use crate::train::{check_new, check_start, pipeline, refuse_distilled, trained};
-use crate::validation::Samples;
 
 /// Memory of cards that people have, in bytes.
 const CARDS: [(&str, u64); 4] = [

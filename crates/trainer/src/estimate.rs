@@ -11,7 +11,7 @@ use lora_core::training::recompute::Blocks;
 use lora_core::{LoraConfig, LoraError};
 
 use crate::config::RunConfig;
-use crate::data::scan::Sample;
+use crate::data::sample::Sample;
 use crate::memory::picture_tokens;
 
 /// How long the device is measured.

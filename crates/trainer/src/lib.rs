@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `cli`, `commands` | the command line; one function a command |
 //! | `check`, `estimate` | what can be known of a run before it starts; how long a step will take |
-//! | `config`, `nearest` | the run configuration, strictly read |
+//! | `config/`, `nearest` | the run configuration, a file for each section, strictly read |
 //! | `data/` | images and captions, their sizes, every sample encoded once, micro-batches as a function of the step |
 //! | `loss`, `backward` | noise levels and loss weights; loss and gradients, block by block |
 //! | `lr_schedule` | learning rate as a function of the step |

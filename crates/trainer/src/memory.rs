@@ -13,7 +13,7 @@ use flux_model::weights::{Base, Sizes};
 use tracing::info;
 
 use crate::config::{BasePlace, Recompute, RunConfig};
-use crate::data::scan::Sample;
+use crate::data::sample::Sample;
 use crate::device::NamedDevice;
 
 /// Bytes of a number in f32.

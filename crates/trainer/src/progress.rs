@@ -11,7 +11,6 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tracing::{Level, info};
 
 use crate::run::timings::Timing;
-use crate::validation::Validated;
 
 /// Target of bars, and of the lines that stand for them.
 pub const BARS: &str = "flux_lora::bars";
@@ -153,24 +152,6 @@ impl TrainReport {
     pub fn doing(&self, what: &str) {
         self.bar.set_message(what.to_string());
         info!(target: EVENTS, event = "doing", what, step = self.bar.position());
-    }
-
-    /// What was found on held-out pictures.
-    pub fn validated(&self, step: u64, found: &Validated) {
-        let bands: Vec<String> = found
-            .bands
-            .iter()
-            .map(|loss| format!("{loss:.4}"))
-            .collect();
-        self.suspend(|| {
-            info!(
-                step,
-                loss = format!("{:.4}", found.loss),
-                bands = bands.join(" "),
-                best = found.best,
-                "validation"
-            );
-        });
     }
 
     /// Runs `f` while the bar is out of the way.

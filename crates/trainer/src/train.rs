@@ -29,7 +29,9 @@ use crate::data::cache::Cache;
 use crate::data::degradation::{cropped_and_enlarged, cut_texts};
 use crate::data::digest::{SampleDigest, sample_digests};
 use crate::data::file_digests::FileDigests;
-use crate::data::scan::{Sample, Scan, scan, unreadable};
+use crate::data::sample::Sample;
+use crate::data::samples::Samples;
+use crate::data::scan::{Scan, scan, unreadable};
 use crate::device::{self, NamedDevice};
 use crate::fingerprint::Fingerprint;
 use crate::memory::{self, MemoryPlan, Peaks};
@@ -44,7 +46,7 @@ use crate::run::space;
 use crate::run::timings::Timing;
 use crate::run::vfs::{RealFs, create_dir_durably};
 use crate::step::{Rule, check_update, step};
-use crate::validation::{Samples, Validated, Validation};
+use crate::validation::{Validated, Validation};
 
 /// How a run is started, besides its configuration.
 #[derive(Debug, Clone)]
@@ -420,7 +422,7 @@ fn train_family<F: Family>(
                     let (loss, of) = (found.loss, validation.of.clone());
                     saver.new_best(&model, Best { step, loss, of })?;
                 }
-                report.validated(step, &found);
+                found.say(step, &report);
                 Some(found)
             }
         };

@@ -17,79 +17,9 @@ use crate::config::{RunConfig, ValidationSection};
 use crate::data::batch::{Shot, micro_batch};
 use crate::data::cache::Cache;
 use crate::data::digest::{dataset_digest, sample_digests};
-use crate::data::scan::{Sample, Scan, scan};
+use crate::data::samples::Samples;
+use crate::progress::TrainReport;
 use crate::run::checkpoint::Best;
-
-/// The samples of a run: those that are trained on, then those that are held out.
-pub(crate) struct Samples {
-    /// All of them.
-    pub(crate) all: Vec<Sample>,
-    /// How many are trained on.
-    pub(crate) trained: usize,
-    /// What is said of the files in the folder of held-out samples.
-    pub(crate) warnings: Vec<String>,
-}
-
-impl Samples {
-    /// Holds out what the configuration says, a share of `samples` or another folder.
-    ///
-    /// # Errors
-    /// A folder that is no dataset; a share of so few samples that none would be left, or held out.
-    pub(crate) fn new(config: &RunConfig, samples: Vec<Sample>) -> anyhow::Result<Self> {
-        let Some(section) = &config.validation else {
-            return Ok(Self::trained(samples));
-        };
-        if let Some(path) = &section.path {
-            let mut dataset = config.dataset.clone();
-            dataset.path = path.clone();
-            dataset.folders.clear();
-            let Scan {
-                samples: held,
-                warnings,
-            } = scan(&dataset)?;
-            let trained = samples.len();
-            let all = samples.into_iter().chain(held).collect();
-            return Ok(Self {
-                all,
-                trained,
-                warnings,
-            });
-        }
-        let share = section.share.unwrap_or_default();
-        let held = (share * samples.len() as f64).round() as usize;
-        if held == 0 || held == samples.len() {
-            bail!(
-                "`validation.share` = {share} of {} samples holds out {held}: at least one must be held out, and one trained on",
-                samples.len()
-            );
-        }
-        let order = Stream::new(section.seed, "validation_share", 0, 0).permutation(samples.len());
-        let mut is_held = vec![false; samples.len()];
-        for &index in &order[..held] {
-            is_held[index] = true;
-        }
-        let trained = samples.len() - held;
-        let mut all: Vec<_> = samples.into_iter().zip(is_held).collect();
-        all.sort_by_key(|(_, held)| *held); // stable
-        Ok(Self {
-            all: all.into_iter().map(|(sample, _)| sample).collect(),
-            trained,
-            warnings: Vec::new(),
-        })
-    }
-
-    fn trained(all: Vec<Sample>) -> Self {
-        Self {
-            trained: all.len(),
-            all,
-            warnings: Vec::new(),
-        }
-    }
-
-    fn held(&self) -> &[Sample] {
-        &self.all[self.trained..]
-    }
-}
 
 /// What a validation found; part of a line of `metrics.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -101,6 +31,23 @@ pub struct Validated {
     pub bands: Vec<f64>,
     /// Whether no validation before found less.
     pub best: bool,
+}
+
+impl Validated {
+    /// Says so.
+    pub(crate) fn say(&self, step: u64, report: &TrainReport) {
+        let bands = self.bands.iter().map(|loss| format!("{loss:.4}"));
+        let bands: Vec<String> = bands.collect();
+        report.suspend(|| {
+            info!(
+                step,
+                loss = format!("{:.4}", self.loss),
+                bands = bands.join(" "),
+                best = self.best,
+                "validation"
+            );
+        });
+    }
 }
 
 /// What is measured, and when.

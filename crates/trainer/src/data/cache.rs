@@ -25,10 +25,10 @@ use crate::data::bucket::{Bucket, buckets, nearest_bucket, resize_and_crop, to_c
 use crate::data::caption::variants;
 use crate::data::file_digests::FileDigests;
 use crate::data::image::{ImageLimits, decode_image, read_image};
-use crate::data::scan::Sample;
+use crate::data::sample::Sample;
+use crate::data::samples::Samples;
 use crate::device::NamedDevice;
 use crate::progress;
-use crate::validation::Samples;
 
 /// Version of the code between a file and an entry: decoding, colours, cropping, resizing, tokens, encoders, what is stored.
 /// Raise it with any change after which the same file gives other numbers, so that an upgrade never mixes old entries with new.

@@ -4,7 +4,8 @@ use flux_model::family::{Family, TokenCount};
 
 use crate::config::DatasetSection;
 use crate::data::bucket::{buckets, nearest_bucket};
-use crate::data::scan::{Sample, counted, named};
+use crate::data::sample::Sample;
+use crate::data::scan::{counted, named};
 
 /// A picture that loses more than this share to cropping is named.
 const MAX_CROPPED: f64 = 0.2;

@@ -6,7 +6,7 @@ use std::path::Path;
 use lora_core::files::digest::sha256_hex;
 use serde::{Deserialize, Serialize};
 
-use crate::data::scan::Sample;
+use crate::data::sample::Sample;
 use crate::nearest::shown;
 
 /// What a sample was when it was last looked at, to notice later that it changed.

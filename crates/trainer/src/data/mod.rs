@@ -14,6 +14,7 @@ pub mod image;
 pub mod metadata;
 mod outputs;
 pub mod sample;
+pub(crate) mod samples;
 pub mod scan;
 mod text;
 

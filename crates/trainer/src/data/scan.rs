@@ -25,7 +25,7 @@ use crate::data::beside;
 use crate::data::caption::with_trigger;
 use crate::data::error::{DatasetError, read_error};
 use crate::data::image::{ImageLimits, decode_image, inspect, read_image};
-pub use crate::data::sample::{Picture, Sample};
+use crate::data::sample::Sample;
 use crate::nearest::one_line;
 use crate::progress;
 

@@ -6,7 +6,8 @@ use anyhow::Context;
 use serde::Deserialize;
 
 use super::http::{Response, get};
-use super::{Hub, HubId};
+use super::id::HubId;
+use super::source::Hub;
 
 /// Lists of files are far shorter.
 const LISTING_LIMIT: u64 = 32 << 20;

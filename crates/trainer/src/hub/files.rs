@@ -4,13 +4,21 @@ use std::collections::BTreeSet;
 
 use anyhow::bail;
 
-use super::Replaced;
 use super::api::{HubFile, Listing};
 
 /// Weights in the forms that are read here, without variant.
 const WEIGHTS: [&str; 2] = ["diffusion_pytorch_model", "model"];
 /// Small files that say what the rest is.
 const SMALL: [&str; 4] = ["json", "txt", "model", "jinja"];
+
+/// Which files of a repository are not wanted, because single files stand in their place.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Replaced {
+    /// The transformer's weights.
+    pub transformer: bool,
+    /// The autoencoder.
+    pub vae: bool,
+}
 
 /// The files to download.
 ///

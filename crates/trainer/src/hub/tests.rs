@@ -1,14 +1,18 @@
 //! Against a server on this machine that speaks the small part of the Hub's API, badly where a test says so.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lora_core::files::digest::sha256_hex;
 use serde_json::json;
 
+use super::files::Replaced;
+use super::source::Hub;
 use super::*;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";

@@ -9,7 +9,7 @@ use flux_model::family::Family;
 use lora_core::training::optimizers::OptimizerConfig;
 
 use crate::config::RunConfig;
-use crate::data::scan::Sample;
+use crate::data::sample::Sample;
 use crate::progress::shown;
 use crate::run::folder::RunDir;
 
