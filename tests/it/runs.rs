@@ -1,9 +1,12 @@
 //! What is made of runs: checks before, pages, comparisons, folders to upload.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Output};
 
 use flux_lora_tests::{CONFIG, Workbench, program};
+use lora_core::files::safetensors::TensorFile;
 use serde_json::Value;
 
 fn flux_lora(args: &[&str]) -> Output {
@@ -266,6 +269,82 @@ fn a_run_becomes_a_page_a_comparison_and_a_folder_to_upload() {
                 .all(|line| !line.contains(&here) && !line.contains("path")),
             "{shown}"
         );
+    }
+}
+
+fn tensors(path: &Path) -> BTreeMap<String, Vec<f32>> {
+    let file = TensorFile::open(path).unwrap();
+    let names = file.names();
+    names
+        .map(|name| (name.to_string(), file.read(name).unwrap().to_f32()))
+        .collect()
+}
+
+#[test]
+fn the_weights_to_export_are_chosen() {
+    let bench = bench();
+    // A scale of 1, so that nothing is folded; one validation, so that the best is not the last.
+    let settings = ["--set=lora.lora_alpha=4"];
+    let more = [
+        "--set=ema.decay=0.5",
+        "--set=validation.share=0.4",
+        "--set=validation.every=5",
+    ];
+    bench.train_ok("run", "flex", &[&settings[..], &more[..]].concat());
+    let export = |run: &str, which: &str| {
+        let (run, out) = (bench.path(run), bench.path(which));
+        let (run, out) = (run.display().to_string(), out.display().to_string());
+        flux_lora(&[
+            "export", &run, "--which", which, "--out", &out, "--name", "it", "--json",
+        ])
+    };
+    let read = |path: &str| tensors(&bench.path(path));
+    let last = read("run/ckpt-0000000006/lora.safetensors");
+    let average = read("run/ckpt-0000000006/average.safetensors");
+    assert_ne!(last, average);
+    let best_weights = read("run/best.safetensors");
+    assert_ne!(best_weights, average);
+    for (which, weights, steps, note) in [
+        ("finished", &average, 6, None),
+        ("average", &average, 6, None),
+        (
+            "last",
+            &last,
+            6,
+            Some("made with the average of the weights, which is not what is exported"),
+        ),
+        ("best", &best_weights, 5, None),
+    ] {
+        let out = export("run", which);
+        assert!(out.status.success(), "{which}: {}", text(&out.stderr));
+        assert!(
+            &read(&format!("{which}/it.safetensors")) == weights,
+            "{which}"
+        );
+        let card = fs::read_to_string(bench.path(which).join("README.md")).unwrap();
+        for row in [format!("| steps | {steps} |"), "| seed | 7 |".into()] {
+            assert!(card.contains(&row), "{which}: {card}");
+        }
+        let said = text(&out.stdout);
+        match note {
+            Some(note) => assert!(said.contains(note), "{said}"),
+            None => assert!(!said.contains("which is not what is exported"), "{said}"),
+        }
+        // No picture of later weights stands beside earlier ones.
+        let shown = fs::read(bench.path(which).join("sample-0.png")).unwrap();
+        let of = format!("run/samples/step-{:07}-0.png", steps / 2 * 2);
+        assert!(shown == fs::read(bench.path(&of)).unwrap(), "{which}");
+        let told = format!("the samples are those after step {}", steps / 2 * 2);
+        assert_eq!(said.contains(&told), steps % 2 == 1, "{said}");
+    }
+    bench.train_ok("plain", "flex", &settings);
+    for (which, said) in [
+        ("best", "no LoRA of a best validation"),
+        ("average", "keeps no average"),
+    ] {
+        let out = export("plain", which);
+        assert_eq!(out.status.code(), Some(1));
+        assert!(text(&out.stderr).contains(said), "{}", text(&out.stderr));
     }
 }
 

@@ -211,6 +211,9 @@ pub struct ExportArgs {
     /// Folder to write (default: export in the run folder)
     #[arg(long)]
     pub out: Option<PathBuf>,
+    /// Which weights of the run
+    #[arg(long, value_enum, default_value_t = Which::Finished)]
+    pub which: Which,
     /// Formats: diffusers, peft, kohya, comfyui or all
     #[arg(long, value_delimiter = ',', default_values = ["diffusers", "kohya"])]
     pub to: Vec<String>,
@@ -226,6 +229,19 @@ pub struct ExportArgs {
     /// Write into a folder that exists
     #[arg(long)]
     pub overwrite: bool,
+}
+
+/// Which weights of a run are exported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Which {
+    /// The LoRA that the run has ended in, lora.safetensors
+    Finished,
+    /// That of the best validation, best.safetensors
+    Best,
+    /// The weights of the newest checkpoint
+    Last,
+    /// The average of the weights that the newest checkpoint has
+    Average,
 }
 
 /// `flux-lora cache`

@@ -6,14 +6,20 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use flux_model::lora::{LoraFormat, LoraSet, ModelShape, WriteOptions, read, write};
+use lora_core::files::safetensors::TensorFile;
+use lora_core::training::optimizers::OptimizerConfig;
+use tracing::warn;
 
 use self::card::{Card, LICENCES};
-use crate::cli::{ExportArgs, UsageError};
+use crate::cli::{ExportArgs, UsageError, Which};
 use crate::config::RunConfig;
 use crate::hub::HubId;
 use crate::nearest::one_line;
 use crate::report::{Sample, open_run, samples};
+use crate::run::checkpoint::{AVERAGE, LORA, read_state};
 use crate::run::folder::RunDir;
+use crate::run::header;
+use crate::run::manifest::Verified;
 
 mod card;
 
@@ -30,16 +36,10 @@ pub(crate) struct Exported {
 /// Writes the folder.
 ///
 /// # Errors
-/// A run without a finished LoRA, a folder that exists, a format that cannot hold the LoRA.
+/// A run without the LoRA that is asked for, a folder that exists, a format that cannot hold the LoRA.
 pub(crate) fn export(args: &ExportArgs) -> anyhow::Result<Exported> {
     let run = open_run(&args.run)?;
-    let lora = run.lora_path();
-    if !lora.is_file() {
-        bail!(
-            "{} has no finished LoRA yet: let the run end (or stop it and resume it with --steps), or use `flux-lora convert` on a checkpoint",
-            run.path().display()
-        );
-    }
+    let chosen = chosen(&run, args.which)?;
     let folder = args
         .out
         .clone()
@@ -64,7 +64,8 @@ pub(crate) fn export(args: &ExportArgs) -> anyhow::Result<Exported> {
         )));
     }
     let formats = formats(&args.to)?;
-    let set = read(&lora, &ModelShape::default())?;
+    let config = run_config(&run)?;
+    let set = chosen.read()?;
     fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
     let (mut notes, mut weights, mut files) = (Vec::new(), BTreeMap::new(), Vec::new());
     for format in formats {
@@ -84,8 +85,8 @@ pub(crate) fn export(args: &ExportArgs) -> anyhow::Result<Exported> {
         files.push(file.clone());
         weights.insert(format.name(), file);
     }
-    let config = run_config(&run)?;
-    let pictures = copy_samples(&run, &folder)?;
+    let shown = last_samples(&run, chosen.step);
+    let pictures = copy_samples(&shown, &folder)?;
     files.extend(pictures.iter().map(|(_, file)| file.clone()));
     let card = Card {
         name: &name,
@@ -107,6 +108,8 @@ pub(crate) fn export(args: &ExportArgs) -> anyhow::Result<Exported> {
             "no trigger word is told: if the captions have one, name it with --trigger".into(),
         );
     }
+    let shown = shown.values().map(|sample| sample.step).max();
+    notes.extend(other_samples(args.which, chosen.step, shown, &config));
     let readme = folder.join("README.md");
     fs::write(&readme, card.text()?).with_context(|| format!("write {}", readme.display()))?;
     files.push("README.md".into());
@@ -115,6 +118,72 @@ pub(crate) fn export(args: &ExportArgs) -> anyhow::Result<Exported> {
         files,
         notes,
     })
+}
+
+/// The weights that are exported.
+struct Chosen {
+    file: PathBuf,
+    /// Steps after which they were so.
+    step: Option<u64>,
+    /// The checkpoint they are from.
+    checkpoint: Option<Verified>,
+}
+
+impl Chosen {
+    /// The LoRA, with a header that says how it was made, which a checkpoint's has not.
+    fn read(&self) -> anyhow::Result<LoraSet> {
+        let mut set = read(&self.file, &ModelShape::default())?;
+        if let Some(Verified { dir, manifest, .. }) = &self.checkpoint {
+            let state = read_state(dir)?;
+            let config = RunConfig::from_toml(&state.config, &dir.join("state.json"), &[])?;
+            let data = &manifest.dataset_digest;
+            let header = header::header(&config, &state, data, manifest.step, &set.shape)?;
+            set.metadata.extend(header);
+        }
+        Ok(set)
+    }
+}
+
+fn chosen(run: &RunDir, which: Which) -> anyhow::Result<Chosen> {
+    let in_run = |file: PathBuf, missing: &str| {
+        if !file.is_file() {
+            bail!("{} {missing}", run.path().display());
+        }
+        let header = TensorFile::open(&file)?;
+        let step = header.metadata().get(header::STEPS);
+        Ok(Chosen {
+            step: step.and_then(|step| step.parse().ok()),
+            file,
+            checkpoint: None,
+        })
+    };
+    let in_checkpoint = |name: &str, missing: &str| {
+        let (checkpoint, rejected) = run.newest_valid()?;
+        for rejected in rejected {
+            warn!("passed over: {rejected}");
+        }
+        let file = checkpoint.path(name).with_context(|| missing.to_string())?;
+        Ok(Chosen {
+            file,
+            step: Some(checkpoint.manifest.step),
+            checkpoint: Some(checkpoint),
+        })
+    };
+    match which {
+        Which::Finished => in_run(
+            run.lora_path(),
+            "has no finished LoRA yet: let the run end, or export what it has: --which last, or best where it validates",
+        ),
+        Which::Best => in_run(
+            run.best_path(),
+            "has no LoRA of a best validation: a run has one after its first validation, with a [validation] section",
+        ),
+        Which::Last => in_checkpoint(LORA, "the checkpoint has no LoRA"),
+        Which::Average => in_checkpoint(
+            AVERAGE,
+            "the run keeps no average: [ema] or optimizer.name = \"schedule_free_adamw\" does",
+        ),
+    }
 }
 
 fn name_of(run: &RunDir) -> String {
@@ -151,20 +220,57 @@ fn run_config(run: &RunDir) -> anyhow::Result<RunConfig> {
     Ok(RunConfig::from_toml(&text, &path, &[])?)
 }
 
-/// The last picture of each prompt, under a name of its own.
-fn copy_samples(run: &RunDir, folder: &Path) -> anyhow::Result<Vec<(usize, String)>> {
-    let mut last: BTreeMap<usize, Sample> = BTreeMap::new();
-    for sample in samples(run) {
-        last.insert(sample.index, sample);
-    }
-    let mut copied = Vec::new();
-    for (index, sample) in last {
+/// The last picture of each prompt up to a step.
+fn last_samples(run: &RunDir, until: Option<u64>) -> BTreeMap<usize, Sample> {
+    let samples = samples(run).into_iter();
+    let samples = samples.filter(|sample| until.is_none_or(|until| sample.step <= until));
+    samples.map(|sample| (sample.index, sample)).collect()
+}
+
+/// Copies each under a name of its own; back come the indices of their prompts with the files.
+fn copy_samples(
+    samples: &BTreeMap<usize, Sample>,
+    folder: &Path,
+) -> anyhow::Result<Vec<(usize, String)>> {
+    let copy = |(index, sample): (&usize, &Sample)| {
         let file = format!("sample-{index}.png");
         fs::copy(&sample.path, folder.join(&file))
             .with_context(|| format!("copy {}", sample.path.display()))?;
-        copied.push((index, file));
+        Ok((*index, file))
+    };
+    samples.iter().map(copy).collect()
+}
+
+/// What is said where the samples are not of the weights that are exported.
+fn other_samples(
+    which: Which,
+    exported: Option<u64>,
+    shown: Option<u64>,
+    config: &RunConfig,
+) -> Option<String> {
+    let (exported, shown) = (exported?, shown?);
+    let schedule_free = matches!(config.optimizer.rule, OptimizerConfig::ScheduleFreeAdamw(_));
+    let of_average = (config.ema.as_ref()).map_or(schedule_free, |ema| ema.sample);
+    let is_average = match which {
+        Which::Last => false,
+        Which::Average => true,
+        Which::Finished | Which::Best => {
+            (config.ema.as_ref()).map_or(schedule_free, |ema| ema.export)
+        }
+    };
+    if shown != exported {
+        return Some(format!(
+            "the samples are those after step {shown}, and the LoRA is that after step {exported}"
+        ));
     }
-    Ok(copied)
+    (of_average != is_average).then(|| {
+        let of = if of_average {
+            "the average of the weights"
+        } else {
+            "the weights themselves"
+        };
+        format!("the samples were made with {of}, which is not what is exported")
+    })
 }
 
 /// The repository of the base model: as named, as the configuration names it, or by the name of the folder.

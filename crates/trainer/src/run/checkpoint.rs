@@ -27,8 +27,10 @@ use crate::run::vfs::Content;
 
 /// Prefix of the transformer's keys in a diffusers LoRA file.
 pub const TRANSFORMER_PREFIX: &str = "transformer.";
-const LORA: &str = "lora.safetensors";
-const AVERAGE: &str = "average.safetensors";
+/// The adapter that training goes on from.
+pub(crate) const LORA: &str = "lora.safetensors";
+/// The average of a run that keeps one.
+pub(crate) const AVERAGE: &str = "average.safetensors";
 const BEST: &str = "best.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
