@@ -25,7 +25,7 @@ pub(crate) fn check_pipeline(root: &Path) -> Result<(), WeightsError> {
     };
     let Ok(metadata) = fs::metadata(root) else {
         return unusable(
-            "does not exist; name a pipeline folder on this disk (with model_index.json), and download a Hub repository first: `hf download OWNER/NAME --local-dir FOLDER`"
+            "does not exist; name a pipeline folder on this disk (with model_index.json), or a repository of the Hub as OWNER/NAME, which is downloaded once (to have it in a folder of your own: `hf download OWNER/NAME --local-dir FOLDER`)"
                 .into(),
         );
     };
@@ -199,7 +199,7 @@ mod tests {
     fn what_is_no_pipeline_folder_is_named() {
         let at = folder(&["flux.safetensors", "flux.gguf", "flux.ckpt"]);
         for (name, says) in [
-            ("black-forest-labs/FLUX.1-dev", "hf download OWNER/NAME"),
+            ("models/FLUX.1-dev", "a repository of the Hub as OWNER/NAME"),
             ("flux.safetensors", "this file as `model.transformer`"),
             ("flux.gguf", "GGUF"),
             ("flux.ckpt", "pickle"),

@@ -563,7 +563,7 @@ pub(crate) fn refuse_distilled<F: Family>(family: &F) -> Result<(), UsageError> 
         return Ok(());
     };
     Err(UsageError(format!(
-        "{} was distilled to few steps, and training undoes that: train on {base} (`hf download black-forest-labs/{base} --local-dir {base}`); the LoRA works on both. --yes-distilled trains on this one all the same",
+        "{} was distilled to few steps, and training undoes that: train on {base} (`model.path = \"black-forest-labs/{base}\"` downloads it once); the LoRA works on both. --yes-distilled trains on this one all the same",
         family.folder().root().display()
     )))
 }
