@@ -67,6 +67,32 @@ pub fn generate_latents<F: Family>(
     let noise = Stream::new(settings.seed, "latents", 0, 0).normals(channels * height * width);
     let noise = TensorData::new(noise, [1, channels, height, width]);
     let noise = Tensor::from_data(noise, device);
+    denoise(
+        family, network, text, negative, condition, settings, noise, on_step,
+    )
+}
+
+/// The same from given noise, `[1, channels, height, width]`.
+///
+/// # Errors
+/// As above.
+/// # Source
+/// What a start picture is mixed with: diffusers 0.38 `FluxImg2ImgPipeline.prepare_latents`.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "each is another thing, given by every caller"
+)]
+pub(crate) fn denoise<F: Family>(
+    family: &F,
+    network: &F::Network,
+    text: &F::Text,
+    negative: Option<&F::Text>,
+    condition: &Condition,
+    settings: ImageSettings,
+    noise: Tensor<4>,
+    on_step: impl FnMut(Step<'_>),
+) -> Result<Tensor<4>, WeightsError> {
+    let [_, _, height, width] = noise.dims();
     let steps = settings.num_inference_steps;
     let strength = settings.start.as_ref().map_or(1.0, |start| start.strength);
     let denoise = Denoise {
@@ -102,10 +128,22 @@ pub fn encode<F: Family>(
 ) -> Tensor<4> {
     let (height, width) = (image.height() as usize, image.width() as usize);
     let pixels = TensorData::new(to_chw_f32(image), [1, 3, height, width]);
-    let parts = F::encode_image(autoencoder, Tensor::from_data(pixels, device));
-    let latents = family.latents(&parts, |count| {
-        Stream::new(seed, "start picture", 0, 0).normals(count)
-    });
+    let draw = |count| Stream::new(seed, "start picture", 0, 0).normals(count);
+    let pixels = Tensor::from_data(pixels, device);
+    drawn_latents(family, autoencoder, pixels, draw, device)
+}
+
+/// The same of pixels in [-1, 1], `[1, 3, height, width]`; `draw` gives so many normal numbers.
+pub(crate) fn drawn_latents<F: Family>(
+    family: &F,
+    autoencoder: &F::Autoencoder,
+    pixels: Tensor<4>,
+    draw: impl FnOnce(usize) -> Vec<f32>,
+    device: &Device,
+) -> Tensor<4> {
+    let [_, _, height, width] = pixels.dims();
+    let parts = F::encode_image(autoencoder, pixels);
+    let latents = family.latents(&parts, draw);
     let [channels, height, width] = family.latent_shape(height, width);
     Tensor::from_data(
         TensorData::new(latents, [1, channels, height, width]),

@@ -6,6 +6,7 @@
 mod autoencoder;
 mod case;
 mod flux2;
+mod img2img;
 mod lora;
 mod network;
 mod optimizer;
@@ -99,6 +100,7 @@ fn compute(case: &Case, device: &Device) -> anyhow::Result<Report> {
         }
         ("flux1", "timestep_sampling") => schedule::timestep_sampling(case),
         ("flux1", "optimizer") => optimizer::compute(case, device),
+        ("flux1", "img2img") => img2img::compute(case, device),
         ("flux1", "pipeline") => pipeline::compute(case, device),
         ("flux2", "vae" | "single_file_vae") => flux2::autoencoder(case, device),
         ("flux2", "qwen3_text") => flux2::qwen3(case, device),

@@ -108,7 +108,7 @@ pub(super) fn with_image_bytes(case: &Case, mut report: Report) -> anyhow::Resul
 }
 
 /// `call.prompt` as CLIP reads it, `call.prompt_2` (or the same) as T5 does; either may be a list.
-fn prompts(
+pub(super) fn prompts(
     case: &Case,
     family: &Flux1,
     device: &Device,
