@@ -1,5 +1,7 @@
 //! The project's commands. Depends on nothing, so that it builds in a second.
 
+mod dist;
+
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -15,6 +17,8 @@ cargo xtask <command>
   test [--wgpu]                                      every test; --wgpu adds those that need a GPU or Mesa's llvmpipe
   faults [--quick] [--wgpu] [FAULT...]               kills, full disks, flipped bits ...: what survives, bit for bit
   ci                                                 what CI runs: fmt, cargo deny, clippy, docs, CUDA type check, tests, quick faults
+  gpu-check [--device NAME] [flags of tools/gpu-check.sh]   what a GPU does, in one table (default cuda)
+  dist --cuda|--wgpu                                 the program for a GPU machine, with gpu-check and its fixtures, in target/dist
   golden                                             writes tests/golden/tiny-loss.txt anew
 
 `--device NAME` picks the backend and builds its cargo feature: flex (default), ndarray, wgpu, cuda.
@@ -48,6 +52,8 @@ fn main() -> ExitCode {
         "faults" => faults(rest),
         "ci" => ci(),
         "golden" => golden(),
+        "dist" => dist::dist(rest),
+        "gpu-check" => gpu_check(rest),
         "help" | "--help" | "-h" => {
             print!("{USAGE}");
             Ok(())
@@ -257,6 +263,23 @@ fn faults(args: &[String]) -> Result {
         .arg(&canary)
         .args(["--test-features", &features])
         .args(rest))
+}
+
+/// Builds the program for a GPU and has the script check it, which needs no cargo.
+fn gpu_check(args: &[String]) -> Result {
+    let mut args = args.to_vec();
+    if value(&args, "--device").is_none() {
+        args.extend(["--device", "cuda"].map(String::from));
+    }
+    let mut build = cargo();
+    build.args(["build", "--release", "--locked", "--package", "flux-lora"]);
+    build.args(["--features", &feature(&args)?]);
+    step("build the program", &mut build)?;
+    let program = release_folder().join("flux-lora");
+    run(Command::new("tools/gpu-check.sh")
+        .arg("--program")
+        .arg(program)
+        .args(args))
 }
 
 fn ci() -> Result {

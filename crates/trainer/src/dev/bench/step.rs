@@ -92,7 +92,7 @@ impl Visitor for TimeSteps<'_> {
             pairs.map(|(total, backward)| *total - *backward).collect();
         let seconds = median(&total);
         println!(
-            "{} {:9}: base {:.1} M, LoRA {:.2} M; step {seconds:.3} s (forward+backward {:.3}, optimizer {:.3}; min {:.3}); {:.1} GFLOP/s; peak RSS {} MiB; loss {:.4} -> {:.4}",
+            "{} {:9}: base {:.1} M, LoRA {:.2} M; step {seconds:.3} s (forward+backward {:.3}, optimizer {:.3}; min {:.3}); {:.1} GFLOP/s; peak RSS {} MiB; loss {} -> {}",
             self.device.name,
             self.variant,
             (count.total - count.trainable) as f64 / 1e6,

@@ -1,0 +1,3 @@
+#pragma once
+typedef int LLVMBool;
+typedef struct LLVMOpaqueModule *LLVMModuleRef;
