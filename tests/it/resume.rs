@@ -193,10 +193,12 @@ fn sigterm_saves_and_a_second_resume_is_as_good_as_the_first() {
 }
 
 /// Kills a run `kills` times, while it starts or some steps after, resumes it each time, and lets it finish. It has the settings
-/// `own` besides those of the run that it is compared with.
-fn kills_change_nothing(device: &str, kills: usize, settings: &[&str], own: &[&str]) {
+/// `own` besides those of the run that it is compared with, and is resumed on one of `devices` after the other; the run that it is
+/// compared with is on the first.
+fn kills_change_nothing(devices: &[&str], kills: usize, settings: &[&str], own: &[&str]) {
     let bench = Workbench::new();
     let started = Instant::now();
+    let device = devices[0];
     bench.train_ok("straight", device, settings);
     let whole_run = started.elapsed().as_millis() as u64;
     let expected = bench.result("straight");
@@ -214,12 +216,13 @@ fn kills_change_nothing(device: &str, kills: usize, settings: &[&str], own: &[&s
     };
     let mut random = Stream::new(2026, "kills", 0, 0);
     let (mut killed, mut resumed) = (0, 0);
-    for _ in 0..10 * kills {
+    for attempt in 0..10 * kills {
         if killed == kills {
             break;
         }
         resumed += usize::from(!checkpoints(&bench.path("killed")).is_empty());
-        let mut child = bench.train_in_background("killed", device, &args);
+        let on = devices[(attempt + 1) % devices.len()];
+        let mut child = bench.train_in_background("killed", on, &args);
         // First right after a save, so that what follows is resumed; then anywhere, and never so late that the run ends before.
         let (ahead, pause_ms) = match resumed {
             0 => (3, 0),
@@ -253,31 +256,93 @@ fn kills_change_nothing(device: &str, kills: usize, settings: &[&str], own: &[&s
 
 #[test]
 fn twenty_kills_change_nothing_on_flex() {
-    kills_change_nothing("flex", 20, &[], &[]);
+    kills_change_nothing(&["flex"], 20, &[], &[]);
 }
 
 #[test]
 fn five_kills_change_nothing_on_klein() {
     let model = root().join("tests/fixtures/parity/flux2_pipeline_distilled/model");
     let model = format!("--set=model.path={}", model.display());
-    kills_change_nothing("flex", 5, &[&model, "--yes-distilled"], &[]);
+    kills_change_nothing(&["flex"], 5, &[&model, "--yes-distilled"], &[]);
 }
 
 #[test]
 fn a_run_whose_blocks_are_on_disk_is_killed_and_ends_in_the_bits_of_one_in_memory() {
     let in_memory = ["--set=memory.base=resident", "--set=memory.recompute=none"];
     kills_change_nothing(
-        "flex",
+        &["flex"],
         5,
         &in_memory,
         &["--set=memory.base=stream", "--set=memory.recompute=all"],
     );
 }
 
+#[test]
+fn a_base_in_few_bits_is_killed_streamed_and_ends_in_the_bits_of_one_in_memory() {
+    let klein = root().join("tests/fixtures/parity/flux2_pipeline_distilled/model");
+    let klein = format!("--set=model.path={}", klein.display());
+    let stream = ["--set=memory.base=stream"];
+    kills_change_nothing(&["flex"], 3, &["--set=model.base_dtype=nf4"], &stream);
+    kills_change_nothing(&["flex"], 3, &["--set=model.base_dtype=q8"], &stream);
+    let klein = [&*klein, "--yes-distilled", "--set=model.base_dtype=nf4"];
+    kills_change_nothing(&["flex"], 3, &klein, &stream);
+}
+
+/// Four passes a step: what 1, 2 and 4 workers share.
+const FOUR_PASSES: [&str; 2] = [
+    "--set=train.gradient_accumulation_steps=4",
+    "--set=train.steps=16",
+];
+
+/// What 1, 2 and 4 workers on one device end in, with the settings `more` where there are several.
+fn workers_end_in_the_same_bits(device: &str, more: &[&str]) {
+    let bench = Workbench::new();
+    bench.train_ok("straight", device, &FOUR_PASSES);
+    let expected = bench.result("straight");
+    for workers in [2, 4] {
+        let devices = vec![device; workers].join(",");
+        bench.train_ok(&devices, &devices, &[&FOUR_PASSES, more].concat());
+        bench.result(&devices).assert_same(&expected, &devices);
+    }
+}
+
+#[test]
+fn one_worker_two_and_four_end_in_the_same_bits() {
+    workers_end_in_the_same_bits("flex", &[]);
+    workers_end_in_the_same_bits("flex", &["--set=memory.base=stream"]);
+}
+
+#[cfg(feature = "ndarray")]
+#[test]
+fn one_worker_two_and_four_end_in_the_same_bits_on_ndarray() {
+    workers_end_in_the_same_bits("ndarray", &[]);
+}
+
+#[test]
+fn a_run_is_killed_and_resumed_by_another_number_of_workers() {
+    let devices = ["flex", "flex,flex", "flex,flex,flex,flex"];
+    kills_change_nothing(&devices, 9, &FOUR_PASSES, &[]);
+}
+
+#[test]
+fn devices_that_cannot_share_a_step_are_refused() {
+    let bench = Workbench::new();
+    let said = |devices: &str| {
+        let out = bench.train("refused", devices, &FOUR_PASSES);
+        assert_eq!(out.status.code(), Some(2), "{devices}");
+        assert!(!bench.path("refused").exists(), "{devices}");
+        String::from_utf8_lossy(&out.stderr).to_string()
+    };
+    let uneven = said("flex,flex,flex");
+    let named = "`train.gradient_accumulation_steps` is 4; make it 6";
+    assert!(uneven.contains(named), "{uneven}");
+    assert!(said("flex,flex:1").contains("no flex device found on this machine: index 1"));
+}
+
 #[cfg(feature = "ndarray")]
 #[test]
 fn five_kills_change_nothing_on_ndarray() {
-    kills_change_nothing("ndarray", 5, &[], &[]);
+    kills_change_nothing(&["ndarray"], 5, &[], &[]);
 }
 
 #[cfg(feature = "wgpu")]
@@ -288,7 +353,7 @@ fn three_kills_change_nothing_on_wgpu() {
         "--set=lr_scheduler.warmup_steps=2",
         "--set=train.gradient_accumulation_steps=1",
     ];
-    kills_change_nothing("wgpu", 3, &few, &[]);
+    kills_change_nothing(&["wgpu"], 3, &few, &[]);
 }
 
 #[test]

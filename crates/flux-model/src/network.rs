@@ -15,7 +15,7 @@ use crate::weights::Stream;
 /// A velocity network: enter, the blocks one after the other, leave.
 pub trait Network: Module + Blocks<Error = WeightsError> {
     /// All that one forward pass reads.
-    type Input: Clone + Debug;
+    type Input: Clone + Debug + Send;
 
     /// What the first block gets, and what every block reads.
     fn enter(&self, input: Self::Input) -> (Self::Carry, Self::Shared);

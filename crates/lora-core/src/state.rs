@@ -125,6 +125,19 @@ pub(crate) fn with_values<M: Module>(
     })
 }
 
+/// `copy` with what is trained of `model`, a model of the same parameters, on its own device and as leaves of its own.
+pub fn with_trained_of<M: Module>(copy: &M, model: &M) -> M {
+    let mut trained = BTreeMap::new();
+    walk(model, |found| {
+        if found.param().is_trainable() {
+            trained.insert(found.path(), found.param().values().0.inner());
+        }
+    });
+    with_values(copy, |path, own| {
+        Some(trained.remove(path)?.to_device(&own.device()))
+    })
+}
+
 /// The values of many tensors, in their order, with one transfer from each device.
 pub(crate) fn gathered<K: Ord>(
     tensors: impl IntoIterator<Item = (K, Tensor<1>)>,

@@ -32,6 +32,7 @@ use crate::run::folder::RunDir;
 use crate::run::resume::{Resume, find_checkpoint};
 use crate::run::space;
 use crate::train::{check_new, check_start, pipeline, refuse_distilled, trained};
+use crate::workers::check_shares;
 
 /// Memory of cards that people have, in bytes.
 const CARDS: [(&str, u64); 4] = [
@@ -85,24 +86,30 @@ pub(crate) struct Planned<'a> {
 /// # Errors
 /// A model that cannot be opened: nothing else can be known then.
 pub(crate) fn check(config: &RunConfig, planned: &Planned<'_>) -> anyhow::Result<Report> {
-    struct Check<'a>(PipelineFolder, &'a RunConfig, &'a Planned<'a>, NamedDevice);
+    struct Check<'a>(
+        PipelineFolder,
+        &'a RunConfig,
+        &'a Planned<'a>,
+        Vec<NamedDevice>,
+    );
     impl Visitor for Check<'_> {
         type Output = anyhow::Result<Report>;
         fn visit<F: Family>(self) -> Self::Output {
             check_family(&F::open(self.0)?, self.1, self.2, &self.3)
         }
     }
-    let device = device::open(planned.device)?;
+    let devices = device::open_all(planned.device)?;
     let folder = pipeline(config, planned.offline)?;
-    families::of_folder(&folder.clone(), Check(folder, config, planned, device))?
+    families::of_folder(&folder.clone(), Check(folder, config, planned, devices))?
 }
 
 fn check_family<F: Family>(
     family: &F,
     config: &RunConfig,
     planned: &Planned<'_>,
-    device: &NamedDevice,
+    devices: &[NamedDevice],
 ) -> anyhow::Result<Report> {
+    let device = &devices[0];
     let config = &{
         let mut config = config.clone();
         config.lora.name_targets::<F>();
@@ -113,7 +120,12 @@ fn check_family<F: Family>(
         "model",
         format!("{}, {}", F::NAME, family.folder().root().display()),
     );
-    report.row("device", format!("{} ({})", device.name, device.hardware));
+    let names: Vec<&str> = devices.iter().map(|device| device.name.as_str()).collect();
+    report.row(
+        "device",
+        format!("{} ({})", names.join(", "), device.hardware),
+    );
+    report.take(check_shares(config, devices).map_err(Into::into));
 
     let run = report.take(RunDir::planned(planned.output).map_err(Into::into));
     if let Some(run) = &run {
@@ -146,7 +158,7 @@ fn check_family<F: Family>(
         if report.take(started).is_some() {
             adapter(&mut report, config, &outline)?;
             disk(&mut report, config, family, &run, &samples, &outline)?;
-            cost(&mut report, config, family, &samples, &outline, device)?;
+            cost(&mut report, config, family, &samples, &outline, devices)?;
         }
         if config.lora.peft_type == PeftType::Lora {
             let formats = formats(outline, &config.lora.config());
@@ -293,13 +305,14 @@ fn cost<F: Family>(
     family: &F,
     samples: &[Sample],
     outline: &F::Network,
-    device: &NamedDevice,
+    devices: &[NamedDevice],
 ) -> anyhow::Result<()> {
+    let device = &devices[0];
     let count = trained(outline, config)?;
-    let Some(plan) = report.take(memory::plan(config, family, samples, count, device)) else {
+    let Some(plan) = report.take(memory::plan(config, family, samples, count, devices)) else {
         return Ok(());
     };
-    let need = memory::need(config, family, samples, count, device)?;
+    let need = memory::need(config, family, samples, count, devices)?;
     report.row("memory (estimate)", plan.describe());
     report.notes.extend(plan.warning());
     for (name, gigabytes) in CARDS {

@@ -160,7 +160,8 @@ pub struct RunArgs {
     /// Begin from a run preset: the configuration counts before it, and needs the paths alone
     #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(preset::names()))]
     pub preset: Option<String>,
-    /// Device: flex, ndarray, wgpu, cuda; with an index as in cuda:1 (default: the first this binary contains)
+    /// Device: flex, ndarray, wgpu, cuda; with an index as in cuda:1; several, as cuda:0,cuda:1 or flex,flex, share the passes
+    /// of train.gradient_accumulation_steps (default: the first this binary contains)
     #[arg(long)]
     pub device: Option<String>,
     /// Run folder (default: runs/NAME for NAME.toml)

@@ -68,6 +68,20 @@ pub enum DeviceError {
         /// How many there are.
         found: usize,
     },
+    /// Devices that do not compute the same bits.
+    #[error(
+        "devices `{first}` ({first_hardware}) and `{other}` ({other_hardware}) do not compute the same bits: those that share the steps of a run are of one backend and one kind of hardware"
+    )]
+    Unlike {
+        /// The first device.
+        first: String,
+        /// What it is.
+        first_hardware: String,
+        /// One that differs.
+        other: String,
+        /// What that is.
+        other_hardware: String,
+    },
 }
 
 /// A device chosen by the user.
@@ -130,6 +144,29 @@ pub fn open(name: &str) -> Result<NamedDevice, DeviceError> {
         index,
         found: count,
     })
+}
+
+/// Opens every device of a list such as `cuda:0,cuda:1`, of one backend and one kind of hardware. One may be named more than
+/// once: `flex,flex` are two workers on the CPU.
+///
+/// # Errors
+/// As [`open`], and devices that differ.
+pub fn open_all(names: &str) -> Result<Vec<NamedDevice>, DeviceError> {
+    let devices = names.split(',').map(|name| open(name.trim()));
+    let devices = devices.collect::<Result<Vec<_>, _>>()?;
+    let kind = |device: &NamedDevice| (device.backend().to_string(), device.hardware.clone());
+    match devices
+        .iter()
+        .find(|other| kind(other) != kind(&devices[0]))
+    {
+        None => Ok(devices),
+        Some(other) => Err(DeviceError::Unlike {
+            first: devices[0].name.clone(),
+            first_hardware: devices[0].hardware.clone(),
+            other: other.name.clone(),
+            other_hardware: other.hardware.clone(),
+        }),
+    }
 }
 
 /// Every device of a compiled backend.
@@ -226,6 +263,27 @@ mod tests {
             "unknown device `tpu`; known: flex, ndarray, wgpu, cuda"
         );
         assert!(open("flex:x").is_err());
+    }
+
+    #[test]
+    fn devices_in_a_list_are_alike_and_may_be_one() {
+        let name = default_name();
+        let two = open_all(&format!("{name}, {name}")).expect("one device, twice");
+        assert_eq!(two.len(), 2);
+        assert_eq!(open_all(name).expect("one device").len(), 1);
+        assert!(open_all(&format!("{name},")).is_err());
+    }
+
+    #[cfg(all(feature = "flex", feature = "ndarray"))]
+    #[test]
+    fn devices_of_two_backends_are_refused_together() {
+        let error = open_all("flex,ndarray")
+            .expect_err("they differ")
+            .to_string();
+        assert!(
+            error.starts_with("devices `flex` (") && error.contains(") and `ndarray` ("),
+            "{error}"
+        );
     }
 
     #[cfg(not(feature = "cuda"))]

@@ -11,6 +11,7 @@
 //! | `loss`, `backward` | noise levels and loss weights; loss and gradients, block by block |
 //! | `lr_schedule` | learning rate as a function of the step |
 //! | `train`, `step` | the run: prepare, loop, save; one step of it, which reference cases and the benchmark make too |
+//! | `workers` | the micro-batches of a step on several devices, or threads, to the same bits |
 //! | `run/` | what a checkpoint says; checkpoints that survive anything |
 //! | `fingerprint` | what exactness depends on |
 //! | `adapters` | LoRA files of any format onto the networks |
@@ -68,3 +69,4 @@ mod sample;
 mod step;
 pub mod train;
 pub mod validation;
+mod workers;

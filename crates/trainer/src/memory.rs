@@ -15,6 +15,7 @@ use tracing::info;
 use crate::config::{BasePlace, Recompute, RunConfig};
 use crate::data::sample::Sample;
 use crate::device::NamedDevice;
+use crate::workers::most_on_one;
 
 /// Bytes of a number in f32.
 const F32: u64 = 4;
@@ -79,6 +80,8 @@ pub struct Need {
     pub trained: u64,
     /// Bytes that the optimizer and an average keep of each.
     pub state_bytes: u64,
+    /// Micro-batches that are computed at once on one device.
+    pub at_once: u64,
 }
 
 impl Need {
@@ -86,7 +89,7 @@ impl Need {
     fn weights(&self, is_streamed: bool) -> u64 {
         let blocks = self.sizes.blocks.iter().map(|block| block.weights);
         let blocks: u64 = match is_streamed {
-            true => 2 * blocks.max().unwrap_or(0), // one computes, one is read
+            true => self.at_once * 2 * blocks.max().unwrap_or(0), // one computes, one is read
             false => blocks.sum(),
         };
         self.sizes.rest + blocks
@@ -94,18 +97,19 @@ impl Need {
 
     /// Bytes of a training step at its peak.
     pub fn estimate(&self, is_streamed: bool, recomputed: usize) -> u64 {
-        let graph = |activations: u64| activations * self.tokens * F32;
+        let tokens = self.at_once * self.tokens;
+        let graph = |activations: u64| activations * tokens * F32;
         let blocks = &self.sizes.blocks;
         let recomputed = recomputed.min(blocks.len());
         let kept: u64 = blocks[recomputed..]
             .iter()
             .map(|block| graph(block.activations))
             .sum();
-        let inputs = recomputed as u64 * self.sizes.width * self.tokens * F32;
+        let inputs = recomputed as u64 * self.sizes.width * tokens * F32;
         let largest = blocks.iter().map(|block| graph(block.activations)).max();
         let running = 2 * largest.unwrap_or(0); // a block's graph, and the gradients in it
         self.weights(is_streamed)
-            + self.trained * (F32 * COPIES + self.state_bytes)
+            + self.trained * (F32 * (COPIES + self.at_once - 1) + self.state_bytes)
             + inputs
             + kept
             + running
@@ -168,18 +172,19 @@ pub fn need<F: Family>(
     family: &F,
     samples: &[Sample],
     trained: usize,
-    device: &NamedDevice,
+    devices: &[NamedDevice],
 ) -> anyhow::Result<Need> {
     let tokens = picture_tokens(config, family, samples) + config.dataset.max_sequence_length;
     Ok(Need {
-        sizes: family.sizes(config.model.base_dtype, &device.device)?,
+        sizes: family.sizes(config.model.base_dtype, &devices[0].device)?,
         tokens: (config.train.batch_size * tokens) as u64,
         trained: trained as u64,
         state_bytes: config.optimizer.rule.state_bytes() + u64::from(config.ema.is_some()) * F32,
+        at_once: most_on_one(devices) as u64,
     })
 }
 
-/// Decides where the base weights are and what is computed again; `trained` numbers are.
+/// Decides where the base weights are and what is computed again, on devices that are alike; `trained` numbers are trained.
 ///
 /// # Errors
 /// Headers that cannot be read; streaming on a backend that keeps no placeholder small.
@@ -188,9 +193,10 @@ pub fn plan<F: Family>(
     family: &F,
     samples: &[Sample],
     trained: usize,
-    device: &NamedDevice,
+    devices: &[NamedDevice],
 ) -> anyhow::Result<MemoryPlan> {
-    let need = need(config, family, samples, trained, device)?;
+    let device = &devices[0];
+    let need = need(config, family, samples, trained, devices)?;
     let limit = config.memory.limit.map(|limit| limit.0);
     let limit = limit.or_else(|| available().filter(|_| device.is_cpu()));
     let plan = need.plan(config, limit, device.keeps_views());
@@ -220,6 +226,7 @@ pub fn base_for_sampling<F: Family>(
         tokens: 0,
         trained: 0,
         state_bytes: 0,
+        at_once: 1,
     };
     let limit = available().filter(|_| device.is_cpu() && device.keeps_views());
     let fits = limit.is_none_or(|limit| need.weights(false) <= limit);
@@ -322,6 +329,7 @@ mod tests {
             tokens: 5,
             trained: 0,
             state_bytes: 8,
+            at_once: 1,
         }
     }
 
@@ -332,6 +340,13 @@ mod tests {
         assert_eq!(need.estimate(false, 0), 4100 + 800 + 400);
         assert_eq!(need.estimate(false, 4), 4100 + 160 + 400);
         assert_eq!(need.estimate(true, 4), 2100 + 160 + 400);
+        // Two workers share the weights in memory, and nothing else.
+        let two = Need {
+            at_once: 2,
+            ..need.clone()
+        };
+        assert_eq!(two.estimate(false, 4), 4100 + 2 * (160 + 400));
+        assert_eq!(two.estimate(true, 4), 100 + 2 * (2000 + 160 + 400));
         let plan = |limit| {
             let plan = need.plan(&RunConfig::default(), limit, true);
             (plan.base.is_streamed, plan.recomputed)

@@ -5,13 +5,14 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use burn::tensor::Device;
 use flux_model::family::Network;
 use lora_core::state::check_finite;
-use lora_core::training::DropoutScope;
 use lora_core::{Gradients, Training};
 
-use crate::backward::{MicroBatch, loss_and_gradients, loss_of};
+use crate::backward::{MicroBatch, loss_of};
 use crate::run::checkpoint::Progress;
+use crate::workers::{Work, Workers};
 
 /// A micro-batch, and what is said of it if it goes wrong.
 #[derive(Debug, Clone)]
@@ -54,7 +55,8 @@ pub struct Stepped {
     pub backward: Duration,
 }
 
-/// One optimizer step; `draw` gives the micro-batch of a micro step, on an autodiff device.
+/// One optimizer step; `draw` gives the micro-batch of a micro step on the autodiff device it is asked for. The micro-batches are shared
+/// among `workers`, and added up in their order, so the bits do not depend on how many there are.
 ///
 /// # Errors
 /// A micro-batch that cannot be had, a loss or gradient that is not finite, a run that has diverged or collapsed, an update
@@ -62,35 +64,42 @@ pub struct Stepped {
 pub fn step<N: Network>(
     training: &mut Training<N, Progress>,
     rule: &Rule,
-    mut draw: impl FnMut(u64) -> anyhow::Result<Drawn<N::Input>>,
+    workers: &mut Workers<N>,
+    mut draw: impl FnMut(u64, &Device) -> anyhow::Result<Drawn<N::Input>>,
 ) -> anyhow::Result<Stepped> {
     let started = Instant::now();
     let step = training.progress.step;
-    let first = step * rule.accumulation as u64;
     let mut gradients = Gradients::default();
     let (mut losses, mut drawn_from) = (Vec::with_capacity(rule.accumulation), Vec::new());
-    for micro_step in first..first + rule.accumulation as u64 {
-        let drawn = draw(micro_step)?;
-        drawn_from.extend(drawn.about);
-        let scope = DropoutScope::enter(rule.seed, micro_step);
-        let (loss, micro_gradients) = loss_and_gradients(
-            &training.model,
-            drawn.batch,
-            rule.accumulation,
-            rule.recomputed,
-        )?;
-        scope.finish()?;
-        #[cfg(feature = "canary")]
-        let loss = crate::canary::poison("loss", step + 1).map_or(loss, |v| v as f32);
-        if let Some(fault) = fault_of(loss, drawn.loss_of_zero, rule.divergence_factor) {
-            bail!(
-                "{fault} at step {}, for {}; the last checkpoint is untouched",
-                step + 1,
-                drawn_from.join(", ")
-            );
+    workers.follow(&training.model);
+    let first = step * rule.accumulation as u64;
+    let micro_steps: Vec<u64> = (first..first + rule.accumulation as u64).collect();
+    for round in micro_steps.chunks(workers.count()) {
+        let (mut work, mut said) = (Vec::new(), Vec::new());
+        for (&micro_step, device) in round.iter().zip(workers.devices()) {
+            let drawn = draw(micro_step, device)?;
+            said.push((drawn.about, drawn.loss_of_zero));
+            work.push(Work {
+                micro_step,
+                batch: drawn.batch,
+            });
         }
-        losses.push(loss);
-        gradients.accumulate(micro_gradients);
+        let computed = workers.compute(&training.model, rule, work);
+        for ((about, loss_of_zero), computed) in said.into_iter().zip(computed) {
+            drawn_from.extend(about);
+            let (loss, micro_gradients) = computed?;
+            #[cfg(feature = "canary")]
+            let loss = crate::canary::poison("loss", step + 1).map_or(loss, |v| v as f32);
+            if let Some(fault) = fault_of(loss, loss_of_zero, rule.divergence_factor) {
+                bail!(
+                    "{fault} at step {}, for {}; the last checkpoint is untouched",
+                    step + 1,
+                    drawn_from.join(", ")
+                );
+            }
+            losses.push(loss);
+            gradients.accumulate(micro_gradients);
+        }
     }
     let place = || {
         format!(

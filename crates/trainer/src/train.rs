@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, anyhow, bail};
 use burn::module::Module;
+use burn::tensor::Device;
 use flux_model::families::{self, Visitor};
 use flux_model::family::{Family, Network};
 use flux_model::pipeline::PipelineFolder;
@@ -47,13 +48,14 @@ use crate::run::timings::Timing;
 use crate::run::vfs::{RealFs, create_dir_durably};
 use crate::step::{Rule, check_update, step};
 use crate::validation::{Validated, Validation};
+use crate::workers::{Workers, check_shares};
 
 /// How a run is started, besides its configuration.
 #[derive(Debug, Clone)]
 pub struct TrainOptions {
     /// The run folder.
     pub output: PathBuf,
-    /// Device name, see [`device::open`].
+    /// Device, or several separated by commas, see [`device::open_all`].
     pub device: String,
     /// Where to go on from.
     pub resume: Resume,
@@ -189,7 +191,8 @@ pub struct Encoded {
 struct Prepared {
     /// With the images that are left out.
     config: RunConfig,
-    device: NamedDevice,
+    /// The first is where everything is that is not a micro-batch's.
+    devices: Vec<NamedDevice>,
     run: RunDir,
     lock: RunLock,
     samples: Samples,
@@ -209,7 +212,9 @@ fn prepare<F: Family>(
     config: &RunConfig,
     options: &TrainOptions,
 ) -> anyhow::Result<Prepared> {
-    let device = device::open(&options.device)?;
+    let devices = device::open_all(&options.device)?;
+    let device = &devices[0];
+    check_shares(config, &devices)?;
     let run = RunDir::planned(&options.output)?;
     let lock = run.lock_if_there()?;
     if lock.is_none() {
@@ -226,7 +231,7 @@ fn prepare<F: Family>(
     let cache_folder = run.cache_path();
     let mut known = FileDigests::load(&cache_folder);
     let base_model = known.of_all(&[family.folder().transformer_path().into()])?;
-    let fingerprint = Fingerprint::of(&device).context("read the program to fingerprint it")?;
+    let fingerprint = Fingerprint::of(device).context("read the program to fingerprint it")?;
     let events = match &opened {
         Some(opened) => check_resume(
             opened,
@@ -239,7 +244,7 @@ fn prepare<F: Family>(
         None => Vec::new(),
     };
     run.check_places()?;
-    let outline = check_start(config, family, &samples.all, &device)?;
+    let outline = check_start(config, family, &samples.all, device)?;
     let begin = match opened {
         Some(opened) => Begin::Resumed(Box::new(opened)),
         None => {
@@ -254,7 +259,7 @@ fn prepare<F: Family>(
         family,
         &samples.all,
         trained(&outline, config)?,
-        &device,
+        &devices,
     )?;
     info!("memory: {}", plan.describe());
     if let Some(warning) = plan.warning() {
@@ -281,12 +286,12 @@ fn prepare<F: Family>(
         config,
         &prompts_of(config, family),
         family,
-        &device,
+        device,
     )?;
     peaks.end("encode");
     Ok(Prepared {
         config: config.clone(),
-        device,
+        devices,
         run,
         lock,
         samples,
@@ -308,7 +313,7 @@ fn train_family<F: Family>(
 ) -> anyhow::Result<Outcome> {
     let Prepared {
         config,
-        device,
+        devices,
         run,
         lock,
         samples,
@@ -321,21 +326,36 @@ fn train_family<F: Family>(
         plan,
         mut peaks,
     } = prepare(&family, &named(config, &family), options)?;
-    let config = &config;
+    let (config, device) = (&config, &devices[0]);
 
     let lora = config.lora.config();
     let optimizer = UpdateRule::from(&config.optimizer.rule);
-    let model = family
-        .network(plan.base, &device.device.clone().autodiff())
-        .context("load the transformer")?;
-    let resumes_ema = config.ema.is_some() && matches!(begin, Begin::Resumed(_));
-    let bare = resumes_ema.then(|| model.clone());
-    let mut training = match &begin {
-        Begin::New(adapter) => start(model, adapter.clone(), optimizer)?,
+    let load = |device: &NamedDevice| {
+        let network = family.network(plan.base, &device.device.clone().autodiff());
+        network.context("load the transformer")
+    };
+    let begun = |model, device: &NamedDevice| match &begin {
+        Begin::New(adapter) => start(model, adapter.clone(), optimizer.clone()),
         Begin::Resumed(opened) => {
-            restore(opened.record()?, model, &lora, optimizer, &device.device)?
+            let record = opened.record()?;
+            restore(record, model, &lora, optimizer.clone(), &device.device)
         }
     };
+    let model = load(device)?;
+    let resumes_ema = config.ema.is_some() && matches!(begin, Begin::Resumed(_));
+    let bare = resumes_ema.then(|| model.clone());
+    let mut training = begun(model, device)?;
+    let mut workers: Workers<F::Network> = Workers::alone(&device.device.clone().autodiff());
+    for (rank, other) in devices.iter().enumerate().skip(1) {
+        let mut before = devices[..rank].iter();
+        let same = before.position(|device| device.name == other.name);
+        let copy = match same.filter(|_| !plan.base.is_streamed) {
+            Some(0) => training.model.clone(),
+            Some(rank) => workers.copy(rank).clone(),
+            None => begun(load(other)?, other)?.model,
+        };
+        workers.add(&other.device.clone().autodiff(), copy);
+    }
     let factors = trainable_parameters(&training.model);
     let factors = config.optimizer.rate_factors(factors.keys())?;
     training.optimizer.set_rate_factors(factors);
@@ -384,13 +404,12 @@ fn train_family<F: Family>(
     let of = validation.as_ref().map(|validation| validation.of.as_str());
     saver.restore_best(best_adapter, of, &training.model)?;
     let previews = Previews::new(config, &cache, &family, &run)?;
-    summary(config, &training, &data, samples.trained, &device);
+    summary(config, &training, &data, samples.trained, &devices);
 
-    let autodiff = device.device.clone().autodiff();
     peaks.end("load");
     let mut report = progress::TrainReport::new(training.progress.step, config.train.steps);
     if training.progress.step == 0 && config.sample.as_ref().is_some_and(|sample| sample.at_start) {
-        previews.render_if_due(0, || training.model.clone(), &report, &device)?;
+        previews.render_if_due(0, || training.model.clone(), &report, device)?;
     }
     let exhausted = |step, best: Option<&Best>| {
         let validation = validation.as_ref();
@@ -401,8 +420,8 @@ fn train_family<F: Family>(
     {
         let started = Instant::now();
         let rule = rule(config, &plan, training.progress.step);
-        let draw = |micro_step| data.draw(config, micro_step, &autodiff);
-        let stepped = step(&mut training, &rule, draw)?;
+        let draw = |micro_step, device: &Device| data.draw(config, micro_step, device);
+        let stepped = step(&mut training, &rule, &mut workers, draw)?;
         let step = training.progress.step;
         let timing = Timing::of_step(step, started.elapsed());
         if let Some(ema) = &mut ema {
@@ -455,7 +474,7 @@ fn train_family<F: Family>(
         peaks.end("train");
         let sample_ema = config.ema.as_ref().is_some_and(|ema| ema.sample);
         let model = || to_use(&training, ema.as_ref(), sample_ema);
-        if previews.render_if_due(step, model, &report, &device)? {
+        if previews.render_if_due(step, model, &report, device)? {
             peaks.end("preview");
         }
         if stopped && !last {
@@ -718,12 +737,14 @@ fn summary<F: Family>(
     training: &RunTraining<F::Network>,
     data: &Data<'_, F>,
     trained: usize,
-    device: &NamedDevice,
+    devices: &[NamedDevice],
 ) {
+    let device = &devices[0];
+    let names: Vec<&str> = devices.iter().map(|device| device.name.as_str()).collect();
     let count = count_parameters(&training.model);
     let accumulation = config.train.gradient_accumulation_steps as u64;
     info!(
-        device = device.name,
+        device = names.join(","),
         hardware = device.hardware,
         base_dtype = %config.model.base_dtype,
         "device"

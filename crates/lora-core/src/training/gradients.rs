@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use burn::module::Module;
-use burn::tensor::{Gradients as BurnGradients, Tensor};
+use burn::tensor::{Device, Gradients as BurnGradients, Tensor};
 
 use crate::error::LoraError;
 use crate::state::gathered;
@@ -45,6 +45,17 @@ impl Gradients {
         for (path, gradient) in other.0 {
             self.add(path, gradient);
         }
+    }
+
+    /// All of them on `device`.
+    #[must_use]
+    pub fn to_device(self, device: &Device) -> Self {
+        let moved = self.0.into_iter();
+        Self(
+            moved
+                .map(|(path, gradient)| (path, gradient.to_device(device)))
+                .collect(),
+        )
     }
 
     /// Path and gradient, sorted by path.

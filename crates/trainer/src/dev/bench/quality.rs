@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::Context;
+use burn::tensor::Device;
 use flux_model::families::{self, Visitor};
 use flux_model::family::{Family, Network};
 use flux_model::weights::{change_parameters, tensors_of};
@@ -20,6 +21,7 @@ use super::model;
 use crate::cli::QualityBenchArgs;
 use crate::device::{self, NamedDevice};
 use crate::step::step;
+use crate::workers::Workers;
 
 /// How the weights of linear layers are stored.
 #[derive(Clone, Copy)]
@@ -74,10 +76,12 @@ impl Visitor for Measure<'_> {
             let velocity = host_tensor(network.forward(input)?.inner()).to_f32();
             let mut training = model::training::<F>(network)?;
             let rule = model::rule(usize::MAX, 1e-3);
+            let mut workers = Workers::alone(&device);
             let mut losses = Vec::new();
             for _ in 0..self.steps {
-                let draw = |nth| Ok(model::draw::<F>(nth, &device));
-                losses.push(step(&mut training, &rule, draw)?.losses[0]);
+                let draw = |nth, device: &Device| Ok(model::draw::<F>(nth, device));
+                let stepped = step(&mut training, &rule, &mut workers, draw)?;
+                losses.push(stepped.losses[0]);
             }
             let last = &losses[losses.len() - losses.len().div_ceil(10)..];
             let loss = last.iter().copied().map(f64::from).sum::<f64>() / last.len() as f64;

@@ -8,6 +8,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use burn::tensor::Device;
 use flux_model::families::{self, Visitor};
 use flux_model::family::Family;
 use lora_core::ops::composed;
@@ -18,6 +19,7 @@ use super::{in_own_process, median, peak_rss_mib};
 use crate::cli::StepBenchArgs;
 use crate::device::{self, NamedDevice};
 use crate::step::step;
+use crate::workers::Workers;
 
 /// Runs one variant, or each in a process of its own so that peak memory belongs to it.
 ///
@@ -76,10 +78,12 @@ impl Visitor for TimeSteps<'_> {
         let count = count_parameters(&training.model);
         let rule = model::rule(if self.recompute { usize::MAX } else { 0 }, 1e-4);
 
+        let mut workers = Workers::alone(&autodiff);
         let (mut gradient_time, mut total, mut losses) = (Vec::new(), Vec::new(), Vec::new());
         for i in 0..=self.steps {
             let started = Instant::now();
-            let stepped = step(&mut training, &rule, |_| Ok(model::draw::<F>(0, &autodiff)))?;
+            let draw = |_, device: &Device| Ok(model::draw::<F>(0, device));
+            let stepped = step(&mut training, &rule, &mut workers, draw)?;
             raw.sync().map_err(|error| anyhow::anyhow!("{error:?}"))?;
             if i > 0 {
                 gradient_time.push(stepped.backward);

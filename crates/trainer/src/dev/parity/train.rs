@@ -21,6 +21,7 @@ use crate::config::{LrSchedulerName, LrSchedulerSection, TrainSection};
 use crate::loss::{Penalty, loss_of_zero, loss_weight};
 use crate::run::checkpoint::Progress;
 use crate::step::{Drawn, Rule, step};
+use crate::workers::Workers;
 
 /// `train`.
 pub(super) fn compute<F: Family>(case: &Case, device: &Device) -> anyhow::Result<Report> {
@@ -75,6 +76,7 @@ pub(super) fn compute<F: Family>(case: &Case, device: &Device) -> anyhow::Result
     };
     let init = named(&adapter_state(&training.model), "");
     let mut out = Tensors::new();
+    let mut workers = Workers::alone(&autodiff);
     let (mut losses, mut norms, mut rates) = (Vec::new(), Vec::new(), Vec::new());
     for index in 0..steps as u64 {
         let factor = schedule.factor(index, steps as u64, peak);
@@ -83,7 +85,8 @@ pub(super) fn compute<F: Family>(case: &Case, device: &Device) -> anyhow::Result
             ..rule
         };
         let before = (index == 0).then(|| adapter_state(&training.model));
-        let stepped = step(&mut training, &rule, |micro| data.draw(micro, &autodiff))?;
+        let draw = |micro, device: &Device| data.draw(micro, device);
+        let stepped = step(&mut training, &rule, &mut workers, draw)?;
         for (path, gradient) in stepped.gradients.iter() {
             if let Some(like) = before.as_ref().and_then(|state| state.get(path))
                 && let Some(name) = rename(path)
