@@ -1,5 +1,6 @@
 //! The project's commands. Depends on nothing, so that it builds in a second.
 
+mod circles;
 mod dist;
 
 use std::env;
@@ -16,7 +17,8 @@ cargo xtask <command>
   run COMMAND...                                     any other command of `flux-lora`
   test [--wgpu]                                      every test; --wgpu adds those that need a GPU or Mesa's llvmpipe
   faults [--quick] [--wgpu] [FAULT...]               kills, full disks, flipped bits ...: what survives, bit for bit
-  ci                                                 what CI runs: fmt, cargo deny, clippy, docs, CUDA type check, tests, quick faults
+  circles                                            files of a crate that import each other, which none may
+  ci                                                 what CI runs: fmt, circles, cargo deny, clippy, docs, CUDA type check, tests, quick faults
   gpu-check [--device NAME] [flags of tools/gpu-check.sh]   what a GPU does, in one table (default cuda)
   dist --cuda|--wgpu                                 the program for a GPU machine, with gpu-check and its fixtures, in target/dist
   golden                                             writes tests/golden/tiny-loss.txt anew
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         },
         "test" => test(rest),
         "faults" => faults(rest),
+        "circles" => circles(),
         "ci" => ci(),
         "golden" => golden(),
         "dist" => dist::dist(rest),
@@ -298,6 +301,7 @@ fn ci() -> Result {
         cargo
     };
     step("format", cargo().args(["fmt", "--all", "--check"]))?;
+    circles()?;
     // Not the advisories: their database is fetched from GitHub, which CI need not reach. By hand: `cargo deny check`.
     step(
         "licences, bans and sources of dependencies",
@@ -319,6 +323,17 @@ fn ci() -> Result {
     )?;
     test(&["--wgpu".to_string()])?;
     faults(&["--quick", "--wgpu"].map(String::from))
+}
+
+fn circles() -> Result {
+    let found = circles::circles(Path::new("crates"))?;
+    match found.is_empty() {
+        true => Ok(()),
+        false => Err(format!(
+            "files import each other in a circle; what both need belongs into a file of its own:\n{}",
+            found.join("\n")
+        )),
+    }
 }
 
 fn golden() -> Result {
