@@ -42,7 +42,17 @@ fn fifty(rig: &Rig) -> Result<Trial> {
         .map(|_| Process::start(rig.train(&run, &slow)))
         .collect::<Result<Vec<_>>>()?;
     let started = Instant::now();
+    // The one that has the lock stands still while the others wait for it, so that it cannot end first.
+    let mut winner = None;
     while processes.len() > 1 {
+        if winner.is_none() {
+            let holder = fs::read_to_string(run.join("run.lock"))?;
+            winner = processes
+                .iter()
+                .map(Process::id)
+                .find(|id| holder == format!("{id}\n"));
+            winner.map_or(Ok(()), |id| signal("STOP", id))?;
+        }
         ensure!(
             started.elapsed() < Duration::from_secs(300),
             "{} processes run",
@@ -57,8 +67,17 @@ fn fifty(rig: &Rig) -> Result<Trial> {
     let Some(winner) = processes.pop() else {
         bail!("nobody ran");
     };
+    signal("CONT", winner.id())?;
     winner.wait()?.ok()?;
     rig.compare(&run)
+}
+
+/// Sends a signal; that nobody is there is no error.
+fn signal(name: &str, process: u32) -> Result<()> {
+    let mut kill = Command::new("kill");
+    kill.args([&format!("-{name}"), &process.to_string()]);
+    Process::start(kill)?.wait()?;
+    Ok(())
 }
 
 /// A run stopped by SIGINT and SIGTERM again and again, then by two signals at once.
@@ -113,9 +132,7 @@ fn stop(rig: &Rig, run: &std::path::Path, args: &[&str], signal: &str) -> Result
     let in_loop = process.wait_until(|| catches(&status) && lines(run) >= wanted)?;
     std::thread::sleep(Duration::from_micros(rig.below(20_000)));
     if in_loop {
-        let mut kill = Command::new("kill");
-        kill.args([&format!("-{signal}"), &process.id().to_string()]);
-        Process::start(kill)?.wait()?; // fails if the process has just ended
+        self::signal(signal, process.id())?; // does nothing if the process has just ended
     }
     let at_signal = lines(run) as u64;
     let ended = process.wait()?.ok()?;

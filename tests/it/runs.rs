@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use flux_lora_tests::{CONFIG, Workbench, program};
+use flux_lora_tests::{CONFIG, Workbench, program, root};
 use lora_core::files::safetensors::TensorFile;
 use serde_json::Value;
 
@@ -30,6 +30,31 @@ fn bench() -> Workbench {
     let bench = Workbench::new();
     bench.write_config(&(CONFIG.replace("steps = 40", "steps = 6") + SAMPLE));
     bench
+}
+
+#[test]
+fn output_that_nobody_reads_ends_the_program_quietly() {
+    let model = root().join("tests/fixtures/parity/pipeline_dev/model");
+    let inspect = ["inspect", model.to_str().unwrap()];
+    for args in [&inspect[..], &["devices"], &["completions", "bash"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = Command::new(program());
+        let out = command.args(args).stdout(writer).output().unwrap();
+        assert_eq!(out.status.code(), Some(0), "{args:?}");
+        assert_eq!(text(&out.stderr), "", "{args:?}");
+    }
+    if let Ok(full) = fs::File::options().write(true).open("/dev/full") {
+        let mut command = Command::new(program());
+        let out = command.arg("devices").stdout(full).output().unwrap();
+        assert_eq!(out.status.code(), Some(1));
+        let said = text(&out.stderr);
+        assert!(
+            said.starts_with("error: Cannot write to standard output: ")
+                || said.starts_with("error: cannot write to standard output: "),
+            "{said}"
+        );
+    }
 }
 
 #[test]

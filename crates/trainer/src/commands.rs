@@ -1,6 +1,5 @@
 //! From command line to library: one function a command. The only file of the library that prints.
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -17,7 +16,7 @@ use crate::convert::{convert, load_loras};
 use crate::dev::{bench, parity, quickstart, random_weights};
 use crate::device::{self, BACKENDS, DeviceError};
 use crate::nearest::printable;
-use crate::output::Output;
+use crate::output::{Output, print, say};
 use crate::run::checkpoint::is_checkpoint_folder;
 use crate::run::folder::RunDir;
 use crate::run::resume::{Accepted, Resume};
@@ -48,9 +47,9 @@ pub fn run(command: Command, output: Output) -> anyhow::Result<ExitCode> {
                 ("merged_model", json!(out)),
                 ("tensors_changed", json!(changed)),
             ];
-            output.result("merged", &fields);
+            output.result("merged", &fields)?;
         }
-        Command::Inspect { path } => output.text("inspected", &inspect::describe(&path)?),
+        Command::Inspect { path } => output.text("inspected", &inspect::describe(&path)?)?,
         Command::Check(args) => return check_run(&args, output),
         Command::Compare { a, b } => compare_runs(&a, &b, output)?,
         Command::Export(args) => {
@@ -60,35 +59,37 @@ pub fn run(command: Command, output: Output) -> anyhow::Result<ExitCode> {
                 ("file", json!(exported.files)),
                 ("note", json!(exported.notes)),
             ];
-            output.result("exported", &fields);
+            output.result("exported", &fields)?;
         }
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "flux-lora", &mut io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "flux-lora", &mut script);
+            print(String::from_utf8_lossy(&script))?;
         }
         Command::Man { folder } => {
             std::fs::create_dir_all(&folder)
                 .and_then(|()| clap_mangen::generate_to(Cli::command(), &folder))
                 .with_context(|| format!("write into {}", folder.display()))?;
-            output.result("man", &[("manual", json!(folder.join("flux-lora.1")))]);
+            output.result("man", &[("manual", json!(folder.join("flux-lora.1")))])?;
         }
         Command::Report { run, out } => {
             let run = report::open_run(&run)?;
             let out = out.unwrap_or_else(|| run.path().join("report.html"));
             report::write_page(&run, &out)?;
-            output.result("report", &[("report", json!(out))]);
+            output.result("report", &[("report", json!(out))])?;
         }
         Command::Watch { run, port } => {
             let server = report::watch::Server::bind(RunDir::open(&run)?, port)?;
-            output.result("watch", &[("watch", json!(server.address()))]);
+            output.result("watch", &[("watch", json!(server.address()))])?;
             server.serve();
         }
         Command::Parity(args) => return parity::run(&args),
-        Command::Devices => output.text("devices", &devices()),
+        Command::Devices => output.text("devices", &devices())?,
         Command::Bench(command) => bench::run(&command)?,
-        Command::Quickstart(args) => print!("{}", quickstart::show(&args)?),
+        Command::Quickstart(args) => print(quickstart::show(&args)?)?,
         Command::RandomWeights { folder, out, seed } => {
             random_weights::fill(&folder, &out, seed)?;
-            println!("pipeline with random weights: {}", out.display());
+            say!("pipeline with random weights: {}", out.display())?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -116,7 +117,7 @@ fn cache(args: CacheArgs, say: Output) -> anyhow::Result<()> {
         ("trained_samples", json!(encoded.trained)),
         ("held_out_samples", json!(encoded.held_out)),
     ];
-    say.result("cached", &fields);
+    say.result("cached", &fields)?;
     Ok(())
 }
 
@@ -168,17 +169,17 @@ fn train(args: TrainArgs, say: Output) -> anyhow::Result<()> {
                 fields.push(("samples", json!(output.join("samples"))));
             }
             fields.push(("metrics", json!(output.join("metrics.jsonl"))));
-            say.result("finished", &fields);
+            say.result("finished", &fields)?;
         }
         Outcome::Stopped { step } if say == Output::Json => {
             let fields = [("step", json!(step)), ("run", json!(output))];
-            say.result("stopped", &fields);
+            say.result("stopped", &fields)?;
         }
         Outcome::Stopped { step } => {
-            println!(
+            say!(
                 "stopped after step {step}, saved in {}; go on with --resume",
                 output.display()
-            );
+            )?;
         }
     }
     Ok(())
@@ -191,17 +192,17 @@ fn compare_runs(a: &Path, b: &Path, output: Output) -> anyhow::Result<()> {
             .iter()
             .map(|(of, lines)| (*of, json!(lines)))
             .collect();
-        output.result("compared", &fields);
+        output.result("compared", &fields)?;
         return Ok(());
     }
     for (of, lines) in found {
         if lines.is_empty() {
-            println!("{of}: the same");
+            say!("{of}: the same")?;
             continue;
         }
-        println!("{of}:");
+        say!("{of}:")?;
         for line in lines {
-            println!("  {}", printable(&line));
+            say!("  {}", printable(&line))?;
         }
     }
     Ok(())
@@ -246,12 +247,11 @@ fn check_run(args: &RunArgs, say: Output) -> anyhow::Result<ExitCode> {
     fields.push(("note", json!(report.notes)));
     fields.push(("problem", json!(report.problems)));
     fields.push(("would_train", json!(ok)));
-    say.result("check", &fields);
-    Ok(if ok {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    let said = say.result("check", &fields);
+    match ok {
+        true => Ok(said.map(|()| ExitCode::SUCCESS)?),
+        false => Ok(ExitCode::FAILURE), // whether anybody reads why or not
+    }
 }
 
 /// The first SIGINT or SIGTERM lets the step finish and saves; the second ends the program at once, which a checkpoint

@@ -56,10 +56,10 @@ pub(crate) fn convert(args: &ConvertArgs, output: Output) -> anyhow::Result<()> 
     let say = |line: String| output.text("converted", &format!("{line}\n"));
     let set = read(&args.input, &shape)?;
     for line in set.report.ignored_lines() {
-        say(line);
+        say(line)?;
     }
     for warning in &set.report.warnings {
-        say(format!("warning: {warning}"));
+        say(format!("warning: {warning}"))?;
     }
     let options = WriteOptions {
         dtype,
@@ -72,15 +72,15 @@ pub(crate) fn convert(args: &ConvertArgs, output: Output) -> anyhow::Result<()> 
             "{format}: {} modules in {}",
             report.modules,
             out.display()
-        ));
+        ))?;
         for loss in report.losses {
-            say(format!("  lost {}: {}", loss.module, loss.reason));
+            say(format!("  lost {}: {}", loss.module, loss.reason))?;
         }
         for note in report.notes {
-            say(format!("  note: {note}"));
+            say(format!("  note: {note}"))?;
         }
         for line in table(&report.readings) {
-            say(format!("  {line}"));
+            say(format!("  {line}"))?;
         }
     }
     Ok(())

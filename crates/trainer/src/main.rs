@@ -6,6 +6,7 @@ use clap::Parser;
 use flux_lora::cli::Cli;
 use flux_lora::commands;
 use flux_lora::nearest::{printable, sentence};
+use flux_lora::output::OutputError;
 
 fn main() -> ExitCode {
     let cli = Cli::parse(); // exits with 2 on bad usage
@@ -13,6 +14,9 @@ fn main() -> ExitCode {
     output.init();
     match commands::run(cli.command, output) {
         Ok(code) => code,
+        Err(error) if matches!(error.downcast_ref(), Some(OutputError::Closed)) => {
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             output.error(&printable(&sentence(&error)));
             ExitCode::from(commands::exit_code(&error))

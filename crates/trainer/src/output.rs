@@ -53,7 +53,10 @@ impl Output {
     }
 
     /// The result of a command: lines for a person (a line for each element of a list), an event named `event` for a program.
-    pub fn result(self, event: &str, fields: &[(&str, Value)]) {
+    ///
+    /// # Errors
+    /// A person's output that cannot be written to.
+    pub fn result(self, event: &str, fields: &[(&str, Value)]) -> Result<(), OutputError> {
         if self == Self::Json {
             let mut object = Map::from_iter([("event".to_string(), json!(event))]);
             object.extend(
@@ -62,7 +65,7 @@ impl Output {
                     .map(|(name, value)| ((*name).to_string(), value.clone())),
             );
             print_line(&Value::Object(object));
-            return;
+            return Ok(());
         }
         let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0) + 1;
         for (name, value) in fields {
@@ -73,22 +76,27 @@ impl Output {
             };
             for value in values {
                 match value {
-                    Value::String(text) => println!("{name:width$} {}", printable(text)),
-                    value => println!("{name:width$} {value}"),
+                    Value::String(text) => say!("{name:width$} {}", printable(text))?,
+                    value => say!("{name:width$} {value}")?,
                 }
             }
         }
+        Ok(())
     }
 
     /// A result that is text for people; for a program an event with its lines.
-    pub fn text(self, event: &str, text: &str) {
+    ///
+    /// # Errors
+    /// A person's output that cannot be written to.
+    pub fn text(self, event: &str, text: &str) -> Result<(), OutputError> {
         match self {
             Self::Json => {
                 let lines: Vec<&str> = text.lines().collect();
                 print_line(&json!({"event": event, "lines": lines}));
             }
-            _ => print!("{text}"),
+            _ => print(text)?,
         }
+        Ok(())
     }
 
     /// What went wrong: a line on stderr, and for a program an event too.
@@ -96,9 +104,38 @@ impl Output {
         if self == Self::Json {
             print_line(&json!({"event": "error", "message": message}));
         }
-        eprintln!("error: {message}");
+        let _ = writeln!(io::stderr(), "error: {message}"); // nobody else is there to be told
     }
 }
+
+/// Why standard output cannot be written to.
+#[derive(Debug, thiserror::Error)]
+pub enum OutputError {
+    /// Its reader is gone, as `head` is when it has its lines: the program ends, quietly and with 0.
+    #[error("the reader of standard output is gone")]
+    Closed,
+    /// Anything else.
+    #[error("cannot write to standard output")]
+    Failed(#[source] io::Error),
+}
+
+/// Writes to standard output, at once.
+pub(crate) fn print(text: impl fmt::Display) -> Result<(), OutputError> {
+    let mut out = io::stdout().lock();
+    let written = write!(out, "{text}").and_then(|()| out.flush());
+    written.map_err(|error| match error.kind() {
+        io::ErrorKind::BrokenPipe => OutputError::Closed,
+        _ => OutputError::Failed(error),
+    })
+}
+
+/// Prints a line, as `println!` does.
+macro_rules! say {
+    ($($text:tt)*) => {
+        $crate::output::print(format_args!("{}\n", format_args!($($text)*)))
+    };
+}
+pub(crate) use say;
 
 /// Colours are for terminals, unless the person wants none (<https://no-color.org>).
 fn colours(terminal: bool, no_color: Option<std::ffi::OsString>) -> bool {

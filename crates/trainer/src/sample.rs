@@ -42,7 +42,7 @@ pub(crate) fn sample(args: &SampleArgs, output: Output) -> anyhow::Result<()> {
     let size = ("size", json!(format!("{width} x {height}")));
     if singles.is_empty() {
         whole.write(&grid.pictures[0])?;
-        output.result("image", &[("image", json!(args.out)), size]);
+        output.result("image", &[("image", json!(args.out)), size])?;
         return Ok(());
     }
     for (place, image) in singles.iter().zip(&grid.pictures) {
@@ -50,7 +50,7 @@ pub(crate) fn sample(args: &SampleArgs, output: Output) -> anyhow::Result<()> {
     }
     whole.write(&grid.draw())?;
     let grid = ("grid", json!(args.out));
-    output.result("images", &[("image", json!(paths)), size, grid]);
+    output.result("images", &[("image", json!(paths)), size, grid])?;
     Ok(())
 }
 

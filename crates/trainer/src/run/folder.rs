@@ -33,6 +33,8 @@ use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use fs4::{FileExt, TryLockError};
 use lora_core::files::digest::sha256_hex;
@@ -59,6 +61,9 @@ pub(crate) const SAMPLES: &str = "samples";
 const LORA: &str = "lora.safetensors";
 const BEST: &str = "best.safetensors";
 const PEFT: &str = "lora-peft";
+
+/// How long a lock that another process has is waited for.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A run folder, for reading. To write, [`RunDir::lock`] it.
 #[derive(Debug, Clone)]
@@ -253,17 +258,27 @@ impl RunDir {
         is_there.then(|| self.lock()).transpose()
     }
 
-    /// Takes the lock, or fails at once if another process has it. A lock file left by a dead
-    /// process is no obstacle.
+    /// Takes the lock, or fails if another process has it and keeps it: one that was killed has it until the system has
+    /// taken its memory back. A lock file left by a dead process is no obstacle.
     pub fn lock(&self) -> Result<RunLock, CheckpointError> {
         let path = self.path.join(LOCK);
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
         let file = options.open(&path).map_err(io("open", &path))?;
-        match FileExt::try_lock(&file) {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(self.in_use(&file)),
-            Err(TryLockError::Error(source)) => return Err(io("lock", &path)(source)),
+        let started = Instant::now();
+        let mut is_said = false;
+        while let Err(error) = FileExt::try_lock(&file) {
+            match error {
+                TryLockError::Error(source) => return Err(io("lock", &path)(source)),
+                TryLockError::WouldBlock if started.elapsed() >= PATIENCE => {
+                    return Err(self.in_use(&file));
+                }
+                TryLockError::WouldBlock if !is_said => {
+                    info!(run = %self.path.display(), "in use by another process; waiting {} s for its end", PATIENCE.as_secs());
+                    is_said = true;
+                }
+                TryLockError::WouldBlock => thread::sleep(Duration::from_millis(20)),
+            }
         }
         let before = read_at_most(&path, &path, 200).ok();
         // For the message of the next one only: on a full disk the lock holds all the same.

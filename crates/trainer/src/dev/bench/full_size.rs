@@ -33,6 +33,7 @@ use super::median;
 use crate::cli::{FullSizeArgs, FullSizeModel};
 use crate::dev::random_weights::{Fill, copy_folder, files_of, fill_of};
 use crate::device;
+use crate::output::say;
 
 /// Runs it all, prints a table, and removes what was written unless it is to be kept.
 ///
@@ -56,10 +57,10 @@ pub fn run(args: &FullSizeArgs) -> anyhow::Result<()> {
         for (file, tensors) in files {
             write_weights(&pipeline.join(file), tensors)?;
         }
-        println!(
+        say!(
             "pipeline written in {:.0} s",
             started.elapsed().as_secs_f64()
-        );
+        )?;
     }
     let config = write_run(args, &work)?;
 
@@ -70,14 +71,17 @@ pub fn run(args: &FullSizeArgs) -> anyhow::Result<()> {
             fs::remove_dir_all(run).with_context(|| format!("remove {}", run.display()))?;
         }
     }
-    println!(
+    say!(
         "\n{} at {} px, {} text tokens, limit {}",
-        args.model, args.resolution, args.tokens, args.limit
-    );
+        args.model,
+        args.resolution,
+        args.tokens,
+        args.limit
+    )?;
     let said = Training::start(&config, &straight, false)?.finish()?;
     let steps = numbers_after(&said, "s_per_step=\"");
     for line in said.lines().filter(|line| line.contains("memory")) {
-        println!("{}", line.trim());
+        say!("{}", line.trim())?;
     }
     model.print_rate(args, &steps)?;
 
@@ -108,7 +112,7 @@ pub fn run(args: &FullSizeArgs) -> anyhow::Result<()> {
             bail!("{file} of the run that was killed and resumed has other bits");
         }
     }
-    println!("killed after step 1, resumed: the same bits");
+    say!("killed after step 1, resumed: the same bits")?;
     drop(scratch);
     Ok(())
 }
@@ -238,14 +242,14 @@ impl Model {
         let rate = gemm_rate(tokens as usize, self.width as usize)?;
         let times: Vec<Duration> = steps.iter().map(|s| Duration::from_secs_f64(*s)).collect();
         let step = median(&times);
-        println!(
+        say!(
             "step {step:.1} s of {:.2} TFLOP needed, {:.2} with recompute; GEMM {:.1} GFLOP/s: {:.2} and {:.2} times its time",
             needed / 1e12,
             (needed + forward + attention) / 1e12,
             rate / 1e9,
             step * rate / needed,
             step * rate / (needed + forward + attention),
-        );
+        )?;
         Ok(())
     }
 }
@@ -290,11 +294,11 @@ fn check_room(work: &Path, files: &[ComponentFile]) -> anyhow::Result<()> {
             needed as f64 / 1e9
         );
     }
-    println!(
+    say!(
         "writing {:.1} GB to {}",
         2.0 * numbers as f64 / 1e9,
         work.display()
-    );
+    )?;
     Ok(())
 }
 

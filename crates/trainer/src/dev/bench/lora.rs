@@ -20,6 +20,7 @@ use serde_json::json;
 
 use super::{in_own_process, median, peak_rss_mib};
 use crate::cli::LoraBenchArgs;
+use crate::output::say;
 use crate::{device, inspect};
 
 /// What is timed, by its name; a format is converted to.
@@ -38,11 +39,11 @@ pub fn run(args: &LoraBenchArgs) -> anyhow::Result<()> {
     let file = folder.path().join("lora.safetensors");
     make(&file, args.rank.max(1))?;
     let (size, path) = (fs::metadata(&file)?.len(), file.to_string_lossy());
-    println!(
+    say!(
         "a LoRA of rank {} and {:.2} GB",
         args.rank.max(1),
         size as f64 / 1e9
-    );
+    )?;
 
     let mut times: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
     let mut peaks: BTreeMap<&str, u64> = BTreeMap::new();
@@ -62,17 +63,20 @@ pub fn run(args: &LoraBenchArgs) -> anyhow::Result<()> {
         }
     }
     let copy = median(&times["copy"]);
-    println!(
+    say!(
         "{:<10} {:>8} {:>8} {:>10}",
-        "", "median s", "/ copy", "peak MiB"
-    );
+        "",
+        "median s",
+        "/ copy",
+        "peak MiB"
+    )?;
     for work in WORK {
         let seconds = median(&times[work]);
-        println!(
+        say!(
             "{work:<10} {seconds:>8.2} {:>8.2} {:>10}",
             seconds / copy,
             peaks[work]
-        );
+        )?;
     }
     Ok(())
 }
@@ -98,7 +102,7 @@ fn one(work: &str, file: &Path) -> anyhow::Result<()> {
         _ => bail!("unknown work `{work}`: {}", WORK.join(", ")),
     }
     let seconds = started.elapsed().as_secs_f64();
-    println!("{seconds} {}", peak_rss_mib().unwrap_or(0));
+    say!("{seconds} {}", peak_rss_mib().unwrap_or(0))?;
     Ok(())
 }
 

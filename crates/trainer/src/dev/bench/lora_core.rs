@@ -20,6 +20,7 @@ use lora_core::{Gradients, LoraConfig, attach, linear};
 use super::{in_own_process, median, peak_rss_mib};
 use crate::cli::LoraCoreBenchArgs;
 use crate::device;
+use crate::output::say;
 
 /// Ways of doing it; the first is what the others are compared with.
 const WAYS: [&str; 3] = ["apply_lora", "lora-core", "lora-core, recompute"];
@@ -33,14 +34,20 @@ pub fn run(args: &LoraCoreBenchArgs) -> anyhow::Result<()> {
     if let Some(way) = &args.way {
         return one(way, args);
     }
-    println!(
+    say!(
         "{} blocks, {} tokens; forward and backward pass",
-        args.blocks, args.tokens
-    );
-    println!(
+        args.blocks,
+        args.tokens
+    )?;
+    say!(
         "{:>6} {:<22} {:>9} {:>7} {:>10} {:>7}",
-        "width", "", "seconds", "ratio", "peak MiB", "ratio"
-    );
+        "width",
+        "",
+        "seconds",
+        "ratio",
+        "peak MiB",
+        "ratio"
+    )?;
     for width in &args.widths {
         let mut times = vec![Vec::new(); WAYS.len()];
         let mut peaks = vec![0u64; WAYS.len()];
@@ -71,12 +78,12 @@ pub fn run(args: &LoraCoreBenchArgs) -> anyhow::Result<()> {
         }
         for (i, way) in WAYS.iter().enumerate() {
             let (seconds, first) = (median(&times[i]), median(&times[0]));
-            println!(
+            say!(
                 "{width:>6} {way:<22} {seconds:>9.3} {:>7.2} {:>10} {:>7.2}",
                 seconds / first,
                 peaks[i],
                 peaks[i] as f64 / peaks[0] as f64
-            );
+            )?;
         }
     }
     Ok(())
@@ -198,6 +205,6 @@ fn one(way: &str, args: &LoraCoreBenchArgs) -> anyhow::Result<()> {
         step()?;
         times.push(started.elapsed());
     }
-    println!("{} {}", median(&times), peak_rss_mib().unwrap_or(0));
+    say!("{} {}", median(&times), peak_rss_mib().unwrap_or(0))?;
     Ok(())
 }

@@ -18,6 +18,7 @@ use lora_core::random;
 use super::median;
 use crate::cli::OpsBenchArgs;
 use crate::device;
+use crate::output::{OutputError, say};
 
 /// Rank of the adapters.
 const RANK: usize = 16;
@@ -39,19 +40,22 @@ pub fn run(args: &OpsBenchArgs) -> anyhow::Result<()> {
     let by_head = || normal(&[tokens, width]).reshape([1, heads, tokens, HEAD]);
     let matrix = |rows: usize, columns: usize| normal(&[rows, columns]).reshape([rows, columns]);
 
-    println!("{tokens} tokens, width {width}; forward and backward, ms");
-    println!(
+    say!("{tokens} tokens, width {width}; forward and backward, ms")?;
+    say!(
         "{:<28} {:>9} {:>9} {:>6}",
-        "", "composed", "kernels", "ratio"
-    );
+        "",
+        "composed",
+        "kernels",
+        "ratio"
+    )?;
     let bench = |name: &str, run: &dyn Fn() -> Tensor<3>| row(name, args.rounds.max(1), run);
 
     let x = wide(4 * width);
-    bench("gelu", &|| gelu_tanh(x.clone().require_grad()));
+    bench("gelu", &|| gelu_tanh(x.clone().require_grad()))?;
     let first = wide(width);
     bench("cat and gelu", &|| {
         cat_gelu_tanh(first.clone().require_grad(), x.clone().require_grad())
-    });
+    })?;
     let (scale, shift) = (vector(), vector());
     bench("layer norm, modulation", &|| {
         layer_norm_modulate(
@@ -60,12 +64,12 @@ pub fn run(args: &OpsBenchArgs) -> anyhow::Result<()> {
             shift.clone(),
             1e-6,
         )
-    });
+    })?;
     let second = wide(width);
     bench("gated residual", &|| {
         let (x, y) = (first.clone().require_grad(), second.clone().require_grad());
         gated_residual(x, scale.clone(), y)
-    });
+    })?;
     let rotary = RotaryTable {
         cos: matrix(tokens, HEAD / 2),
         sin: matrix(tokens, HEAD / 2),
@@ -78,16 +82,16 @@ pub fn run(args: &OpsBenchArgs) -> anyhow::Result<()> {
             eps: 1e-6,
         };
         norm_rotate([stream], heads, &rotary).reshape([heads, tokens, HEAD])
-    });
+    })?;
     let (q, k, v) = (by_head(), by_head(), by_head());
     bench("attention", &|| {
         let [q, k, v] = [&q, &k, &v].map(|x| x.clone().require_grad());
         attention(q, k, v, 0.125, None)
-    });
+    })?;
     let weight = matrix(width, 4 * width);
     let bias = normal(&[4 * width]);
     let frozen = |x: Tensor<3>, adapter| linear(x, weight.clone(), Some(bias.clone()), adapter);
-    bench("linear", &|| frozen(first.clone().require_grad(), None));
+    bench("linear", &|| frozen(first.clone().require_grad(), None))?;
     let (a, b) = (matrix(RANK, width), matrix(4 * width, RANK));
     bench("linear with LoRA", &|| {
         let adapter = LowRank {
@@ -97,11 +101,11 @@ pub fn run(args: &OpsBenchArgs) -> anyhow::Result<()> {
             mask: None,
         };
         frozen(first.clone().require_grad(), Some(adapter))
-    });
+    })?;
     Ok(())
 }
 
-fn row(name: &str, rounds: usize, run: &dyn Fn() -> Tensor<3>) {
+fn row(name: &str, rounds: usize, run: &dyn Fn() -> Tensor<3>) -> Result<(), OutputError> {
     let weights = run().detach();
     let time = || {
         let started = Instant::now();
@@ -115,10 +119,10 @@ fn row(name: &str, rounds: usize, run: &dyn Fn() -> Tensor<3>) {
         kernels.push(time());
     }
     let (plain, kernels) = (median(&plain) * 1e3, median(&kernels) * 1e3);
-    println!(
+    say!(
         "{name:<28} {plain:>9.2} {kernels:>9.2} {:>6.2}",
         kernels / plain
-    );
+    )
 }
 
 /// Normal numbers.

@@ -20,6 +20,7 @@ use lora_core::state::host_tensor;
 use super::model;
 use crate::cli::QualityBenchArgs;
 use crate::device::{self, NamedDevice};
+use crate::output::say;
 use crate::step::step;
 use crate::workers::Workers;
 
@@ -63,11 +64,16 @@ impl Visitor for Measure<'_> {
 
     fn visit<F: Family>(self) -> Self::Output {
         let device = self.device.device.clone().autodiff();
-        println!("{} steps on {}", self.steps, self.device.name);
-        println!(
+        say!("{} steps on {}", self.steps, self.device.name)?;
+        say!(
             "{:<12} {:>10} {:>12} {:>14} {:>12} {:>10}",
-            "", "bits", "weights", "velocity", "loss", "gap"
-        );
+            "",
+            "bits",
+            "weights",
+            "velocity",
+            "loss",
+            "gap"
+        )?;
         let mut exact: Option<(Vec<f32>, f64)> = None;
         for (name, storage) in STORAGES {
             let network = model::network::<F>(&device)?;
@@ -86,11 +92,11 @@ impl Visitor for Measure<'_> {
             let last = &losses[losses.len() - losses.len().div_ceil(10)..];
             let loss = last.iter().copied().map(f64::from).sum::<f64>() / last.len() as f64;
             let (expected, exact_loss) = exact.get_or_insert((velocity.clone(), loss));
-            println!(
+            say!(
                 "{name:<12} {bits:>10.2} {weights:>12.2e} {:>14.2e} {loss:>12.5} {:>9.2}%",
                 distance(&velocity, expected),
                 100.0 * (loss / *exact_loss - 1.0),
-            );
+            )?;
         }
         Ok(())
     }

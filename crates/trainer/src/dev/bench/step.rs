@@ -18,6 +18,7 @@ use super::model::{self, BLOCKS, HIDDEN, IMAGE_SIDE, TEXT_TOKENS};
 use super::{in_own_process, median, peak_rss_mib};
 use crate::cli::StepBenchArgs;
 use crate::device::{self, NamedDevice};
+use crate::output::{print, say};
 use crate::step::step;
 use crate::workers::Workers;
 
@@ -56,7 +57,7 @@ pub fn run(args: &StepBenchArgs) -> anyhow::Result<()> {
             "--steps",
             &steps,
         ])?;
-        print!("{output}");
+        print(output)?;
     }
     Ok(())
 }
@@ -95,7 +96,7 @@ impl Visitor for TimeSteps<'_> {
         let optimizer_time: Vec<Duration> =
             pairs.map(|(total, backward)| *total - *backward).collect();
         let seconds = median(&total);
-        println!(
+        say!(
             "{} {:9}: base {:.1} M, LoRA {:.2} M; step {seconds:.3} s (forward+backward {:.3}, optimizer {:.3}; min {:.3}); {:.1} GFLOP/s; peak RSS {} MiB; loss {} -> {}",
             self.device.name,
             self.variant,
@@ -108,7 +109,7 @@ impl Visitor for TimeSteps<'_> {
             peak_rss_mib().map_or("?".into(), |mib| mib.to_string()),
             losses[0],
             losses[losses.len() - 1],
-        );
+        )?;
         Ok(())
     }
 }

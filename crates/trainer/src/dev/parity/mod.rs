@@ -32,6 +32,7 @@ use self::case::{Case, Tensors};
 use self::report::Report;
 use crate::cli::{ParityArgs, UsageError};
 use crate::device;
+use crate::output::say;
 
 /// Runs the cases and prints one line a tensor.
 ///
@@ -43,23 +44,23 @@ pub fn run(args: &ParityArgs) -> anyhow::Result<ExitCode> {
         return Err(UsageError("--tolerance-scale must be a number of at least 1".into()).into());
     }
     if args.tolerance_scale != 1.0 {
-        println!("tolerances scaled by {}", args.tolerance_scale);
+        say!("tolerances scaled by {}", args.tolerance_scale)?;
     }
     let (mut passed, mut failed, mut unreadable) = (0, 0, 0);
     for dir in &args.cases {
         let case = match Case::open(dir) {
             Ok(case) => case,
             Err(error) => {
-                println!("{}: cannot be read: {error:#}", dir.display());
+                say!("{}: cannot be read: {error:#}", dir.display())?;
                 unreadable += 1;
                 continue;
             }
         };
-        println!("{} ({})", case.name, case.kind);
+        say!("{} ({})", case.name, case.kind)?;
         let mut report = match compute(&case, &device.device) {
             Ok(report) => report,
             Err(error) => {
-                println!("  FAIL {error:#}");
+                say!("  FAIL {error:#}")?;
                 failed += 1;
                 continue;
             }
@@ -67,10 +68,12 @@ pub fn run(args: &ParityArgs) -> anyhow::Result<ExitCode> {
         for line in &mut report.lines {
             line.bound *= args.tolerance_scale;
             let verdict = if line.passed() { "ok" } else { "FAIL" };
-            println!(
+            say!(
                 "  {:<60} {:>10.3e} {:>10.3e} {verdict}",
-                line.name, line.error, line.bound
-            );
+                line.name,
+                line.error,
+                line.bound
+            )?;
         }
         let bad = report.lines.iter().filter(|line| !line.passed()).count();
         failed += bad;
@@ -79,7 +82,7 @@ pub fn run(args: &ParityArgs) -> anyhow::Result<ExitCode> {
             write_actual(&case, &report.actual, out)?;
         }
     }
-    println!("{passed} passed, {failed} failed");
+    say!("{passed} passed, {failed} failed")?;
     Ok(match (unreadable, failed) {
         (0, 0) => ExitCode::SUCCESS,
         (0, _) => ExitCode::from(1),

@@ -108,6 +108,18 @@ fn two_locks_conflict_even_in_one_process() {
 }
 
 #[test]
+fn a_lock_that_is_let_go_in_a_moment_is_waited_for() {
+    let (_temp, lock) = new_run();
+    let run = lock.run().clone();
+    let dying = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        drop(lock);
+    });
+    run.lock().unwrap();
+    dying.join().unwrap();
+}
+
+#[test]
 fn a_lock_file_left_behind_is_no_obstacle() {
     let (_temp, lock) = new_run();
     let run = lock.run().clone();
