@@ -399,6 +399,10 @@ fn of_references(sample: &Sample) -> impl Iterator<Item = (Source<'_>, [u32; 2])
 }
 
 /// The pixels of an image that is still what it was when the dataset was read: its entry is named by what it was then.
+///
+/// That is why what is to be encoded is read and hashed a second time. The bytes of the first reading are not kept, for
+/// thousands of photographs do not fit into memory, and without the second digest an image that somebody saved in between would
+/// be kept under the name of another, in every run that has this cache.
 fn load_unchanged(path: &Path, sha256: &str) -> anyhow::Result<RgbImage> {
     let limits = ImageLimits::default();
     let bytes = read_image(path, &limits)?;

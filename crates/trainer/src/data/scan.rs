@@ -2,8 +2,9 @@
 //!
 //! A dataset is a folder and all folders below it. In each, images have their captions beside them (`x.png`, `x.txt`), or a
 //! list tells the captions of the images there and below: `metadata.jsonl` or `metadata.csv` (see [`crate::data::metadata`]).
-//! Every image has exactly one caption; what is there and not used is said. Each image file is read once: its digest, its
-//! size and whatever can be refused without decoding it come from the same bytes.
+//! Every image has exactly one caption; what is there and not used is said. Each image file is read once here: its digest, its
+//! size and whatever can be refused without decoding it come from the same bytes. What is not cached is read once more, to be
+//! decoded ([`crate::data::cache`]).
 //!
 //! Links are followed wherever they lead: a person or a downloader made them. A `file_name` in a list is only text from a file
 //! and may not lead out of its folder. What runs have written below the folder is passed over (see `outputs`).
