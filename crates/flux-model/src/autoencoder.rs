@@ -184,13 +184,8 @@ impl Autoencoder {
     /// - `image`: `[batch, 3, height, width]` in `[-1, 1]`; returns `[batch, 2 * latent_channels, height / 8, width / 8]`,
     ///   mean and log-variance
     pub fn moments(&self, image: Tensor<4>) -> Tensor<4> {
-        by_tiles(image, TILE_PX, TILE_PX / self.config.downscale(), |tile| {
-            let moments = self.encoder.forward(tile);
-            match &self.quant_conv {
-                Some(conv) => conv.forward(moments),
-                None => moments,
-            }
-        })
+        let downscale = self.config.downscale();
+        moments(&self.encoder, self.quant_conv.as_ref(), downscale, image)
     }
 
     /// Encodes an image, as [`moments`](Self::moments), and splits the result.
@@ -201,13 +196,8 @@ impl Autoencoder {
     /// # Shapes
     /// - `z`: `[batch, latent_channels, h, w]`; returns `[batch, 3, 8 h, 8 w]`, roughly in `[-1, 1]`
     pub fn decode(&self, z: Tensor<4>) -> Tensor<4> {
-        by_tiles(z, TILE_PX / self.config.downscale(), TILE_PX, |tile| {
-            let tile = match &self.post_quant_conv {
-                Some(conv) => conv.forward(tile),
-                None => tile,
-            };
-            self.decoder.forward(tile)
-        })
+        let downscale = self.config.downscale();
+        decoded(&self.decoder, self.post_quant_conv.as_ref(), downscale, z)
     }
 
     /// From the autoencoder's latents to those the transformer sees: `(z - shift) * scale`.
@@ -219,6 +209,38 @@ impl Autoencoder {
     pub fn from_model_space(&self, latents: Tensor<4>) -> Tensor<4> {
         latents / self.config.scaling_factor + self.config.shift_factor.unwrap_or(0.0)
     }
+}
+
+/// What an encoder and the convolution behind it make of an image, tile by tile.
+pub(crate) fn moments(
+    encoder: &Encoder,
+    quant_conv: Option<&Conv2d>,
+    downscale: usize,
+    image: Tensor<4>,
+) -> Tensor<4> {
+    by_tiles(image, TILE_PX, TILE_PX / downscale, |tile| {
+        let moments = encoder.forward(tile);
+        match quant_conv {
+            Some(conv) => conv.forward(moments),
+            None => moments,
+        }
+    })
+}
+
+/// What a decoder and the convolution before it make of latents, tile by tile.
+pub(crate) fn decoded(
+    decoder: &Decoder,
+    post_quant_conv: Option<&Conv2d>,
+    downscale: usize,
+    z: Tensor<4>,
+) -> Tensor<4> {
+    by_tiles(z, TILE_PX / downscale, TILE_PX, |tile| {
+        let tile = match post_quant_conv {
+            Some(conv) => conv.forward(tile),
+            None => tile,
+        };
+        decoder.forward(tile)
+    })
 }
 
 pub(crate) fn conv(inputs: usize, outputs: usize, kernel: usize, device: &Device) -> Conv2d {

@@ -87,6 +87,18 @@ pub(crate) fn numbers(
     Ok(named(tensors, name)?.to_f32())
 }
 
+/// The guidance strength of each of so many rows; 0 where it is not read.
+pub(crate) fn guidance(
+    network: &impl Network,
+    tensors: &BTreeMap<String, HostTensor>,
+    rows: usize,
+) -> Result<Vec<f32>, String> {
+    match network.reads_guidance() {
+        true => numbers(tensors, "guidance"),
+        false => Ok(vec![0.0; rows]),
+    }
+}
+
 /// Positions, `[tokens, N]`.
 pub(crate) fn positions<const N: usize>(
     tensors: &BTreeMap<String, HostTensor>,

@@ -152,7 +152,7 @@ pub enum Command {
 #[error("{0}")]
 pub struct UsageError(pub String);
 
-/// What says which run is meant: all of `flux-lora check`, and the beginning of `flux-lora train`.
+/// What says which run is meant: all of `flux-lora check`, and the beginning of `flux-lora train` and `flux-lora cache`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// Run configuration (TOML)
@@ -248,26 +248,12 @@ pub enum Which {
 /// `flux-lora cache`
 #[derive(Debug, Args)]
 pub struct CacheArgs {
-    /// Run configuration (TOML)
-    pub config: PathBuf,
-    /// Device, as for train: entries are of its backend
-    #[arg(long)]
-    pub device: Option<String>,
-    /// Run folder, whose cache is filled (default: runs/NAME for NAME.toml)
-    #[arg(long)]
-    pub output: Option<PathBuf>,
-    /// Override one configuration value
-    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
-    pub set: Vec<String>,
+    /// The run, whose cache is filled.
+    #[command(flatten)]
+    pub run: RunArgs,
     /// Leave out images that cannot be read, instead of refusing the dataset; the run keeps the list as dataset.skip
     #[arg(long)]
     pub skip_bad: bool,
-    /// Never touch the network: a Hub repository must be in the cache
-    #[arg(long)]
-    pub offline: bool,
-    /// Go on although the model was distilled to few steps
-    #[arg(long)]
-    pub yes_distilled: bool,
 }
 
 /// `flux-lora sample`
@@ -539,4 +525,25 @@ pub struct LoraBenchArgs {
     /// The file for --work
     #[arg(long, requires = "work", hide = true)]
     pub file: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_named_in_the_same_words_for_every_command_that_takes_one() {
+        let words = "run.toml --preset style-12gb --device flex --output runs/x --steps 5 --set lora.r=4 --offline";
+        for command in ["train", "check", "cache"] {
+            let words = ["flux-lora", command].into_iter().chain(words.split(' '));
+            let run = match Cli::try_parse_from(words).expect("good words").command {
+                Command::Train(args) => args.run,
+                Command::Check(run) => run,
+                Command::Cache(args) => args.run,
+                _ => panic!("{command} is none of these"),
+            };
+            assert_eq!(run.preset.as_deref(), Some("style-12gb"), "{command}");
+            assert_eq!((run.steps, run.offline), (Some(5), true), "{command}");
+        }
+    }
 }

@@ -104,13 +104,13 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
 }
 
 fn cache(args: CacheArgs, say: Output) -> anyhow::Result<()> {
-    let config = RunConfig::load(&args.config, &args.set)?;
-    let output = run_folder(args.output, &args.config);
-    let device = args.device.unwrap_or_else(|| device::default_name().into());
+    let (config, output) = configured(&args.run)?;
+    let device = args.run.device;
+    let device = device.unwrap_or_else(|| device::default_name().into());
     let mut options = TrainOptions::new(output, device).resume(Resume::Newest);
-    options.distilled = args.yes_distilled;
+    options.distilled = args.run.yes_distilled;
     options.skip_bad = args.skip_bad;
-    options.offline = args.offline;
+    options.offline = args.run.offline;
     let encoded = crate::train::encode(&config, &options)?;
     let fields = [
         ("cache", json!(encoded.folder)),
@@ -208,24 +208,17 @@ fn compare_runs(a: &Path, b: &Path, output: Output) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `--set`, and `--steps` as one more of it.
-fn overrides(set: &[String], steps: Option<u64>) -> Vec<String> {
-    let steps = steps.map(|steps| format!("train.steps={steps}"));
-    set.iter().cloned().chain(steps).collect()
-}
-
-/// `--output`, or the folder named like the configuration.
-fn run_folder(output: Option<PathBuf>, config: &Path) -> PathBuf {
-    let name = config.file_stem().unwrap_or_default();
-    output.unwrap_or_else(|| Path::new("runs").join(name))
-}
-
-/// The configuration and the folder of a run.
+/// The configuration and the folder of a run: `--steps` is one more `--set`, a folder not given is named like the configuration.
 fn configured(args: &RunArgs) -> anyhow::Result<(RunConfig, PathBuf)> {
-    let overrides = overrides(&args.set, args.steps);
+    let steps = args.steps.map(|steps| format!("train.steps={steps}"));
+    let overrides: Vec<String> = args.set.iter().cloned().chain(steps).collect();
     let config = RunConfig::load_on(args.preset.as_deref(), &args.config, &overrides)?;
-    let output = run_folder(args.output.clone(), &args.config);
-    Ok((config, output))
+    let name = args.config.file_stem().unwrap_or_default();
+    let output = args.output.clone();
+    Ok((
+        config,
+        output.unwrap_or_else(|| Path::new("runs").join(name)),
+    ))
 }
 
 fn check_run(args: &RunArgs, say: Output) -> anyhow::Result<ExitCode> {

@@ -26,7 +26,7 @@ use crate::joint_attention::JointAttention;
 use crate::layers::{RmsNorm, RotaryTable, linear_layer, sinusoidal_embedding};
 use crate::lora::ModelShape;
 use crate::modulation::{Embedder, Modulation, vectors};
-use crate::network::{Network, argument, numbers, positions};
+use crate::network::{Network, argument, guidance, numbers, positions};
 use crate::network_config::NetworkConfig;
 use crate::ops::attention::attention;
 use crate::ops::gate::gated_residual;
@@ -280,10 +280,7 @@ impl Network for FluxTransformer {
             img: argument(tensors, "hidden_states", device)?,
             txt: argument(tensors, "encoder_hidden_states", device)?,
             pooled: argument(tensors, "pooled_projections", device)?,
-            guidance: match self.reads_guidance() {
-                true => numbers(tensors, "guidance")?,
-                false => vec![0.0; sigma.len()], // not read
-            },
+            guidance: guidance(self, tensors, sigma.len())?,
             sigma,
             positions: [
                 positions(tensors, "txt_ids")?,

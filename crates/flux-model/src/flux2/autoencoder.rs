@@ -7,10 +7,9 @@ use burn::module::{Module, Param, ParamId};
 use burn::nn::conv::Conv2d;
 use burn::tensor::{Device, Tensor};
 
-use crate::autoencoder::{Decoder, Encoder, LatentDistribution, conv};
+use crate::autoencoder::{Decoder, Encoder, LatentDistribution, conv, decoded, moments};
 use crate::flux2::config::Flux2AutoencoderConfig;
 use crate::flux2::latent::{patchify, unpatchify};
-use crate::tiles::{TILE_PX, by_tiles};
 
 /// The autoencoder.
 #[derive(Module, Debug)]
@@ -83,13 +82,8 @@ impl Flux2Autoencoder {
     /// - `image`: `[batch, 3, height, width]` in `[-1, 1]`; returns `[batch, 2 * latent_channels, height / 8, width / 8]`,
     ///   mean and log-variance
     pub fn moments(&self, image: Tensor<4>) -> Tensor<4> {
-        by_tiles(image, TILE_PX, TILE_PX / self.config.downscale(), |tile| {
-            let moments = self.encoder.forward(tile);
-            match &self.quant_conv {
-                Some(conv) => conv.forward(moments),
-                None => moments,
-            }
-        })
+        let downscale = self.config.downscale();
+        moments(&self.encoder, self.quant_conv.as_ref(), downscale, image)
     }
 
     /// Encodes an image, as [`moments`](Self::moments), and splits the result.
@@ -100,13 +94,8 @@ impl Flux2Autoencoder {
     /// # Shapes
     /// - `z`: `[batch, latent_channels, h, w]`; returns `[batch, 3, 8 h, 8 w]`, roughly in `[-1, 1]`
     pub fn decode(&self, z: Tensor<4>) -> Tensor<4> {
-        by_tiles(z, TILE_PX / self.config.downscale(), TILE_PX, |tile| {
-            let tile = match &self.post_quant_conv {
-                Some(conv) => conv.forward(tile),
-                None => tile,
-            };
-            self.decoder.forward(tile)
-        })
+        let downscale = self.config.downscale();
+        decoded(&self.decoder, self.post_quant_conv.as_ref(), downscale, z)
     }
 
     /// From the autoencoder's latents to those the transformer sees: 2x2 patches as channels, each channel normalised.

@@ -97,13 +97,9 @@ pub fn transformer(
     if flux1.iter().any(|key| checkpoint.shape(key).is_some()) {
         return Err(unknown("it is FLUX.1".into()));
     }
-    let bfl = checkpoint.shape("img_in.weight").is_some();
+    let bfl = checkpoint.is_bfl();
     let dims = |bfl_key: &str, diffusers_key: &str| {
-        let key = if bfl { bfl_key } else { diffusers_key };
-        match checkpoint.shape(key) {
-            Some(&[rows, columns]) => Ok((rows, columns)),
-            _ => Err(unknown(format!("it has no matrix `{key}`"))),
-        }
+        checkpoint.matrix(bfl_key, diffusers_key).map_err(unknown)
     };
     let (hidden, in_channels) = dims("img_in.weight", "x_embedder.weight")?;
     dims(
@@ -116,20 +112,8 @@ pub fn transformer(
         "time_guidance_embed.timestep_embedder.linear_1.weight",
     )?;
     let (out_channels, _) = dims("final_layer.linear.weight", "proj_out.weight")?;
-    let norms = [
-        "double_blocks.0.img_attn.norm.query_norm.scale",
-        "single_blocks.0.norm.query_norm.scale",
-        "transformer_blocks.0.attn.norm_q.weight",
-        "single_transformer_blocks.0.attn.norm_q.weight",
-    ];
-    let attention_head_dim = match norms.iter().find_map(|key| checkpoint.shape(key)) {
-        Some(&[width]) if width > 0 && hidden > 0 && hidden % width == 0 => width,
-        _ => {
-            return Err(unknown(
-                "its attention heads cannot be told from its norms".into(),
-            ));
-        }
-    };
+    let width = checkpoint.head_width(hidden);
+    let attention_head_dim = width.map_err(|problem| unknown(problem.into()))?;
     let known = match hint {
         Some(config) => config.clone(),
         None if attention_head_dim == 128 => Flux2Config::default(),

@@ -6,6 +6,40 @@ use crate::error::WeightsError;
 use crate::flux1::config::FluxConfig;
 
 impl Checkpoint {
+    /// Whether a transformer is in Black Forest Labs' layout.
+    pub(crate) fn is_bfl(&self) -> bool {
+        self.shape("img_in.weight").is_some()
+    }
+
+    /// Rows and columns of a matrix of a transformer, by its names in the two layouts.
+    ///
+    /// # Errors
+    /// No such matrix, in words.
+    pub(crate) fn matrix(&self, bfl: &str, diffusers: &str) -> Result<(usize, usize), String> {
+        let key = if self.is_bfl() { bfl } else { diffusers };
+        match self.shape(key) {
+            Some(&[rows, columns]) => Ok((rows, columns)),
+            _ => Err(format!("it has no matrix `{key}`")),
+        }
+    }
+
+    /// Width of an attention head of a transformer whose tokens have this width.
+    ///
+    /// # Errors
+    /// No norm of heads, in words.
+    pub(crate) fn head_width(&self, hidden: usize) -> Result<usize, &'static str> {
+        let norms = [
+            "double_blocks.0.img_attn.norm.query_norm.scale",
+            "single_blocks.0.norm.query_norm.scale",
+            "transformer_blocks.0.attn.norm_q.weight",
+            "single_transformer_blocks.0.attn.norm_q.weight",
+        ];
+        match norms.iter().find_map(|key| self.shape(key)) {
+            Some(&[width]) if hidden > 0 && hidden.is_multiple_of(width) => Ok(width),
+            _ => Err("its attention heads cannot be told from its norms"),
+        }
+    }
+
     /// The transformer's layout, and its architecture as far as tensor shapes tell it.
     ///
     /// The rotary axes are in no tensor: they are those of `hint`, or FLUX's for a head width of 128.
@@ -30,13 +64,10 @@ impl Checkpoint {
                 return Err(unknown(model));
             }
         }
-        let bfl = self.shape("img_in.weight").is_some();
+        let bfl = self.is_bfl();
         let dims = |bfl_key: &str, diffusers_key: &str| {
-            let key = if bfl { bfl_key } else { diffusers_key };
-            match self.shape(key) {
-                Some(&[rows, columns]) => Ok((rows, columns)),
-                _ => Err(unknown(&format!("it has no matrix `{key}`"))),
-            }
+            let found = self.matrix(bfl_key, diffusers_key);
+            found.map_err(|problem| unknown(&problem))
         };
         let (hidden, in_channels) = dims("img_in.weight", "x_embedder.weight")?;
         let (_, joint_attention_dim) = dims("txt_in.weight", "context_embedder.weight")?;
@@ -45,16 +76,7 @@ impl Checkpoint {
             "time_text_embed.text_embedder.linear_1.weight",
         )?;
         let (out_channels, _) = dims("final_layer.linear.weight", "proj_out.weight")?;
-        let norms = [
-            "double_blocks.0.img_attn.norm.query_norm.scale",
-            "single_blocks.0.norm.query_norm.scale",
-            "transformer_blocks.0.attn.norm_q.weight",
-            "single_transformer_blocks.0.attn.norm_q.weight",
-        ];
-        let attention_head_dim = match norms.iter().find_map(|key| self.shape(key)) {
-            Some(&[width]) if width > 0 && hidden % width == 0 => width,
-            _ => return Err(unknown("its attention heads cannot be told from its norms")),
-        };
+        let attention_head_dim = self.head_width(hidden).map_err(unknown)?;
         let (double, single) = if bfl {
             ("double_blocks.", "single_blocks.")
         } else {

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, bail};
 use burn::tensor::{Device, Tensor};
-use flux_model::autoencoder::AutoencoderConfig;
+use flux_model::autoencoder::{AutoencoderConfig, LatentDistribution};
 use flux_model::flux1::vae::{Vae, VaeConfig};
 use flux_model::pipeline::load_autoencoder;
 use lora_core::state::host_tensor;
@@ -20,20 +20,20 @@ pub(super) fn compute(case: &Case, device: &Device) -> anyhow::Result<Report> {
         load_autoencoder(&case.path("/checkpoint/file")?, Some(&config), device)?
     };
     let mut out = Tensors::new();
+    if case.has_input("image") {
+        let image: Tensor<4> = case.tensor("image", device)?;
+        let latents = vae.encode(image.clone());
+        let mean = latents.mean.clone();
+        out = of_image(
+            vae.moments(image),
+            latents,
+            vae.to_model_space(mean.clone()),
+            vae.decode(mean),
+        );
+    }
     let mut put = |name: &str, tensor: Tensor<4>| {
         out.insert(name.into(), host_tensor(tensor));
     };
-    if case.has_input("image") {
-        let image: Tensor<4> = case.tensor("image", device)?;
-        put("moments", vae.moments(image.clone()));
-        let latents = vae.encode(image);
-        put("mean", latents.mean.clone());
-        put("logvar", latents.logvar.clone());
-        put("std", latents.std());
-        let model_input = vae.to_model_space(latents.mean.clone());
-        put("model_input_from_mean", model_input);
-        put("reconstruction", vae.decode(latents.mean));
-    }
     if case.has_input("latent") {
         let latent: Tensor<4> = case.tensor("latent", device)?;
         put("decoded", vae.decode(latent.clone()));
@@ -41,6 +41,27 @@ pub(super) fn compute(case: &Case, device: &Device) -> anyhow::Result<Report> {
         put("decoded_from_model_space", vae.decode(own));
     }
     Report::by_tensor(case, out)
+}
+
+/// What a case says of an image.
+pub(super) fn of_image(
+    moments: Tensor<4>,
+    latents: LatentDistribution,
+    model_input: Tensor<4>,
+    reconstruction: Tensor<4>,
+) -> Tensors {
+    let std = latents.std();
+    let tensors = [
+        ("moments", moments),
+        ("mean", latents.mean),
+        ("logvar", latents.logvar),
+        ("std", std),
+        ("model_input_from_mean", model_input),
+        ("reconstruction", reconstruction),
+    ];
+    tensors
+        .map(|(name, tensor)| (name.to_string(), host_tensor(tensor)))
+        .into()
 }
 
 /// `tiny_vae`.

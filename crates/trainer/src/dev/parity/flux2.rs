@@ -15,6 +15,7 @@ use flux_model::weights::Base;
 use lora_core::files::host::HostTensor;
 use lora_core::state::host_tensor;
 
+use super::autoencoder;
 use super::case::{Case, Tensors};
 use super::pictures;
 use super::pipeline::with_image_bytes;
@@ -41,20 +42,20 @@ pub(super) fn autoencoder(case: &Case, device: &Device) -> anyhow::Result<Report
         vae
     };
     let mut out = Tensors::new();
+    if case.has_input("image") {
+        let image: Tensor<4> = case.tensor("image", device)?;
+        let latents = vae.encode(image.clone());
+        let mean = latents.mean.clone();
+        out = autoencoder::of_image(
+            vae.moments(image),
+            latents,
+            vae.to_model_space(mean.clone()),
+            vae.decode(mean),
+        );
+    }
     let mut put = |name: &str, tensor: Tensor<4>| {
         out.insert(name.into(), host_tensor(tensor));
     };
-    if case.has_input("image") {
-        let image: Tensor<4> = case.tensor("image", device)?;
-        put("moments", vae.moments(image.clone()));
-        let latents = vae.encode(image);
-        put("mean", latents.mean.clone());
-        put("logvar", latents.logvar.clone());
-        put("std", latents.std());
-        let model_input = vae.to_model_space(latents.mean.clone());
-        put("model_input_from_mean", model_input);
-        put("reconstruction", vae.decode(latents.mean));
-    }
     if case.has_input("latent") {
         put("decoded", vae.decode(case.tensor("latent", device)?));
     }
