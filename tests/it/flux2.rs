@@ -1,4 +1,4 @@
-//! FLUX.2 klein is trained, resumed and sampled by the same words as FLUX.1.
+//! FLUX.2, klein and dev, is trained, resumed and sampled by the same words as FLUX.1.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -132,19 +132,94 @@ fn klein_is_sampled_with_what_was_trained() {
     assert_ne!(plain, adapted);
 }
 
+/// A tiny dev pipeline.
+fn dev() -> PathBuf {
+    root().join("tests/fixtures/parity/flux2_pipeline_dev/model")
+}
+
 #[test]
-fn dev_is_refused_by_what_it_lacks() {
+fn dev_trains_resumes_exactly_and_its_lora_is_converted_merged_and_sampled() {
+    let bench = Workbench::new();
+    let path = format!("model.path={}", dev().display());
+    let set = ["--set", &path, "--set", "train.steps=4"];
+    let train = |run: &str, more: &[&str]| {
+        bench.train_ok(run, "flex", &[&set[..], more].concat());
+    };
+    train("straight", &[]);
+    let expected = bench.result("straight");
+    bench.copy_run("straight", "resumed", |name| {
+        name == "cache" || name == "metrics.jsonl" || name == "ckpt-0000000002"
+    });
+    train("resumed", &["--resume"]);
+    let resumed = bench.result("resumed");
+    resumed.assert_same(&expected, "dev, resumed after step 2");
+    train("guided", &["--set", "train.guidance_scale=4"]);
+    assert_ne!(bench.result("guided").lora, expected.lora, "guidance");
+
+    let lora = bench.path("straight/lora.safetensors");
+    let (lora, model) = (lora.to_str().unwrap(), dev());
+    let model = model.to_str().unwrap();
+    let ok = |args: &[&str]| {
+        let (code, text) = run(args);
+        assert_eq!(code, Some(0), "{args:?}: {text}");
+        text
+    };
+    let converted = bench.path("kohya.safetensors");
+    let converted = converted.to_str().unwrap();
+    ok(&["convert", lora, converted, "--to", "kohya"]);
+    let text = ok(&["inspect", converted]);
+    assert!(text.contains("flux_2_dev"), "{text}");
+    let text = ok(&["inspect", model]);
+    assert!(
+        text.contains("Mistral, 4 layers") && text.contains("projector are not read"),
+        "{text}"
+    );
+    let merged = bench.path("merged");
+    let merged = merged.to_str().unwrap();
+    ok(&["merge", "--model", model, "--lora", lora, "--out", merged]);
+    let sample = |out: &str, args: &[&str]| {
+        let out = bench.path(out);
+        let all = [
+            &["sample", "--prompt", "a cat", "--steps", "2", "--device", "flex"][..],
+            &["--height", "48", "--width", "64", "--max-sequence-length", "100"],
+            &["--out", out.to_str().unwrap()],
+            args,
+        ];
+        ok(&all.concat());
+        image::open(out).unwrap().to_rgb8()
+    };
+    let plain = sample("plain.png", &["--model", model]);
+    let adapted = sample("adapted.png", &["--model", model, "--lora", lora]);
+    assert_ne!(plain, adapted);
+    let merged = sample("merged.png", &["--model", merged]);
+    let far = adapted.iter().zip(merged.iter());
+    assert!(far.clone().all(|(a, b)| a.abs_diff(*b) <= 1), "merged");
+    let guided = sample("guided.png", &["--model", model, "--guidance", "1"]);
+    assert_ne!(plain, guided);
+}
+
+#[test]
+fn what_dev_lacks_is_named() {
     let bench = Workbench::new();
     let folder = bench.path("dev");
-    flux_lora_tests::copy(&distilled(), &folder, &|_| true);
-    let index = folder.join("model_index.json");
-    let text = std::fs::read_to_string(&index).unwrap();
-    std::fs::write(&index, text.replace("Flux2KleinPipeline", "Flux2Pipeline")).unwrap();
-    let path = format!("model.path={}", folder.display());
-    let out = bench.train("run", "flex", &["--set", &path]);
-    let error = String::from_utf8_lossy(&out.stderr);
-    assert!(
-        !out.status.success() && error.contains("Mistral"),
-        "{error}"
-    );
+    flux_lora_tests::copy(&dev(), &folder, &|_| true);
+    let refused = |word: &str| {
+        let path = format!("model.path={}", folder.display());
+        let out = bench.train("run", "flex", &["--set", &path]);
+        let error = String::from_utf8_lossy(&out.stderr);
+        assert!(!out.status.success() && error.contains(word), "{error}");
+    };
+    let tokenizer = folder.join("tokenizer/tokenizer.json");
+    std::fs::rename(&tokenizer, folder.join("away.json")).unwrap();
+    refused("tokenizer.json");
+    std::fs::write(folder.join("tokenizer/tekken.json"), "{}").unwrap();
+    refused("tekken.json");
+    std::fs::rename(folder.join("away.json"), tokenizer).unwrap();
+    // a text encoder of another width, such as another model's
+    let config = folder.join("text_encoder/config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let wider = text.replace(r#""hidden_size": 24"#, r#""hidden_size": 32"#);
+    assert_ne!(text, wider);
+    std::fs::write(&config, wider).unwrap();
+    refused("text of width 72, the text encoder gives 96");
 }

@@ -8,7 +8,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from diffusers import Flux2KleinPipeline, FluxFillPipeline, FluxKontextPipeline, FluxTransformer2DModel
+from diffusers import Flux2KleinPipeline, Flux2Pipeline, FluxFillPipeline, FluxKontextPipeline, FluxTransformer2DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
@@ -55,7 +55,7 @@ def run(pipe, latents, **call):
             height=HEIGHT,
             width=WIDTH,
             num_inference_steps=STEPS,
-            latents=unpacked(latents) if isinstance(pipe, Flux2KleinPipeline) else latents,
+            latents=unpacked(latents) if isinstance(pipe, (Flux2KleinPipeline, Flux2Pipeline)) else latents,
             output_type="pt",
             callback_on_step_end=on_step,
             **call,
@@ -65,7 +65,7 @@ def run(pipe, latents, **call):
 
 def unpacked(tokens):
     """Tokens of FLUX.2 as the latents that its pipeline takes."""
-    return tokens.permute(0, 2, 1).reshape(1, -1, HEIGHT // 16, WIDTH // 16)
+    return tokens.permute(0, 2, 1).reshape(len(tokens), -1, HEIGHT // 16, WIDTH // 16)
 
 
 def write_pipeline(name, description, folder, pipe, inputs, encoded, guidance, length, call, rel, **fields):

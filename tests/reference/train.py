@@ -33,12 +33,18 @@ SNAPSHOTS = (10, 20)
 PREFIX = "transformer."
 
 
+def path_of(model):
+    """Of the transformer, from the folder of the cases; `model` may have a whole pipeline."""
+    path = f"{model}/model/transformer"
+    return path if (PARITY / path).is_dir() else f"{model}/model"
+
+
 def class_of(model):
-    return json.loads((PARITY / model / "model" / "config.json").read_text())["_class_name"]
+    return json.loads((PARITY / path_of(model) / "config.json").read_text())["_class_name"]
 
 
 def load(model, lora):
-    transformer = getattr(diffusers, class_of(model)).from_pretrained(PARITY / model / "model", torch_dtype=torch.float32)
+    transformer = getattr(diffusers, class_of(model)).from_pretrained(PARITY / path_of(model), torch_dtype=torch.float32)
     config = LoraConfig(
         r=lora["rank"],
         lora_alpha=lora["alpha"],
@@ -255,7 +261,7 @@ def write(name, description, model, lora, optimizer, inputs, init, mistakes, not
         },
         inputs,
         expected,
-        model={"path": f"../{model}/model", "class": class_of(model)},
+        model={"path": f"../{path_of(model)}", "class": class_of(model)},
         lora={"init": "lora_init.safetensors", **lora},
         optimizer=optimizer,
         batch_size=inputs["u"].shape[1],

@@ -34,10 +34,9 @@ pub fn of_folder<V: Visitor>(
         class if class.starts_with("Flux") && !class.starts_with("Flux2") => {
             Ok(visitor.visit::<Flux1>())
         }
-        class if class.starts_with("Flux2Klein") => Ok(visitor.visit::<Flux2>()),
-        "Flux2Pipeline" => Err(refuse(
-            "the text encoder of FLUX.2 dev (Mistral) is not supported; FLUX.2 klein is".into(),
-        )),
+        class if class == Flux2::DEV || class.starts_with("Flux2Klein") => {
+            Ok(visitor.visit::<Flux2>())
+        }
         class => Err(refuse(format!(
             "a {class} is not a FLUX.1 or FLUX.2 pipeline"
         ))),

@@ -10,7 +10,7 @@
 //! | `bfl` | names in BFL's single files |
 //! | `blocks` | the blocks of a network, one at a time |
 //! | `autoencoder`, `tiny_autoencoder`, `tiles` | pixels to latents and back; of large images a tile at a time |
-//! | `text/` | CLIP, T5, Qwen3 and their tokenizers |
+//! | `text/` | CLIP, T5, Qwen3, Mistral and their tokenizers |
 //! | `scheduler` | noise levels and the Euler step |
 //! | `pipeline`, `found` | a diffusers folder and its components; what is there in its place |
 //! | `sampler` | noise to latents |

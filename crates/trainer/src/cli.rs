@@ -271,7 +271,7 @@ pub struct SampleArgs {
     /// What to show; given several times, a grid is made with a column for each
     #[arg(long, required = true)]
     pub prompt: Vec<String>,
-    /// Reference picture, for FLUX.2 klein and FLUX.1 Kontext: the prompt says what to do with it. May be given several times
+    /// Reference picture, for FLUX.2 and FLUX.1 Kontext: the prompt says what to do with it. May be given several times
     #[arg(long, value_name = "FILE")]
     pub reference: Vec<PathBuf>,
     /// Picture to start from; with --mask, for FLUX.1 Fill, to paint in
@@ -283,10 +283,10 @@ pub struct SampleArgs {
     /// Where to paint: what is white in this picture, which has the size of --image
     #[arg(long, value_name = "FILE", requires = "image")]
     pub mask: Option<PathBuf>,
-    /// Denoising steps (default: 28, for FLUX.2 klein base 50, for schnell and distilled klein 4)
+    /// Denoising steps (default: 28, for FLUX.2 klein base and dev 50, for schnell and distilled klein 4)
     #[arg(long)]
     pub steps: Option<usize>,
-    /// Guidance strength (default: 3.5, for Kontext 2.5, for Fill 30, for FLUX.2 klein base 4)
+    /// Guidance strength (default: 3.5, for Kontext 2.5, for Fill 30, for FLUX.2 klein base and dev 4)
     #[arg(long)]
     pub guidance: Option<f32>,
     /// Height in pixels (default: 1024, or that of the first --reference or --image, up to about a megapixel in all)

@@ -1,6 +1,6 @@
-//! A FLUX.2 klein pipeline: its parts and the rules between them.
+//! A FLUX.2 pipeline, klein or dev: its parts and the rules between them.
 //!
-//! Source: diffusers 0.38 `Flux2KleinPipeline`.
+//! Source: diffusers 0.38 `Flux2KleinPipeline`, `Flux2Pipeline`.
 
 use std::path::Path;
 
@@ -17,22 +17,21 @@ use crate::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
 use crate::flux2::latent::{image_positions, pack, reference_positions, text_positions, unpack};
 use crate::flux2::load::{autoencoder, load_autoencoder};
 use crate::flux2::schedule::empirical_mu;
-use crate::flux2::text::KleinTextEncoder;
+use crate::flux2::text::{Flux2TextEncoder, tokenizer};
 use crate::flux2::transformer::{Flux2Input, Flux2Transformer};
 use crate::lora::ModelShape;
 use crate::network_config::NetworkConfig;
 use crate::pipeline::PipelineFolder;
 use crate::scheduler::SchedulerConfig;
-use crate::text::qwen3::{Qwen3Config, Qwen3Text};
-use crate::text::tokenizer::QwenTokenizer;
+use crate::text::decoder::{DecoderConfig, DecoderText, ModelType};
 use crate::weights::{Checkpoint, Layout, checkpoint_tensors};
 
-/// Most pixels of a reference picture. Source: diffusers `Flux2KleinPipeline`.
+/// Most pixels of a reference picture. Source: diffusers `Flux2KleinPipeline`, `Flux2Pipeline`.
 const REFERENCE_AREA: f64 = 1024.0 * 1024.0;
 /// Steps whose shift training's `flux` shift takes: those that the networks that can be trained are sampled with.
 const TRAINING_STEPS: usize = 50;
 
-/// An opened FLUX.2 klein pipeline.
+/// An opened FLUX.2 pipeline.
 #[derive(Debug)]
 pub struct Flux2 {
     folder: PipelineFolder,
@@ -41,23 +40,31 @@ pub struct Flux2 {
 }
 
 impl Flux2 {
+    /// The pipeline of FLUX.2 dev in diffusers; the others are klein's.
+    pub(crate) const DEV: &str = "Flux2Pipeline";
+
     /// Whether the network was distilled to few steps without guidance.
     pub fn is_distilled(&self) -> bool {
         self.folder.index().get("is_distilled") == Some(&true.into())
+    }
+
+    /// What the folder states of the language model that reads prompts.
+    fn language_model(folder: &PipelineFolder) -> Result<DecoderConfig, WeightsError> {
+        DecoderConfig::read(&folder.root().join("text_encoder/config.json"))
     }
 }
 
 impl Family for Flux2 {
     type Network = Flux2Transformer;
     type Config = Flux2Config;
-    type TextEncoders = KleinTextEncoder;
+    type TextEncoders = Flux2TextEncoder;
     type Autoencoder = Flux2Autoencoder;
     type Text = Tensor<3>;
 
-    const NAME: &'static str = "FLUX.2 klein";
+    const NAME: &'static str = "FLUX.2";
     const TEXT_FOLDERS: &'static [&'static str] = &["text_encoder", "tokenizer"];
     const TEXT: &'static [&'static str] = &["prompt_embeds"];
-    /// Of `train_dreambooth_lora_flux2_klein.py`; the last two are those of single-stream blocks.
+    /// Of `train_dreambooth_lora_flux2_klein.py` and `train_dreambooth_lora_flux2.py`; the last two are those of single-stream blocks.
     const TARGETS: &'static [&'static str] = &[
         "attn.to_q",
         "attn.to_k",
@@ -89,11 +96,15 @@ impl Family for Flux2 {
         device: &Device,
     ) -> Result<Vec<ComponentFile>, WeightsError> {
         let vae = folder.config("vae/config.json", Flux2AutoencoderConfig::problem)?;
-        let text = folder.config("text_encoder/config.json", Qwen3Config::problem)?;
+        let text = Self::language_model(folder)?;
+        let inside = match text.model_type {
+            ModelType::Qwen3 => "model",
+            ModelType::Mistral => "language_model.model",
+        };
         let transformer = transformer_config::<Flux2Config>(folder)?.network(device);
         let (vae, text) = (
             Flux2Autoencoder::new(&vae, device),
-            Qwen3Text::new(&text, device),
+            DecoderText::new(&text, device),
         );
         Ok(vec![
             (
@@ -106,7 +117,7 @@ impl Family for Flux2 {
             ),
             (
                 "text_encoder/model.safetensors",
-                checkpoint_tensors(&text, Layout::Diffusers),
+                checkpoint_tensors(&text, Layout::LanguageModel { inside }),
             ),
         ])
     }
@@ -122,9 +133,25 @@ impl Family for Flux2 {
             (false, true) => "embedded",
             (false, false) => "by an empty negative prompt",
         };
+        let text = match Self::language_model(&self.folder) {
+            Err(_) => String::new(), // the folder's part in this description says so
+            Ok(text) => {
+                let [first, second, third] = text.output_layers();
+                let (name, unread) = match text.model_type {
+                    ModelType::Qwen3 => ("Qwen3", ""),
+                    ModelType::Mistral => {
+                        ("Mistral", "; vision tower and projector are not read")
+                    }
+                };
+                format!(
+                    "text encoder: {name}, {} layers, width {}, read after layers {first}, {second}, {third}{unread}\n",
+                    text.num_hidden_layers, text.hidden_size
+                )
+            }
+        };
         Ok(format!(
             "transformer:  {} double and {} single blocks, width {}, {} heads of {}, {} input channels, guidance {guidance}\n\
-             autoencoder:  1:{} with {} channels, in patches of 2 x 2\n\
+             {text}autoencoder:  1:{} with {} channels, in patches of 2 x 2\n\
              scheduler:    shift by image size and steps\n",
             flux.num_layers,
             flux.num_single_layers,
@@ -180,10 +207,15 @@ impl Family for Flux2 {
             network.config().in_channels,
             network.config().out_channels(),
         );
-        (inputs != latent || outputs != latent).then(|| {
-            format!(
+        if inputs != latent || outputs != latent {
+            return Some(format!(
                 "this transformer reads {inputs} channels and gives {outputs}, the autoencoder has {latent}"
-            )
+            ));
+        }
+        let text = Self::language_model(&self.folder).ok()?.output_width(); // where it is missing, loading it says so
+        let width = network.config().joint_attention_dim;
+        (text != width).then(|| {
+            format!("this transformer reads text of width {width}, the text encoder gives {text}")
         })
     }
 
@@ -203,12 +235,12 @@ impl Family for Flux2 {
         }))
     }
 
-    fn text_encoders(&self, device: &Device) -> Result<KleinTextEncoder, WeightsError> {
-        KleinTextEncoder::open(self.folder.root(), device)
+    fn text_encoders(&self, device: &Device) -> Result<Flux2TextEncoder, WeightsError> {
+        Flux2TextEncoder::open(self.folder.root(), device)
     }
 
     fn token_counter(&self) -> Result<TokenCounter, WeightsError> {
-        let tokenizer = QwenTokenizer::load(&self.folder.root().join("tokenizer"))?;
+        let tokenizer = tokenizer(self.folder.root())?;
         Ok(Box::new(move |prompt| {
             Ok(TokenCount {
                 sequence: tokenizer.count(prompt)?,
@@ -224,7 +256,8 @@ impl Family for Flux2 {
     }
 
     fn negative_prompt(&self, guidance_scale: f32) -> Option<&'static str> {
-        (guidance_scale > 1.0 && !self.is_distilled()).then_some("")
+        let embedded = self.folder.class() == Self::DEV;
+        (guidance_scale > 1.0 && !self.is_distilled() && !embedded).then_some("")
     }
 
     fn encode_image(autoencoder: &Flux2Autoencoder, image: Tensor<4>) -> Vec<HostTensor> {

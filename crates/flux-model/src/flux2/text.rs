@@ -1,4 +1,4 @@
-//! How FLUX.2 klein reads a prompt: three layers of Qwen3 side by side.
+//! How FLUX.2 reads a prompt: three layers of a language model side by side, Qwen3 (klein) or Mistral (dev).
 
 use std::path::Path;
 
@@ -8,26 +8,39 @@ use lora_core::state::host_tensor;
 
 use crate::error::WeightsError;
 use crate::family::{Adapt, TextEncoders};
-use crate::text::qwen3::Qwen3Encoder;
-use crate::text::tokenizer::QwenTokenizer;
+use crate::text::decoder::{DecoderConfig, DecoderEncoder, ModelType};
+use crate::text::tokenizer::ChatTokenizer;
 
-/// Qwen3 with its tokenizer.
-pub struct KleinTextEncoder {
+/// A language model with its tokenizer.
+pub struct Flux2TextEncoder {
     /// The tokenizer.
-    pub tokenizer: QwenTokenizer,
+    pub tokenizer: ChatTokenizer,
     /// The encoder.
-    pub encoder: Qwen3Encoder,
+    pub encoder: DecoderEncoder,
 }
 
-impl KleinTextEncoder {
+/// The tokenizer of the pipeline at `root`: that of the language model its text encoder is.
+///
+/// # Errors
+/// A configuration or tokenizer that is missing or cannot be used.
+pub fn tokenizer(root: &Path) -> Result<ChatTokenizer, WeightsError> {
+    let config = DecoderConfig::read(&root.join("text_encoder/config.json"))?;
+    let folder = root.join("tokenizer");
+    Ok(match config.model_type {
+        ModelType::Qwen3 => ChatTokenizer::qwen(&folder)?,
+        ModelType::Mistral => ChatTokenizer::mistral(&folder)?,
+    })
+}
+
+impl Flux2TextEncoder {
     /// Opens the folders `text_encoder` and `tokenizer` of a pipeline.
     ///
     /// # Errors
     /// A malformed file, a tensor that is missing, left over or of another shape, or an unusable tokenizer.
     pub fn open(root: &Path, device: &Device) -> Result<Self, WeightsError> {
         Ok(Self {
-            tokenizer: QwenTokenizer::load(&root.join("tokenizer"))?,
-            encoder: Qwen3Encoder::open(&root.join("text_encoder"), device)?,
+            tokenizer: tokenizer(root)?,
+            encoder: DecoderEncoder::open(&root.join("text_encoder"), device)?,
         })
     }
 
@@ -53,7 +66,7 @@ impl KleinTextEncoder {
     }
 }
 
-impl TextEncoders for KleinTextEncoder {
+impl TextEncoders for Flux2TextEncoder {
     const AT_ONCE: usize = 32;
 
     fn encode(

@@ -14,8 +14,11 @@ pub enum Layout {
     T5,
     /// A CLIP text encoder, which may bring parts FLUX does not use.
     Clip,
-    /// A Qwen3 language model, whose output head is not used.
-    Qwen3,
+    /// A language model, whose output head is not used.
+    LanguageModel {
+        /// Where its layers and its embedding are: `model`, or a part of a model that also sees, whose other parts are not used.
+        inside: &'static str,
+    },
     /// BFL's transformer, of this width.
     BflTransformer {
         /// `hidden_size` of the network.
@@ -80,8 +83,12 @@ impl Layout {
             })
         };
         match self {
-            Self::Diffusers | Self::T5 | Self::Clip | Self::Qwen3 | Self::Flux2Autoencoder => {
+            Self::Diffusers | Self::T5 | Self::Clip | Self::Flux2Autoencoder => {
                 Some(whole(key.into()))
+            }
+            Self::LanguageModel { inside } => {
+                let rest = key.strip_prefix("model.")?;
+                Some(whole(format!("{inside}.{rest}")))
             }
             Self::BflTransformer { hidden } => {
                 transformer(keys::bfl_transformer_module(module, hidden)?)
@@ -108,7 +115,13 @@ impl Layout {
                     "text_model.embeddings.position_ids" | "text_projection.weight" | "logit_scale"
                 )
             }
-            Self::Qwen3 => key == "lm_head.weight",
+            Self::LanguageModel { inside: "model" } => key == "lm_head.weight",
+            Self::LanguageModel { .. } => {
+                let sight = ["vision_tower.", "multi_modal_projector."];
+                let part = key.strip_prefix("model.").unwrap_or(key);
+                sight.iter().any(|sight| part.starts_with(sight))
+                    || matches!(key, "lm_head.weight" | "language_model.lm_head.weight")
+            }
             Self::Flux2Autoencoder | Self::BflFlux2Autoencoder { .. } => {
                 key == "bn.num_batches_tracked"
             }

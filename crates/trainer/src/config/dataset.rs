@@ -73,7 +73,7 @@ pub struct DatasetSection {
     pub caption_extension: String,
     /// Probability in [0, 1] of training on the empty caption instead of the image's own. Default 0.
     pub caption_dropout: f64,
-    /// Length in tokens that captions are padded or cut to for the text encoder (T5, Qwen3), 1 to 512. Default 512.
+    /// Length in tokens that captions are padded or cut to for the text encoder (T5, Qwen3, Mistral), 1 to 512. Default 512.
     pub max_sequence_length: usize,
 }
 

@@ -22,6 +22,11 @@ pub enum TokenizerError {
         role: &'static str,
         token: String,
     },
+    #[error(
+        "`{}` has Mistral's own `tekken.json` and no `tokenizer.json`, which is what is read here: take the folder `tokenizer` of \
+         black-forest-labs/FLUX.2-dev", path.display()
+    )]
+    Tekken { path: PathBuf },
     #[error("max_length is {max_length}, the special tokens alone need {needed}")]
     TooShort { max_length: usize, needed: usize },
     #[error("cannot tokenize the prompt")]

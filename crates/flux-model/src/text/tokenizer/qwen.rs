@@ -4,8 +4,7 @@
 //! (`_get_qwen3_prompt_embeds`).
 //!
 //! - `tokenizer.json` is used when present. Without it the same pipeline is built from `vocab.json` and `merges.txt`.
-//! - The chat template of the folder is not run: for one user message, thinking off, it gives the text below.
-//! - Added tokens written in a prompt, such as `<|im_end|>`, become their ids.
+//! - The chat form is that of one user message, thinking off. Padding is behind it.
 
 use std::path::Path;
 
@@ -17,40 +16,27 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{SplitDelimiterBehavior, Tokenizer};
 
-use super::error::{Cause, Result, TokenizerError, malformed};
+use super::chat::{ChatForm, ChatTokenizer};
+use super::error::{Cause, Result, malformed};
 use super::files::{Settings, parse_merges, read};
-use super::framed::{check_added_tokens, count_tokens, first_tokens, token_id};
 
 /// Words of Qwen: contractions, letters with one other character before, single digits, other characters with the line
 /// ends after them, blanks.
 const WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// What stands before the prompt.
-const BEFORE: &str = "<|im_start|>user\n";
-/// What stands after it: the answer is asked for, and its thinking is over.
-const AFTER: &str = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n";
+const FORM: ChatForm = ChatForm {
+    before: "<|im_start|>user\n",
+    // the answer is asked for, and its thinking is over
+    after: "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    needed: &["<|im_start|>", "<|im_end|>", "<think>", "</think>"],
+    removed: None,
+};
 
-/// Byte-level BPE over the chat form of a prompt, padding on the right.
-#[derive(Debug, Clone)]
-pub struct QwenTokenizer {
-    text: Tokenizer,
-    pad_id: i64,
-}
-
-/// A prompt as token ids.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct QwenTokens {
-    /// The ids, padded.
-    pub ids: Vec<i64>,
-    /// 1 for a token of the text, 0 for padding.
-    pub mask: Vec<i64>,
-}
-
-impl QwenTokenizer {
-    /// Reads a tokenizer folder, or a lone file in the `tokenizer.json` format with its settings files beside it.
+impl ChatTokenizer {
+    /// Reads Qwen's tokenizer folder, or a lone file in the `tokenizer.json` format with its settings files beside it.
     ///
     /// # Errors
     /// A file that cannot be read or parsed, or a vocabulary without the tokens of the chat form.
-    pub fn load(path: &Path) -> Result<Self> {
+    pub fn qwen(path: &Path) -> Result<Self> {
         let settings = Settings::read(path)?;
         let (text, file) = match settings.read_json()? {
             Some(found) => found,
@@ -68,45 +54,9 @@ impl QwenTokenizer {
                 (text, file)
             }
         };
-        check_added_tokens(&text, &file)?;
-        for token in ["<|im_start|>", "<|im_end|>", "<think>", "</think>"] {
-            token_id(&text, &file, "chat", token)?;
-        }
         let pad = settings.token("pad_token").unwrap_or("<|endoftext|>");
-        Ok(Self {
-            pad_id: token_id(&text, &file, "pad", pad)?,
-            text,
-        })
+        Self::new(text, &file, &FORM, pad, false)
     }
-
-    /// Tokens of one prompt in its chat form, exactly `max_length` of them; a longer one loses its end, the closing tokens
-    /// first.
-    ///
-    /// # Errors
-    /// `max_length` of 0, or a vocabulary that cannot spell the prompt.
-    pub fn encode(&self, prompt: &str, max_length: usize) -> Result<QwenTokens> {
-        if max_length == 0 {
-            let needed = 1;
-            return Err(TokenizerError::TooShort { max_length, needed });
-        }
-        let mut ids = first_tokens(&self.text, &chat(prompt), max_length)?;
-        let mut mask = vec![1; ids.len()];
-        ids.resize(max_length, self.pad_id);
-        mask.resize(max_length, 0);
-        Ok(QwenTokens { ids, mask })
-    }
-
-    /// How many tokens a prompt has in its chat form when none is cut.
-    ///
-    /// # Errors
-    /// A vocabulary that cannot spell the prompt.
-    pub fn count(&self, prompt: &str) -> Result<usize> {
-        count_tokens(&self.text, &chat(prompt))
-    }
-}
-
-fn chat(prompt: &str) -> String {
-    format!("{BEFORE}{prompt}{AFTER}")
 }
 
 fn pipeline(model: BPE) -> Result<Tokenizer, Cause> {
@@ -156,7 +106,7 @@ mod tests {
             &["vocab.json", "merges.txt", "tokenizer_config.json"],
         ] {
             let dir = folder(files)?;
-            let tokenizer = QwenTokenizer::load(dir.path())?;
+            let tokenizer = ChatTokenizer::qwen(dir.path())?;
             for length in [64, 512] {
                 for what in ["ids", "mask"] {
                     let tensor = expected.tensor(&format!("qwen_{what}_{length}"))?;
@@ -181,12 +131,12 @@ mod tests {
     #[test]
     fn no_room_and_a_vocabulary_without_the_chat_tokens_are_errors() -> TestResult {
         let dir = folder(&["tokenizer.json"])?;
-        let tokenizer = QwenTokenizer::load(dir.path())?;
+        let tokenizer = ChatTokenizer::qwen(dir.path())?;
         let error = tokenizer.encode("a cat", 0).err().ok_or("no error")?;
         assert!(error.to_string().contains("max_length is 0"), "{error}");
 
         let dir = folder(&["vocab.json", "merges.txt"])?; // added tokens stand in tokenizer_config.json
-        let error = QwenTokenizer::load(dir.path()).err().ok_or("no error")?;
+        let error = ChatTokenizer::qwen(dir.path()).err().ok_or("no error")?;
         assert!(
             error.to_string().contains("no chat token `<|im_start|>`"),
             "{error}"

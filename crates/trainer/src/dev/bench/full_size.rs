@@ -20,7 +20,7 @@ use flux_model::family::ComponentFile;
 use flux_model::flux1::config::FluxConfig;
 use flux_model::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
 use flux_model::text::clip::ClipConfig;
-use flux_model::text::qwen3::Qwen3Config;
+use flux_model::text::decoder::DecoderConfig;
 use flux_model::text::t5::T5Config;
 use image::RgbImage;
 use lora_core::files::host::{Dtype, HostTensor};
@@ -180,8 +180,8 @@ impl Model {
                     num_single_layers: cut(config.num_single_layers),
                     ..config
                 };
-                let qwen = Qwen3Config::qwen3_4b();
-                let qwen = Qwen3Config {
+                let qwen = DecoderConfig::qwen3_4b();
+                let qwen = DecoderConfig {
                     num_hidden_layers: cut(qwen.num_hidden_layers),
                     ..qwen
                 };

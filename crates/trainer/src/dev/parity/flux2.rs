@@ -9,8 +9,8 @@ use flux_model::flux2::latent::{Position, image_positions, reference_positions, 
 use flux_model::flux2::load::load_autoencoder;
 use flux_model::pipeline::PipelineFolder;
 use flux_model::sampler::Denoise;
-use flux_model::text::qwen3::{Qwen3Config, Qwen3Encoder};
-use flux_model::text::tokenizer::{QwenTokenizer, QwenTokens};
+use flux_model::text::decoder::{DecoderConfig, DecoderEncoder};
+use flux_model::text::tokenizer::{ChatTokenizer, ChatTokens};
 use flux_model::weights::Base;
 use lora_core::files::host::HostTensor;
 use lora_core::state::host_tensor;
@@ -68,7 +68,7 @@ pub(super) fn autoencoder(case: &Case, device: &Device) -> anyhow::Result<Report
 }
 
 /// The layers of the text encoder that `pointer` of case.json names; where it does not, those of the pipeline.
-fn output_layers(case: &Case, pointer: &str, config: &Qwen3Config) -> anyhow::Result<Vec<usize>> {
+fn output_layers(case: &Case, pointer: &str, config: &DecoderConfig) -> anyhow::Result<Vec<usize>> {
     match case.optional(pointer) {
         None => Ok(config.output_layers().to_vec()),
         Some(layers) => serde_json::from_value(layers.clone())
@@ -78,7 +78,7 @@ fn output_layers(case: &Case, pointer: &str, config: &Qwen3Config) -> anyhow::Re
 
 /// `qwen3_text`.
 pub(super) fn qwen3(case: &Case, device: &Device) -> anyhow::Result<Report> {
-    let encoder = Qwen3Encoder::open(&case.path("/model/path")?, device)?;
+    let encoder = DecoderEncoder::open(&case.path("/model/path")?, device)?;
     let (ids, mask) = (
         rows_of(case, "input_ids")?,
         rows_of(case, "attention_mask")?,
@@ -98,7 +98,7 @@ pub(super) fn qwen3(case: &Case, device: &Device) -> anyhow::Result<Report> {
 
 /// `tokenizer`: ids and mask of every prompt at every length.
 pub(super) fn tokenizer(case: &Case) -> anyhow::Result<Report> {
-    let tokenizer = QwenTokenizer::load(&case.path("/tokenizers/qwen")?)?;
+    let tokenizer = ChatTokenizer::qwen(&case.path("/tokenizers/qwen")?)?;
     let prompts = case.strings("/prompts")?;
     let lengths: Vec<usize> = serde_json::from_value(case.value("/qwen/max_lengths")?.clone())
         .context("`/qwen/max_lengths` of case.json")?;
@@ -112,10 +112,10 @@ pub(super) fn tokenizer(case: &Case) -> anyhow::Result<Report> {
 }
 
 fn encoded(
-    tokenizer: &QwenTokenizer,
+    tokenizer: &ChatTokenizer,
     prompts: &[&str],
     length: usize,
-) -> anyhow::Result<Vec<QwenTokens>> {
+) -> anyhow::Result<Vec<ChatTokens>> {
     let each = prompts.iter();
     Ok(each
         .map(|prompt| tokenizer.encode(prompt, length))
@@ -123,8 +123,8 @@ fn encoded(
 }
 
 /// Ids and mask, `[prompts, length]` each.
-fn token_rows(tokens: &[QwenTokens]) -> [HostTensor; 2] {
-    let rows = |of: fn(&QwenTokens) -> &[i64]| {
+fn token_rows(tokens: &[ChatTokens]) -> [HostTensor; 2] {
+    let rows = |of: fn(&ChatTokens) -> &[i64]| {
         let values: Vec<i64> = tokens.iter().flat_map(of).copied().collect();
         let length = tokens.first().map_or(0, |tokens| tokens.ids.len());
         HostTensor::from_i64([tokens.len(), length], &values)
