@@ -684,3 +684,33 @@ fn a_lora_for_flux_2_converts_without_a_model_and_says_who_reads_it() {
         }
     }
 }
+
+#[test]
+fn what_fits_flux_1_and_klein_alike_is_converted_for_the_one_that_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let module = "diffusion_model.double_blocks.0.img_attn.qkv";
+    let zeros = |shape: [usize; 2]| HostTensor::from_f32(shape, &vec![0.0; shape[0] * shape[1]]);
+    let tensors = BTreeMap::from([
+        (format!("{module}.lora_A.weight"), zeros([1, 3072])),
+        (format!("{module}.lora_B.weight"), zeros([3 * 3072, 1])),
+    ]);
+    let bytes = serialize(&tensors, &BTreeMap::new());
+    fs::write(file("either.safetensors"), bytes).unwrap();
+    let run = |args: &[&str], last: &[&Path]| {
+        let done = Command::new(program())
+            .args(args)
+            .args(last)
+            .output()
+            .unwrap();
+        let text = [done.stdout, done.stderr].concat();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        (done.status.code(), text)
+    };
+    let (input, output) = (file("either.safetensors"), file("kohya.safetensors"));
+    let (code, text) = run(&["convert", "--to", "kohya"], &[&input, &output]);
+    assert!(code == Some(1) && text.contains("--model"), "{text}");
+    assert!(!output.exists());
+    let (code, text) = run(&["inspect"], &[&input]);
+    assert!(code == Some(0) && text.contains("klein 4B"), "{text}");
+}

@@ -61,6 +61,12 @@ pub(crate) fn convert(args: &ConvertArgs, output: Output) -> anyhow::Result<()> 
     for warning in &set.report.warnings {
         say(format!("warning: {warning}"))?;
     }
+    if set.report.is_of_either {
+        bail!(
+            "{}: what is written says for which model it is: name it with --model",
+            args.input.display()
+        );
+    }
     let options = WriteOptions {
         dtype,
         lossy: args.lossy,

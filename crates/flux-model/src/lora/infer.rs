@@ -36,7 +36,19 @@ pub(super) fn of_flux2<'a>(seen: &[Sighting<'a>]) -> Option<&'a str> {
             block_index(&module, container).is_some() && module.ends_with(leaf)
         };
         let times = |times: usize, width: usize| width.checked_mul(times);
-        in_block("single_blocks", "_linear1") && Some(out) == times(9, input)
+        let published = [
+            Flux2Config::dev(),
+            Flux2Config::klein_9b(),
+            Flux2Config::klein_4b(),
+        ];
+        let is_text = matches!(&*module, "txt_in" | "context_embedder");
+        is_text
+            && published
+                .iter()
+                .any(|config| config.joint_attention_dim == input)
+            || matches!(&*module, "final_layer_linear" | "proj_out")
+                && out == Flux2Config::dev().out_channels()
+            || in_block("single_blocks", "_linear1") && Some(out) == times(9, input)
             || in_block("single_blocks", "_linear2") && Some(input) == times(4, out)
             || in_block("double_blocks", "_mlp_0") && Some(out) == times(6, input)
             || in_block("double_blocks", "_mlp_2") && Some(input) == times(3, out)
@@ -67,6 +79,20 @@ pub(super) fn foreign<'a>(seen: &[Sighting<'a>]) -> Option<(&'a str, &'static st
         }
     })?;
     Some((&first.key.module, model))
+}
+
+/// Whether what was seen fits FLUX.1 and FLUX.2 klein 4B alike: attention of the first double-stream blocks alone, at the width
+/// that both have. Every other layer of a block has other sizes or another name, and FLUX.1 has more blocks.
+pub(super) fn of_either(seen: &[Sighting<'_>], inferred: &ModelShape) -> bool {
+    let klein = Flux2Config::klein_4b();
+    let in_both = |sighting: &Sighting<'_>| {
+        let module = flattened(&sighting.key.module);
+        let block = ["double_blocks", "transformer_blocks"]
+            .iter()
+            .find_map(|container| block_index(&module, container));
+        block.is_some_and(|block| block < klein.num_layers) && module.contains("attn_")
+    };
+    inferred.hidden_size() == klein.hidden_size() && seen.iter().all(in_both)
 }
 
 /// The given shape, completed from what was seen, for FLUX.2 or FLUX.1.

@@ -322,6 +322,9 @@ pub struct Report {
     pub warnings: Vec<String>,
     /// What other programs do with the file.
     pub readings: Vec<Reading>,
+    /// Whether neither a model nor the file says if it is for FLUX.1, which it was read for, or FLUX.2 klein 4B; a warning says
+    /// so too.
+    pub is_of_either: bool,
 }
 
 impl Report {

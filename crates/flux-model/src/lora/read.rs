@@ -22,7 +22,7 @@ use super::compare::{same_bias, same_weight};
 use super::error::{KeyProblem, LoraFormatError};
 use super::group::{Group, GroupReader};
 use super::identity::{FLUX1, FLUX2, model, whole};
-use super::infer::{Sighting, block_index, complete, foreign, of_flux2};
+use super::infer::{Sighting, block_index, complete, foreign, of_either, of_flux2};
 use super::key::{Param, ParsedKey, flattened, parse};
 use super::names::{Names, Spelling, Target};
 use super::readers::{Kept, readings};
@@ -48,6 +48,9 @@ pub fn read(path: &Path, shape: &ModelShape) -> Result<LoraSet, LoraFormatError>
     }
     reader.build(path, &files, shape)
 }
+
+const EITHER: &str = "attention of double-stream blocks alone, which FLUX.1 and FLUX.2 klein 4B have in the same sizes, and no \
+     header that says for which: read as one for FLUX.1 (--model says which it is)";
 
 /// Collects keys, then builds updates from them.
 #[derive(Default)]
@@ -171,7 +174,7 @@ impl Reader {
 
     /// The given shape, completed from the tensors.
     fn shape(
-        &self,
+        &mut self,
         path: &Path,
         sources: &[Source],
         given: &ModelShape,
@@ -212,11 +215,14 @@ impl Reader {
             }
             None => {}
         }
-        let says = sources
-            .iter()
-            .any(|source| says_flux2(source.file.metadata()));
-        let flux2 = inferred && (says || of_flux2.is_some());
-        Ok(complete(given, &sightings, flux2))
+        let says = |family| sources.iter().any(|it| says(it.file.metadata(), family));
+        let flux2 = inferred && (says("flux2") || of_flux2.is_some());
+        let shape = complete(given, &sightings, flux2);
+        if inferred && !flux2 && !says("flux1") && of_either(&sightings, &shape) {
+            self.report.is_of_either = true;
+            self.report.warnings.push(EITHER.into());
+        }
+        Ok(shape)
     }
 
     /// Keys by module, as the file spells it with its prefix.
@@ -370,12 +376,12 @@ fn other_model_error(
     }
 }
 
-/// Whether the header names FLUX.2, as kohya's and other programs' do.
-fn says_flux2(metadata: &BTreeMap<String, String>) -> bool {
+/// Whether the header names `family`, as kohya's and other programs' do.
+fn says(metadata: &BTreeMap<String, String>, family: &str) -> bool {
     let said = ["ss_base_model_version", "modelspec.architecture"];
     let said = said.iter().filter_map(|key| metadata.get(*key));
     let bare = |text: &String| text.to_lowercase().replace(['.', '-', '_', ' '], "");
-    said.map(bare).any(|text| text.starts_with("flux2"))
+    said.map(bare).any(|text| text.starts_with(family))
 }
 
 impl Proof {

@@ -219,6 +219,53 @@ fn one_module_or_the_header_proves_the_family() {
     assert_eq!(read(qkv, (3 * 4096, 4096), &[]).hidden_size(), 4096);
 }
 
+/// Attention of double-stream blocks alone has the names and, at 3072, the sizes of both families.
+#[test]
+fn what_fits_both_families_is_said_and_what_proves_one_is_taken() {
+    let read = |modules: &[(&str, (usize, usize))], header: &[(&str, &str)]| {
+        let mut file = Builder::default();
+        for (module, (out, input)) in modules {
+            let module = format!("diffusion_model.{module}");
+            file.put(&format!("{module}.lora_A.weight"), random("a", 1, *input));
+            file.put(&format!("{module}.lora_B.weight"), random("b", *out, 1));
+        }
+        header.iter().for_each(|(key, value)| {
+            file.header(key, value);
+        });
+        file.read_as(&ModelShape::default()).expect("a LoRA")
+    };
+    const WIDTH: usize = 3072;
+    let qkv = ("double_blocks.4.img_attn.qkv", (3 * WIDTH, WIDTH));
+    let proj = ("double_blocks.0.txt_attn.proj", (WIDTH, WIDTH));
+    let either = read(&[qkv, proj], &[]);
+    assert!(either.report.is_of_either && either.shape.transformer.is_some());
+    let warnings = either.report.warnings.join("\n");
+    assert!(
+        warnings.contains("--model") && warnings.contains("klein 4B"),
+        "{warnings}"
+    );
+
+    let flux1 = |set: &LoraSet| !set.report.is_of_either && set.shape.transformer.is_some();
+    let flux2 = |set: &LoraSet| !set.report.is_of_either && set.shape.flux2.is_some();
+    let sixth = ("double_blocks.5.img_attn.qkv", (3 * WIDTH, WIDTH));
+    assert!(flux1(&read(&[qkv, sixth], &[])), "klein 4B has five");
+    let modulation = ("double_blocks.0.img_mod.lin", (6 * WIDTH, WIDTH));
+    assert!(flux1(&read(&[qkv, modulation], &[])));
+    let single = ("single_blocks.0.linear1", (7 * WIDTH, WIDTH));
+    assert!(flux1(&read(&[qkv, single], &[])));
+    let single = ("single_blocks.0.linear1", (9 * WIDTH, WIDTH));
+    assert!(flux2(&read(&[qkv, single], &[])));
+    assert!(flux2(&read(&[qkv, ("txt_in", (WIDTH, 7680))], &[])));
+    assert!(flux1(&read(&[qkv, ("txt_in", (WIDTH, 4096))], &[])));
+    assert!(flux2(&read(
+        &[qkv, ("final_layer.linear", (128, WIDTH))],
+        &[]
+    )));
+    let header = |base| [("ss_base_model_version", base)];
+    assert!(flux1(&read(&[qkv], &header("flux1"))));
+    assert!(flux2(&read(&[qkv], &header("flux_2_klein_4b"))));
+}
+
 #[test]
 fn a_lora_for_flux_1_is_refused() {
     let mut file = Builder::default();
