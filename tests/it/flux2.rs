@@ -132,6 +132,44 @@ fn klein_is_sampled_with_what_was_trained() {
     assert_ne!(plain, adapted);
 }
 
+#[test]
+fn klein_9b_kv_is_a_distilled_klein_and_refuses_only_what_it_reads_otherwise() {
+    let bench = Workbench::new();
+    let folder = bench.path("kv");
+    flux_lora_tests::copy(&distilled(), &folder, &|_| true);
+    let index = folder.join("model_index.json");
+    let text = std::fs::read_to_string(&index).unwrap();
+    let text = text.replace("Flux2KleinPipeline", "Flux2KleinKVPipeline");
+    let kv = text.replace("  \"is_distilled\": true,\n", ""); // its class says so
+    assert_ne!(kv, text);
+    std::fs::write(&index, kv).unwrap();
+    let (code, text) = run(&["inspect", folder.to_str().unwrap()]);
+    assert!(code == Some(0) && text.contains("distilled"), "{text}");
+
+    let path = format!("model.path={}", folder.display());
+    let out = bench.train("run", "flex", &["--set", &path]);
+    let error = String::from_utf8_lossy(&out.stderr);
+    assert!(error.contains("FLUX.2-klein-base-"), "{error}");
+
+    let out = bench.path("made.png");
+    let size = ["--height", "48", "--width", "64", "--device", "flex"];
+    let args = [
+        &["sample", "--prompt", "snow", "--max-sequence-length", "16"][..],
+        &["--model", folder.to_str().unwrap(), "--out"],
+        &[out.to_str().unwrap()],
+        &size,
+    ]
+    .concat();
+    let (code, text) = run(&args);
+    assert_eq!(code, Some(0), "{text}");
+    let made = out.to_str().unwrap();
+    let (code, text) = run(&[&args[..], &["--overwrite", "--reference", made]].concat());
+    assert!(
+        code == Some(1) && text.contains("FLUX.2-klein-9B reads them"),
+        "{text}"
+    );
+}
+
 /// A tiny dev pipeline.
 fn dev() -> PathBuf {
     root().join("tests/fixtures/parity/flux2_pipeline_dev/model")
@@ -180,8 +218,17 @@ fn dev_trains_resumes_exactly_and_its_lora_is_converted_merged_and_sampled() {
     let sample = |out: &str, args: &[&str]| {
         let out = bench.path(out);
         let all = [
-            &["sample", "--prompt", "a cat", "--steps", "2", "--device", "flex"][..],
-            &["--height", "48", "--width", "64", "--max-sequence-length", "100"],
+            &[
+                "sample", "--prompt", "a cat", "--steps", "2", "--device", "flex",
+            ][..],
+            &[
+                "--height",
+                "48",
+                "--width",
+                "64",
+                "--max-sequence-length",
+                "100",
+            ],
             &["--out", out.to_str().unwrap()],
             args,
         ];

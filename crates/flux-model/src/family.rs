@@ -101,6 +101,27 @@ impl Condition {
     }
 }
 
+/// How a network was trained to read reference pictures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadsReferences {
+    /// As clean tokens behind the noisy ones, which is what is done here.
+    BehindNoise,
+    /// Not at all; it can learn to.
+    NotTrained,
+    /// In a way that is not done here; why, and what to take instead.
+    OtherWay(&'static str),
+}
+
+/// How a reference picture is brought to whole tokens, as the pipeline in diffusers does it: resized, its aspect kept or not, then
+/// cut in the middle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReferenceFit {
+    /// Width and height in pixels that it is resized to.
+    pub resized: [u32; 2],
+    /// Width and height in pixels that are left.
+    pub cropped: [u32; 2],
+}
+
 /// Steps and guidance that an image is made with where nothing else is said.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
@@ -251,11 +272,11 @@ pub trait Family: Sized + Debug {
         false
     }
 
-    /// Whether the pipeline's network was trained to read reference pictures.
-    fn reads_references(&self) -> bool;
+    /// How the pipeline's network was trained to read reference pictures.
+    fn reads_references(&self) -> ReadsReferences;
 
-    /// Width and height in pixels that sampling brings a reference picture of this size to.
-    fn reference_size(&self, width_px: u32, height_px: u32) -> [u32; 2];
+    /// What sampling makes of a reference picture of this size.
+    fn reference_fit(&self, width_px: u32, height_px: u32) -> ReferenceFit;
 
     /// Why `network` cannot be run here, if so.
     fn problem(&self, network: &Self::Network) -> Option<String>;

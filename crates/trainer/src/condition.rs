@@ -2,7 +2,7 @@
 
 use anyhow::{Context, bail, ensure};
 use burn::tensor::{Device, Tensor, TensorData};
-use flux_model::family::{Condition, Family};
+use flux_model::family::{Condition, Family, ReadsReferences};
 use lora_core::files::host::HostTensor;
 use tracing::warn;
 
@@ -94,11 +94,13 @@ impl Pictures {
         if family.reads_mask(network) {
             bail!("{root} paints where a mask says, and reads no {name}");
         }
-        if !family.reads_references() {
-            warn!(
-                "{root} is a {}, which was not trained to read {name} as they are put here, behind the noisy tokens (FLUX.2 klein and FLUX.1 Kontext are)",
+        match family.reads_references() {
+            ReadsReferences::BehindNoise => {}
+            ReadsReferences::NotTrained => warn!(
+                "{root} is a {}, which was not trained to read {name} as they are put here, behind the noisy tokens (FLUX.2 and FLUX.1 Kontext are)",
                 family.folder().class()
-            );
+            ),
+            ReadsReferences::OtherWay(why) => bail!("{root} {why}: leave {name} out"),
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use image::RgbImage;
 
 use crate::cli::{SampleArgs, UsageError};
 use crate::condition::{Pictures, condition};
-use crate::data::bucket::{Bucket, resize_and_crop};
+use crate::data::bucket::{Bucket, fit_reference, resize_and_crop};
 use crate::data::cache::{Beside, encode};
 use crate::data::image::{ImageLimits, load_image};
 
@@ -20,8 +20,8 @@ const USUAL_SIDE_PX: u32 = 1024;
 pub(crate) struct GivenPictures {
     /// Size of the image that is made if no other is asked for.
     pub(crate) size: Bucket,
-    /// Each with the size it is encoded at.
-    references: Vec<(RgbImage, Bucket)>,
+    /// At the sizes they are encoded at.
+    references: Vec<RgbImage>,
     /// The picture to paint in, and where.
     masked: Option<(RgbImage, RgbImage)>,
     /// The picture to start from.
@@ -38,12 +38,8 @@ impl GivenPictures {
         let mut references = Vec::new();
         for path in &args.reference {
             let image = read(path)?;
-            let [width_px, height_px] = family.reference_size(image.width(), image.height());
-            let size = Bucket {
-                width_px,
-                height_px,
-            };
-            references.push((image, size));
+            let fit = family.reference_fit(image.width(), image.height());
+            references.push(fit_reference(&image, fit));
         }
         let (masked, start) = match (&args.image, &args.mask) {
             (Some(image), Some(mask)) => (Some((read(image)?, read(mask)?)), None),
@@ -63,7 +59,10 @@ impl GivenPictures {
         let image = masked.as_ref().map(|(image, _)| image).or(start.as_ref());
         let size = match (image, references.first()) {
             (Some(image), _) => megapixel(image, family.pixel_step()),
-            (None, Some((_, size))) => *size,
+            (None, Some(reference)) => Bucket {
+                width_px: reference.width(),
+                height_px: reference.height(),
+            },
             (None, None) => Bucket {
                 width_px: USUAL_SIDE_PX,
                 height_px: USUAL_SIDE_PX,
@@ -113,19 +112,16 @@ impl GivenPictures {
             height_px: height as u32,
         };
         let autoencoder = family.autoencoder(device).context("load the autoencoder")?;
-        let encode = |image: &RgbImage, mask: Option<&RgbImage>, size| {
-            let (image, mask) = (
-                resize_and_crop(image, size, None),
-                mask.map(|mask| resize_and_crop(mask, size, None)),
-            );
-            encode::<F>(&autoencoder, &image, mask.as_ref(), device)
+        let encode = |image: &RgbImage, mask: Option<&RgbImage>| {
+            encode::<F>(&autoencoder, image, mask, device)
         };
         let references = self.references.iter();
         let beside = Beside {
-            references: references
-                .map(|(image, size)| encode(image, None, *size))
-                .collect(),
-            masked: (self.masked.as_ref()).map(|(image, mask)| encode(image, Some(mask), size)),
+            references: references.map(|image| encode(image, None)).collect(),
+            masked: self.masked.as_ref().map(|(image, mask)| {
+                let [image, mask] = [image, mask].map(|it| resize_and_crop(it, size, None));
+                encode(&image, Some(&mask))
+            }),
         };
         condition(family, &[beside], device)
     }

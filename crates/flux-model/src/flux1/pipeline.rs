@@ -10,7 +10,8 @@ use lora_core::state::host_tensor;
 
 use crate::error::WeightsError;
 use crate::family::{
-    ComponentFile, Condition, Family, Sampling, TokenCount, TokenCounter, transformer_config,
+    ComponentFile, Condition, Family, ReadsReferences, ReferenceFit, Sampling, TokenCount,
+    TokenCounter, transformer_config,
 };
 use crate::flux1::config::FluxConfig;
 use crate::flux1::latent::{image_positions, pack, reference_positions, text_positions, unpack};
@@ -205,14 +206,21 @@ impl Family for Flux1 {
         network.config().in_channels == 2 * self.token_channels() + pixels
     }
 
-    fn reads_references(&self) -> bool {
-        self.folder.class().starts_with("FluxKontext")
+    fn reads_references(&self) -> ReadsReferences {
+        match self.folder.class().starts_with("FluxKontext") {
+            true => ReadsReferences::BehindNoise,
+            false => ReadsReferences::NotTrained,
+        }
     }
 
-    /// One of the sizes that Kontext was trained at: of those, the one whose aspect is nearest.
-    fn reference_size(&self, width_px: u32, height_px: u32) -> [u32; 2] {
+    /// Stretched to one of the sizes that Kontext was trained at: of those, the one whose aspect is nearest.
+    fn reference_fit(&self, width_px: u32, height_px: u32) -> ReferenceFit {
         let step = self.pixel_step() as u32;
-        kontext_size(width_px, height_px).map(|side| side / step * step)
+        let size = kontext_size(width_px, height_px).map(|side| side / step * step);
+        ReferenceFit {
+            resized: size,
+            cropped: size,
+        }
     }
 
     fn problem(&self, network: &FluxTransformer) -> Option<String> {

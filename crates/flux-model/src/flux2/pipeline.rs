@@ -10,7 +10,8 @@ use lora_core::state::host_tensor;
 
 use crate::error::WeightsError;
 use crate::family::{
-    ComponentFile, Condition, Family, Sampling, TokenCount, TokenCounter, transformer_config,
+    ComponentFile, Condition, Family, ReadsReferences, ReferenceFit, Sampling, TokenCount,
+    TokenCounter, transformer_config,
 };
 use crate::flux2::autoencoder::Flux2Autoencoder;
 use crate::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
@@ -42,10 +43,13 @@ pub struct Flux2 {
 impl Flux2 {
     /// The pipeline of FLUX.2 dev in diffusers; the others are klein's.
     pub(crate) const DEV: &str = "Flux2Pipeline";
+    /// That of klein 9B-KV: a distilled klein 9B with weights for keeping keys and values of references.
+    const KV: &str = "Flux2KleinKVPipeline";
 
     /// Whether the network was distilled to few steps without guidance.
     pub fn is_distilled(&self) -> bool {
-        self.folder.index().get("is_distilled") == Some(&true.into())
+        let stated = self.folder.index().get("is_distilled");
+        stated == Some(&true.into()) || self.folder.class() == Self::KV
     }
 
     /// What the folder states of the language model that reads prompts.
@@ -139,9 +143,7 @@ impl Family for Flux2 {
                 let [first, second, third] = text.output_layers();
                 let (name, unread) = match text.model_type {
                     ModelType::Qwen3 => ("Qwen3", ""),
-                    ModelType::Mistral => {
-                        ("Mistral", "; vision tower and projector are not read")
-                    }
+                    ModelType::Mistral => ("Mistral", "; vision tower and projector are not read"),
                 };
                 format!(
                     "text encoder: {name}, {} layers, width {}, read after layers {first}, {second}, {third}{unread}\n",
@@ -191,14 +193,19 @@ impl Family for Flux2 {
         }
     }
 
-    /// The variant that keeps keys and values of its references wants them in another order, at another noise level.
-    fn reads_references(&self) -> bool {
-        self.folder.class() != "Flux2KleinKVPipeline"
+    fn reads_references(&self) -> ReadsReferences {
+        match self.folder.class() {
+            Self::KV => ReadsReferences::OtherWay(
+                "reads references by keys and values that it keeps from the first step, at noise level 0, which is not done here; \
+                 FLUX.2-klein-9B reads them, and FLUX.2-klein-base-9B learns from them",
+            ),
+            _ => ReadsReferences::BehindNoise,
+        }
     }
 
     /// As it is, but no larger than a square of 1024 px, and cut to whole tokens.
-    fn reference_size(&self, width_px: u32, height_px: u32) -> [u32; 2] {
-        klein_size(width_px, height_px, self.pixel_step() as u32)
+    fn reference_fit(&self, width_px: u32, height_px: u32) -> ReferenceFit {
+        flux2_fit(width_px, height_px, self.pixel_step() as u32)
     }
 
     fn problem(&self, network: &Flux2Transformer) -> Option<String> {
@@ -332,24 +339,32 @@ impl Family for Flux2 {
     }
 }
 
-fn klein_size(width_px: u32, height_px: u32, step: u32) -> [u32; 2] {
+fn flux2_fit(width_px: u32, height_px: u32, step: u32) -> ReferenceFit {
     let area = f64::from(width_px) * f64::from(height_px);
     let scale = (REFERENCE_AREA / area).sqrt().min(1.0);
-    [width_px, height_px].map(|side| {
-        let side = (f64::from(side) * scale) as u32;
-        (side / step * step).max(step)
-    })
+    let whole = |side: u32| (side / step * step).max(step);
+    // a side of less than a token is enlarged to one
+    let resized = [width_px, height_px].map(|side| ((f64::from(side) * scale) as u32).max(step));
+    ReferenceFit {
+        resized,
+        cropped: resized.map(whole),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::klein_size;
+    use super::flux2_fit;
 
     #[test]
-    fn a_reference_of_klein_keeps_its_size_up_to_a_megapixel() {
-        assert_eq!(klein_size(500, 300, 16), [496, 288]);
-        assert_eq!(klein_size(1024, 1024, 16), [1024, 1024]);
-        assert_eq!(klein_size(2000, 1000, 16), [1440, 720]);
-        assert_eq!(klein_size(5, 4000, 16), [16, 4000]);
+    fn a_reference_of_flux2_keeps_its_size_up_to_a_megapixel() {
+        for (size, resized, cropped) in [
+            ([500, 300], [500, 300], [496, 288]),
+            ([1024, 1024], [1024, 1024], [1024, 1024]),
+            ([2000, 1000], [1448, 724], [1440, 720]),
+            ([5, 4000], [16, 4000], [16, 4000]),
+        ] {
+            let fit = flux2_fit(size[0], size[1], 16);
+            assert_eq!((fit.resized, fit.cropped), (resized, cropped));
+        }
     }
 }

@@ -28,7 +28,7 @@ pub struct DatasetSection {
     /// Several folders in place of `path`, each with settings of its own. Default: none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub folders: Vec<FolderSection>,
-    /// Folder of reference pictures, for models that edit (FLUX.2 klein, FLUX.1 Kontext): under the name of their image, or several
+    /// Folder of reference pictures, for models that edit (FLUX.2, FLUX.1 Kontext): under the name of their image, or several
     /// with _1, _2 and so on behind it. The caption says what to do with them. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reference: Option<PathBuf>,

@@ -25,7 +25,7 @@ pub struct LoraSection {
     /// Layers to adapt: a list of path endings, one regular expression for the whole path, or a name: "all-linear", "attention",
     /// "kohya-default" (all layers of all blocks), "diffusers-default".
     /// Default: those that diffusers' training script for the model adapts (FLUX.1: attention and feed-forward layers,
-    /// FLUX.2 klein: attention of the image and whole single-stream blocks).
+    /// FLUX.2: attention of the image and whole single-stream blocks).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_modules: Option<Targets>,
     /// Only these double-stream blocks, in kohya's form: "0-3,7", "none" or "all". Default: all.

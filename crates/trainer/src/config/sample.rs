@@ -21,8 +21,8 @@ pub struct SampleSection {
     pub at_start: bool,
     /// Denoising steps for an image. Default 20.
     pub num_inference_steps: usize,
-    /// Guidance strength: told to a model that has it as an input (FLUX.1 dev), else how far to go from the empty prompt (FLUX.2 klein
-    /// base). Default 3.5.
+    /// Guidance strength: told to a model that has it as an input (FLUX.1 dev, FLUX.2 dev), else how far to go from the empty prompt
+    /// (FLUX.2 klein base). Default 3.5.
     pub guidance_scale: f64,
     /// Height in pixels, a multiple of 16. Default 512.
     pub height: u32,

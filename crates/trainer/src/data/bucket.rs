@@ -11,6 +11,7 @@
 
 use std::fmt;
 
+use flux_model::family::ReferenceFit;
 use image::RgbImage;
 use image::imageops::{self, FilterType};
 use serde::{Deserialize, Serialize};
@@ -154,6 +155,28 @@ pub fn resize_and_crop(image: &RgbImage, bucket: Bucket, at: Option<[f64; 2]>) -
     )
 }
 
+/// A reference picture as sampling reads it.
+///
+/// # Panics
+/// If a side of the image is 0.
+pub fn fit_reference(image: &RgbImage, fit: ReferenceFit) -> RgbImage {
+    let [width, height] = fit.resized;
+    let [cropped_width, cropped_height] = fit.cropped;
+    let (left, top) = ((width - cropped_width) / 2, (height - cropped_height) / 2);
+    let cut = |image: &RgbImage| {
+        imageops::crop_imm(image, left, top, cropped_width, cropped_height).to_image()
+    };
+    match image.dimensions() == (width, height) {
+        true => cut(image),
+        false => cut(&imageops::resize(
+            image,
+            width,
+            height,
+            FilterType::Lanczos3,
+        )),
+    }
+}
+
 /// `side * numerator / denominator`, rounded to nearest, at least 1 and at most `u32::MAX`.
 fn scaled(side: u32, numerator: u32, denominator: u32) -> u32 {
     let (product, denominator) = (
@@ -274,6 +297,21 @@ mod tests {
         });
         let square = resize_and_crop(&image, bucket(32, 32), None);
         assert!(square.pixels().all(|&pixel| pixel == Rgb([0, 255, 0])));
+    }
+
+    #[test]
+    fn a_reference_is_resized_as_it_says_and_cut_in_the_middle() {
+        let image = RgbImage::from_fn(52, 20, |x, y| Rgb([x as u8, y as u8, 7]));
+        let cut = |resized, cropped| fit_reference(&image, ReferenceFit { resized, cropped });
+        let middle = cut([52, 20], [48, 16]);
+        assert_eq!(middle.dimensions(), (48, 16));
+        assert_eq!(middle.get_pixel(0, 0), &Rgb([2, 2, 7]), "no pixel is mixed");
+        let stretched = cut([32, 32], [32, 32]);
+        let (first, last) = (stretched.get_pixel(0, 0), stretched.get_pixel(31, 31));
+        assert!(
+            first[0] < 2 && last[0] > 49 && last[1] > 18,
+            "nothing is cut off"
+        );
     }
 
     #[test]

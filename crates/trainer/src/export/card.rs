@@ -18,7 +18,7 @@ pub(super) struct Licence {
 
 const DEV_LICENCE: Option<&str> = Some("flux-1-dev-non-commercial-license");
 const KLEIN_LICENCE: Option<&str> = Some("flux-non-commercial-license");
-pub(super) const LICENCES: [Licence; 9] = [
+pub(super) const LICENCES: [Licence; 10] = [
     Licence {
         repository: "black-forest-labs/FLUX.1-dev",
         id: "other",
@@ -43,6 +43,11 @@ pub(super) const LICENCES: [Licence; 9] = [
         repository: "black-forest-labs/FLUX.1-schnell",
         id: "apache-2.0",
         name: None,
+    },
+    Licence {
+        repository: "black-forest-labs/FLUX.2-dev",
+        id: "other",
+        name: Some("flux-dev-non-commercial-license"),
     },
     Licence {
         repository: "black-forest-labs/FLUX.2-klein-base-4B",

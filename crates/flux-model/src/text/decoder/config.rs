@@ -253,10 +253,7 @@ mod tests {
     #[test]
     fn the_layers_that_are_read() {
         assert_eq!(DecoderConfig::qwen3_4b().output_layers(), [9, 18, 27]);
-        assert_eq!(
-            DecoderConfig::mistral_small().output_layers(),
-            [10, 20, 30]
-        );
+        assert_eq!(DecoderConfig::mistral_small().output_layers(), [10, 20, 30]);
         let tiny = DecoderConfig {
             num_hidden_layers: 4,
             ..DecoderConfig::default()

@@ -225,7 +225,9 @@ mod tests {
     fn padding_in_front_changes_no_row_of_the_text_and_is_one_row() {
         let encoder = DecoderEncoder::open(Path::new(MODEL), &Device::flex()).expect("the fixture");
         let rows = |ids: Vec<i64>, mask: Vec<i64>| -> Vec<f32> {
-            let states = encoder.hidden_states(&[ids], &[mask], &[4]).expect("states");
+            let states = encoder
+                .hidden_states(&[ids], &[mask], &[4])
+                .expect("states");
             states[0].clone().into_data().try_into_vec().expect("f32")
         };
         let alone = rows(vec![5, 6], vec![1, 1]);

@@ -183,12 +183,7 @@ mod tests {
         // The 8B's output head, 151936 x 4096, is a matrix of its own; the 4B's is the embedding. Of Mistral-Small's
         // 24,011,361,280 parameters the sight and its projector have 438,958,080 and the output head 131072 x 5120.
         for (config, inside, parameters, per_layer) in [
-            (
-                DecoderConfig::qwen3_4b(),
-                "model",
-                4_022_468_096_usize,
-                11,
-            ),
+            (DecoderConfig::qwen3_4b(), "model", 4_022_468_096_usize, 11),
             (
                 DecoderConfig::qwen3_8b(),
                 "model",
