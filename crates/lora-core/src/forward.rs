@@ -5,7 +5,8 @@ use burn::tensor::Tensor;
 
 use crate::adapter::Adapter;
 use crate::adapters::Adapters;
-use crate::ops::linear::linear as frozen_linear;
+use crate::ops::linear::{Weight, linear as frozen_linear, zero_with_gradients};
+use crate::training::recompute::is_second_run;
 
 /// `x W + b + sum of scale * (dropout(x) Aᵀ) Bᵀ` over the active adapters, or what the other kinds add.
 ///
@@ -16,9 +17,29 @@ use crate::ops::linear::linear as frozen_linear;
 /// # Shapes
 /// - `x`: `[..., in]`; returns `[..., out]`
 pub fn linear<const D: usize>(layer: &Linear, x: Tensor<D>) -> Tensor<D> {
+    compute(layer, x, false)
+}
+
+/// [`linear`] for the last layer of a block, whose result is added to others, perhaps times a constant, and is read by nothing
+/// else. Where the block is computed again for its gradients
+/// ([`recompute`](crate::training::recompute)) nobody reads that sum, and the result is zero, with the gradients of what it
+/// stands for.
+///
+/// # Shapes
+/// - `x`: `[..., in]`; returns `[..., out]`
+pub fn last_linear<const D: usize>(layer: &Linear, x: Tensor<D>) -> Tensor<D> {
+    compute(layer, x, is_second_run())
+}
+
+/// Of a layer whose result is `unread` the gradients alone, where that is less work.
+fn compute<const D: usize>(layer: &Linear, x: Tensor<D>, unread: bool) -> Tensor<D> {
+    let frozen = |x, weight: Weight, bias, low_rank, unread| match unread {
+        true => zero_with_gradients(x, weight, bias, low_rank),
+        false => frozen_linear(x, weight, bias, low_rank),
+    };
     let bias = layer.bias.as_ref().map(|bias| bias.val());
     let Some(adapters) = layer.weight.reparameterization::<Adapters>() else {
-        return frozen_linear(x, layer.weight.base(), bias, None);
+        return frozen(x, layer.weight.base().into(), bias, None, unread);
     };
     let weight = adapters.weight(layer.weight.base());
     let mut active = adapters.active().peekable();
@@ -28,7 +49,8 @@ pub fn linear<const D: usize>(layer: &Linear, x: Tensor<D>) -> Tensor<D> {
     if low_rank.is_some() {
         active.next();
     }
-    let result = frozen_linear(x.clone(), weight.clone(), bias.clone(), low_rank);
+    let unread = unread && active.peek().is_none();
+    let result = frozen(x.clone(), weight.clone(), bias.clone(), low_rank, unread);
     if active.peek().is_none() {
         return result;
     }

@@ -43,7 +43,7 @@ mod walk;
 pub use attach::attach;
 pub use edit::{detach, set_adapters};
 pub use error::LoraError;
-pub use forward::linear;
+pub use forward::{last_linear, linear};
 pub use merge::merge;
 pub use peft::{AdapterFile, LoraConfig};
 pub use training::{Gradients, PathOptimizer, Training, TrainingRecord};

@@ -87,27 +87,40 @@ fn by_blocks<N: Network>(
     let (chain, last) = Chain::run(model, recomputed, entered.clone().inner(), plain.clone())?;
 
     let mut gradients = Gradients::default();
-    let (carry, shared_leaf) = (last.leaf(), plain.leaf());
+    let enters = trains_outside_blocks(model);
+    let carry = last.leaf();
+    let shared_input = if enters { plain.leaf() } else { plain.lift() };
     let mut kept = carry.clone();
     for index in recomputed..model.count() {
-        kept = N::apply(&model.block(index)?, kept, &shared_leaf);
+        kept = N::apply(&model.block(index)?, kept, &shared_input);
     }
-    let velocity = model.leave(kept, &shared_leaf);
+    let velocity = model.leave(kept, &shared_input);
     let loss = loss(velocity, batch.target, &batch.weights, batch.penalty);
     let value = loss.clone().into_scalar();
     let mut found = (loss / accumulation as f64).backward();
     let carry_gradient = carry.take_gradient(&mut found);
-    let shared_gradient = shared_leaf.take_gradient(&mut found);
+    let shared_gradient = enters.then(|| shared_input.take_gradient(&mut found));
     gradients.take("", model, &mut found);
-    drop((carry, shared_leaf, found));
+    drop((carry, shared_input, found));
 
     let upstream = chain.backward(carry_gradient, shared_gradient, &mut gradients)?;
-    // What is trained and has no gradient yet is used before the first block.
-    let complete = trainable_parameters(model).len() == gradients.iter().count();
-    if !complete && let Some(dot) = (entered, shared).dot(upstream.lift()) {
+    if let Some(upstream) = upstream
+        && let Some(dot) = (entered, shared).dot(upstream.lift())
+        && dot.is_tracked()
+    {
         gradients.take("", model, &mut dot.backward());
     }
     Ok((value, gradients))
+}
+
+/// Whether anything is trained that is in no block: it may be used before the first one.
+fn trains_outside_blocks<N: Network>(model: &N) -> bool {
+    let blocks: Vec<String> = (0..model.count())
+        .map(|i| format!("{}.", model.path(i)))
+        .collect();
+    let trained = trainable_parameters(model);
+    let mut paths = trained.keys();
+    paths.any(|path| !blocks.iter().any(|block| path.starts_with(block)))
 }
 
 #[cfg(test)]

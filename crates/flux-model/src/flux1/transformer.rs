@@ -29,7 +29,7 @@ use crate::modulation::{Embedder, Modulation, vectors};
 use crate::network::{Network, argument, guidance, numbers, positions};
 use crate::network_config::NetworkConfig;
 use crate::ops::attention::attention;
-use crate::ops::gate::gated_residual;
+use crate::ops::gate::{gated_end, gated_residual};
 use crate::ops::gelu::{cat_gelu_tanh, gelu_tanh};
 use crate::ops::heads::{norm_rotate, to_heads};
 use crate::ops::layer_norm::layer_norm_modulate;
@@ -353,8 +353,10 @@ impl FeedForward {
         }
     }
 
-    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        linear(&self.net.2, gelu_tanh(linear(&self.net.0.proj, x)))
+    /// `x + gate * mlp(hidden)`.
+    fn end(&self, x: Tensor<3>, gate: Tensor<3>, hidden: Tensor<3>) -> Tensor<3> {
+        let hidden = gelu_tanh(linear(&self.net.0.proj, hidden));
+        gated_end(x, gate, &self.net.2, hidden)
     }
 }
 
@@ -408,11 +410,11 @@ impl DoubleStreamBlock {
 
         let img = gated_residual(img, gate1, img_attn);
         let mlp = layer_norm_modulate(img.clone(), scale2, shift2, EPS);
-        let img = gated_residual(img, gate2, self.ff.forward(mlp));
+        let img = self.ff.end(img, gate2, mlp);
 
         let txt = gated_residual(txt, txt_gate1, txt_attn);
         let mlp = layer_norm_modulate(txt.clone(), txt_scale2, txt_shift2, EPS);
-        let txt = gated_residual(txt, txt_gate2, self.ff_context.forward(mlp));
+        let txt = self.ff_context.end(txt, txt_gate2, mlp);
         [txt, img]
     }
 }
@@ -474,6 +476,6 @@ impl SingleStreamBlock {
             None,
         );
         let x = cat_gelu_tanh(attn, linear(&self.proj_mlp, x)); // attention first
-        gated_residual(hidden, gate, linear(&self.proj_out, x))
+        gated_end(hidden, gate, &self.proj_out, x)
     }
 }

@@ -30,7 +30,7 @@ use crate::lora::ModelShape;
 use crate::modulation::{Embedder, Modulation, vectors};
 use crate::network::{Network, argument, guidance, numbers, positions};
 use crate::ops::attention::attention;
-use crate::ops::gate::gated_residual;
+use crate::ops::gate::{gated_end, gated_residual};
 use crate::ops::heads::{norm_rotate, to_heads};
 use crate::ops::layer_norm::layer_norm_modulate;
 use crate::ops::silu::{silu, swiglu};
@@ -329,8 +329,10 @@ impl FeedForward {
         }
     }
 
-    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        linear(&self.linear_out, swiglu(linear(&self.linear_in, x)))
+    /// `x + gate * mlp(hidden)`.
+    fn end(&self, x: Tensor<3>, gate: Tensor<3>, hidden: Tensor<3>) -> Tensor<3> {
+        let hidden = swiglu(linear(&self.linear_in, hidden));
+        gated_end(x, gate, &self.linear_out, hidden)
     }
 }
 
@@ -381,12 +383,12 @@ impl DoubleStreamBlock {
         );
 
         let img = gated_residual(img, gate1, img_attn);
-        let mlp = self.ff.forward(norm(&img, scale2, shift2));
-        let img = gated_residual(img, gate2, mlp);
+        let mlp = norm(&img, scale2, shift2);
+        let img = self.ff.end(img, gate2, mlp);
 
         let txt = gated_residual(txt, txt_gate1, txt_attn);
-        let mlp = self.ff_context.forward(norm(&txt, txt_scale2, txt_shift2));
-        let txt = gated_residual(txt, txt_gate2, mlp);
+        let mlp = norm(&txt, txt_scale2, txt_shift2);
+        let txt = self.ff_context.end(txt, txt_gate2, mlp);
         [txt, img]
     }
 }
@@ -430,11 +432,17 @@ impl SingleStreamBlock {
     pub fn forward(&self, hidden: Tensor<3>, c: &Conditioning) -> Tensor<3> {
         let [shift, scale, gate] = vectors(c.single_mod.clone());
         let x = layer_norm_modulate(hidden.clone(), scale, shift, self.eps);
-        gated_residual(hidden, gate, self.attn.forward(x, &c.rotary))
+        gated_end(
+            hidden,
+            gate,
+            &self.attn.to_out,
+            self.attn.forward(x, &c.rotary),
+        )
     }
 }
 
 impl SingleAttention {
+    /// What `to_out` projects.
     fn forward(&self, x: Tensor<3>, rotary: &RotaryTable) -> Tensor<3> {
         let width = x.dims()[2];
         let fused = linear(&self.to_qkv_mlp_proj, x); // q, k, v, gate of the MLP, its values
@@ -448,6 +456,6 @@ impl SingleAttention {
         );
         let mlp = fused.dims()[2] - 3 * width;
         let mlp = swiglu(fused.narrow(2, 3 * width, mlp));
-        linear(&self.to_out, Tensor::cat(vec![attn, mlp], 2)) // attention first
+        Tensor::cat(vec![attn, mlp], 2) // attention first
     }
 }

@@ -3,7 +3,21 @@
 //! With the gradient `g` of `y`: `dx = g`, `dz = gate * g`, `dgate` the sum over the tokens of `g z`. Kept for the backward
 //! pass: `gate`, and `z` where the gate gets a gradient.
 
+use burn::nn::Linear;
 use burn::tensor::Tensor;
+use lora_core::{last_linear, linear};
+
+/// `x + gate * linear(z)`, with which a block ends.
+///
+/// # Shapes
+/// - `x`: `[batch, tokens, width]`; `gate`: `[batch, 1, width]`; `z`: `[batch, tokens, in]`
+pub fn gated_end(x: Tensor<3>, gate: Tensor<3>, layer: &Linear, z: Tensor<3>) -> Tensor<3> {
+    let z = match gate.is_tracked() {
+        true => linear(layer, z), // the gradient of the gate reads it
+        false => last_linear(layer, z),
+    };
+    gated_residual(x, gate, z)
+}
 
 /// `x + gate * z`.
 ///

@@ -84,7 +84,21 @@ pub fn linear<const D: usize>(
     let weight = weight.into();
     #[cfg(feature = "flex")]
     if cpu::takes(&x, &weight, adapter.as_ref()) {
-        return cpu::linear(x, weight, bias, adapter);
+        return cpu::linear(x, weight, bias, adapter, true);
+    }
+    plain(x, weight, bias, adapter)
+}
+
+/// [`linear`] for its gradients alone: where there are kernels the result is zero, since nobody reads it.
+pub(crate) fn zero_with_gradients<const D: usize>(
+    x: Tensor<D>,
+    weight: Weight,
+    bias: Option<Tensor<1>>,
+    adapter: Option<LowRank<D>>,
+) -> Tensor<D> {
+    #[cfg(feature = "flex")]
+    if cpu::takes(&x, &weight, adapter.as_ref()) {
+        return cpu::linear(x, weight, bias, adapter, false);
     }
     plain(x, weight, bias, adapter)
 }
@@ -123,7 +137,7 @@ mod cpu {
     use crate::files::quantised::Quantised;
     use crate::ops::kernel::{CHUNK, ROWS, dims, owned, packed, simd, tensor, transposed, values};
     use crate::ops::low_rank::{Strips, expand, outer, project};
-    use crate::ops::product::{Stored, last, product, product_with_transposed};
+    use crate::ops::product::{Stored, last, product, product_with_transposed, zeros};
     use crate::ops::{Operation, apply, has_kernels};
 
     /// Whether the kernels take these operands; what they do not take is left to the composition, and to its errors.
@@ -154,6 +168,7 @@ mod cpu {
         weight: Weight,
         bias: Option<Tensor<1>>,
         adapter: Option<LowRank<D>>,
+        is_read: bool,
     ) -> Tensor<D> {
         let none = Tensor::<1>::empty([0], &x.device());
         let (weight, quantised) = match weight {
@@ -161,6 +176,7 @@ mod cpu {
             Weight::Quantised(weight) => (none.clone().into_dispatch(), Some(weight)),
         };
         let operation = Linear {
+            is_read,
             quantised,
             has_bias: bias.is_some(),
             scale: adapter.as_ref().map(|adapter| adapter.scale as f32),
@@ -183,6 +199,8 @@ mod cpu {
     /// Inputs: `x`, `W`, `b`, `A`, `B`, the mask; what is absent is empty.
     #[derive(Debug, Clone)]
     struct Linear {
+        /// Whether somebody reads the result.
+        is_read: bool,
         /// The weight, if it is no tensor.
         quantised: Option<Arc<Quantised>>,
         has_bias: bool,
@@ -210,9 +228,12 @@ mod cpu {
                 Some(weight) => Stored::Quantised(weight.clone()),
             };
             let bias = if self.has_bias { values(&bias) } else { &[] };
-            let mut y = product(&x, &weight);
+            let mut y = match self.is_read {
+                true => product(&x, &weight),
+                false => zeros(&x, &weight),
+            };
             let Some(scale) = self.scale else {
-                if self.has_bias {
+                if self.has_bias && self.is_read {
                     add_bias(y.storage_mut(), bias);
                 }
                 let adapter = None;
@@ -225,9 +246,11 @@ mod cpu {
             };
             let ([rank, inner], [outer, _]) = (dims(&a), dims(&b));
             let down = Strips::of_columns([inner, rank], |r| row(&a, r, inner));
-            let up = Strips::of_columns([rank, outer], |j| row(&b, j, rank));
             let low = project(&masked(&x, &mask), &down, scale);
-            expand(y.storage_mut(), &low, &up, bias, &[]);
+            if self.is_read {
+                let up = Strips::of_columns([rank, outer], |j| row(&b, j, rank));
+                expand(y.storage_mut(), &low, &up, bias, &[]);
+            }
             let rows = low.len() / rank;
             let low = tensor(low, [rows, rank]);
             let adapter = Some([a, b, low, mask]);

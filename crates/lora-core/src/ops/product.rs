@@ -40,6 +40,16 @@ pub(super) fn product_with_transposed(x: &FlexTensor, weight: &Stored) -> FlexTe
     }
 }
 
+/// Zeros in the shape of [`product`].
+pub(super) fn zeros(x: &FlexTensor, weight: &Stored) -> FlexTensor {
+    let outer = match weight {
+        Stored::Dense(weight) => dims::<2>(weight)[1],
+        Stored::Quantised(weight) => weight.shape()[0],
+    };
+    let rows = x.layout().num_elements() / last(x);
+    shaped(tensor(vec![0.0; rows * outer], [rows, outer]), x, outer)
+}
+
 fn dense(x: &FlexTensor, weight: FlexTensor) -> FlexTensor {
     let [_, outer] = dims(&weight);
     let rows = by_rows(x);

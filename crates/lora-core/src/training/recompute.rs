@@ -4,6 +4,11 @@
 //! with its kept input as a leaf, and feeds in the gradient that came from behind (Chen et al. 2016, arXiv:1604.06174).
 //! The gradients have the same bits as those of plain autodiff, provided that the untracked forward runs on the autodiff
 //! device (other kernels may be picked on the plain one) and that every block uses each shared input through one node.
+//!
+//! What a block adds last is not computed the second time where the block says so ([`last_linear`](crate::last_linear)): its
+//! value is read by the blocks behind, which had it the first time, and by no gradient.
+
+use std::cell::Cell;
 
 use burn::module::Module;
 use burn::tensor::{Gradients as BurnGradients, Tensor};
@@ -127,6 +132,32 @@ pub trait Blocks {
     fn apply(block: &Self::Block, carry: Self::Carry, shared: &Self::Shared) -> Self::Carry;
 }
 
+thread_local!(static AGAIN: Cell<bool> = const { Cell::new(false) });
+
+/// Whether a block runs a second time, for its gradients alone: nobody reads what it returns.
+pub(crate) fn is_second_run() -> bool {
+    AGAIN.get()
+}
+
+/// Until it is dropped, [`is_second_run`].
+struct SecondRun;
+
+impl SecondRun {
+    fn begin() -> Self {
+        AGAIN.set(true);
+        Self
+    }
+}
+
+impl Drop for SecondRun {
+    fn drop(&mut self) {
+        AGAIN.set(false);
+    }
+}
+
+/// What enters a chain: the input of its first block, and what all blocks share.
+pub type Entry<B> = (<B as Blocks>::Carry, <B as Blocks>::Shared);
+
 /// The forward pass of a chain of blocks, with what its backward pass needs.
 pub struct Chain<'a, B: Blocks> {
     blocks: &'a B,
@@ -162,31 +193,189 @@ impl<'a, B: Blocks> Chain<'a, B> {
         Ok((chain, current))
     }
 
-    /// Adds the gradients of the blocks' trainable parameters to `into`; takes the gradients of the chain's output and of
-    /// the shared input, as far as what follows the chain gave them, and returns those of the chain's input and of the
-    /// shared input, from the blocks too.
+    /// Adds the gradients of the blocks' trainable parameters to `into`, given that of the chain's output.
+    ///
+    /// `shared` is the gradient of the shared input, as far as what follows the chain gave it, or none where nothing in front of
+    /// the chain is trained. Where it is given, the gradients of the chain's input and of the shared input, from the blocks
+    /// too, are returned.
     ///
     /// # Errors
     /// A block that cannot be had.
     pub fn backward(
         self,
         carry: B::Carry,
-        shared: B::Shared,
+        shared: Option<B::Shared>,
         into: &mut Gradients,
-    ) -> Result<(B::Carry, B::Shared), B::Error> {
+    ) -> Result<Option<Entry<B>>, B::Error> {
         let (mut upstream, mut shared_gradient) = (carry, shared);
         for (index, input) in self.inputs.into_iter().enumerate().rev() {
             let block = self.blocks.block(index)?;
-            let (carry, shared) = (input.leaf(), self.shared.clone().leaf());
+            let shared = match shared_gradient {
+                Some(_) => self.shared.clone().leaf(),
+                None => self.shared.clone().lift(),
+            };
+            let carry = match index > 0 || shared_gradient.is_some() {
+                true => input.leaf(),
+                false => input.lift(),
+            };
+            let again = SecondRun::begin();
             let output = B::apply(&block, carry.clone(), &shared);
+            drop(again);
             let Some(dot) = output.dot(upstream.clone().lift()) else {
                 continue;
             };
+            if !dot.is_tracked() {
+                continue; // the first block, if nothing in it is trained
+            }
             let mut gradients = dot.backward();
             upstream = carry.take_gradient(&mut gradients);
-            shared_gradient = shared_gradient.plus(shared.take_gradient(&mut gradients));
+            shared_gradient =
+                shared_gradient.map(|gradient| gradient.plus(shared.take_gradient(&mut gradients)));
             into.take(&self.blocks.path(index), &block, &mut gradients);
         }
-        Ok((upstream, shared_gradient))
+        Ok(shared_gradient.map(|shared| (upstream, shared)))
+    }
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use std::cell::RefCell;
+    use std::collections::BTreeMap;
+    use std::convert::Infallible;
+
+    use burn::nn::{Linear, LinearConfig};
+    use burn::tensor::Device;
+
+    use super::*;
+    use crate::ops::check::random;
+    use crate::peft::{InitLoraWeights, Targets};
+    use crate::{LoraConfig, attach, last_linear, linear};
+
+    thread_local!(static SIZES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) });
+
+    #[derive(Module, Debug)]
+    struct Block {
+        up: Linear,
+        down: Linear,
+    }
+
+    #[derive(Module, Debug)]
+    struct Model {
+        first: Linear,
+        blocks: Vec<Block>,
+    }
+
+    impl Model {
+        fn new(targets: &str) -> Self {
+            let device = Device::flex().autodiff();
+            let layer = |inputs, outputs| Linear {
+                weight: burn::module::Param::from_tensor(random([inputs, outputs]).detach()),
+                ..LinearConfig::new(inputs, outputs).init(&device)
+            };
+            let block = |_| Block {
+                up: layer(8, 20),
+                down: layer(20, 8),
+            };
+            let model = Self {
+                first: layer(8, 8),
+                blocks: (0..3).map(block).collect(),
+            };
+            let config = LoraConfig {
+                r: 3,
+                target_modules: Targets::Pattern(targets.into()),
+                init_lora_weights: InitLoraWeights::Random,
+                ..LoraConfig::default()
+            };
+            attach(model, config.fresh(1).fast()).expect("an adapter on every target")
+        }
+    }
+
+    impl Blocks for Model {
+        type Block = Block;
+        type Carry = Tensor<2>;
+        type Shared = Tensor<2>;
+        type Error = Infallible;
+
+        fn count(&self) -> usize {
+            self.blocks.len()
+        }
+
+        fn block(&self, index: usize) -> Result<Block, Infallible> {
+            Ok(self.blocks[index].clone())
+        }
+
+        fn path(&self, index: usize) -> String {
+            format!("blocks.{index}")
+        }
+
+        fn apply(block: &Block, x: Tensor<2>, shared: &Tensor<2>) -> Tensor<2> {
+            let hidden = burn::tensor::activation::tanh(linear(&block.up, x.clone()));
+            let last = last_linear(&block.down, hidden);
+            let size = last.clone().abs().max().into_scalar::<f32>();
+            SIZES.with_borrow_mut(|sizes| sizes.push(size));
+            x * shared.clone() + last
+        }
+    }
+
+    fn values(gradients: &Gradients) -> BTreeMap<String, Vec<f32>> {
+        let values = |g: &Tensor<1>| g.clone().into_data().try_into_vec().expect("f32");
+        let pairs = gradients.iter();
+        pairs.map(|(path, g)| (path.into(), values(g))).collect()
+    }
+
+    /// Gradients of the mean square: by plain autodiff, and with every block computed again.
+    fn both(model: &Model, enters: bool) -> [BTreeMap<String, Vec<f32>>; 2] {
+        let (x, s) = (random([5, 8]), random([5, 8]));
+        let mut plain = Gradients::default();
+        let y = model
+            .blocks
+            .iter()
+            .fold(linear(&model.first, x.clone()), |x, block| {
+                Model::apply(block, x, &s)
+            });
+        plain.take("", model, &mut y.clone().square().sum().backward());
+        SIZES.take();
+
+        let mut again = Gradients::default();
+        let entered = linear(&model.first, x);
+        let (chain, last) = Chain::run(
+            model,
+            3,
+            entered.clone().inner(),
+            TensorTree::inner(s.clone()),
+        )
+        .expect("blocks in memory");
+        let shared = enters.then(|| TensorTree::inner(s.zeros_like()));
+        let gradient = last.mul_scalar(2.0);
+        let upstream = chain.backward(gradient, shared, &mut again);
+        let upstream = upstream.expect("blocks in memory");
+        assert_eq!(upstream.is_some(), enters);
+        if let Some((upstream, _)) = upstream {
+            let dot = entered.dot(upstream.lift()).expect("one tensor");
+            again.take("", model, &mut dot.backward());
+        }
+        [values(&plain), values(&again)]
+    }
+
+    #[test]
+    fn blocks_computed_again_give_the_bits_of_plain_autodiff() {
+        for (targets, enters) in [
+            ("all-linear", true),
+            (r"blocks\.\d\.(up|down)", false),
+            (r"blocks\.[12]\.down", false),
+            (r"blocks\.1\.up", false),
+        ] {
+            let [plain, again] = both(&Model::new(targets), enters);
+            assert!(!plain.is_empty());
+            assert!(plain == again, "{targets}");
+        }
+    }
+
+    #[test]
+    fn the_last_layer_of_a_block_is_not_computed_a_second_time() {
+        both(&Model::new("all-linear"), true);
+        let sizes = SIZES.take();
+        assert!(sizes[..3].iter().all(|&size| size > 0.0), "{sizes:?}");
+        assert_eq!(sizes[3..], [0.0; 3]);
     }
 }

@@ -15,7 +15,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use lora_core::peft::{InitLoraWeights, Targets};
 use lora_core::random::Stream;
 use lora_core::training::recompute::{Blocks, Chain};
-use lora_core::{Gradients, LoraConfig, attach, linear};
+use lora_core::{Gradients, LoraConfig, attach, last_linear, linear};
 
 use super::{in_own_process, median, peak_rss_mib};
 use crate::cli::LoraCoreBenchArgs;
@@ -140,7 +140,7 @@ impl Blocks for Model {
 
     fn apply(block: &Block, x: Tensor<2>, _: &Tensor<1>) -> Tensor<2> {
         let hidden = silu(linear(&block.gate, x.clone())) * linear(&block.up, x.clone());
-        x + linear(&block.down, hidden)
+        x + last_linear(&block.down, hidden)
     }
 }
 
@@ -186,9 +186,9 @@ fn one(way: &str, args: &LoraCoreBenchArgs) -> anyhow::Result<()> {
             }
             "lora-core, recompute" => {
                 let count = model.count();
-                let (chain, y) = Chain::run(&model, count, x.clone(), shared.clone())?;
+                let (chain, y) = Chain::run(&model, count, x.clone(), shared)?;
                 let numel = y.shape().num_elements() as f64;
-                chain.backward(y.mul_scalar(2.0 / numel), shared, &mut gradients)?;
+                chain.backward(y.mul_scalar(2.0 / numel), None, &mut gradients)?;
             }
             other => bail!("unknown way `{other}`: {}", WAYS.join(", ")),
         }
