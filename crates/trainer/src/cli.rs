@@ -391,6 +391,8 @@ pub enum BenchCommand {
     LoraCore(LoraCoreBenchArgs),
     /// What base weights in fewer bits do to what a model computes and learns
     Quality(QualityBenchArgs),
+    /// What a caption, a denoising step and a decoded image take
+    Sample(SampleBenchArgs),
 }
 
 /// `flux-lora bench step`
@@ -480,20 +482,43 @@ pub struct LoraCoreBenchArgs {
     #[arg(long, value_delimiter = ',', default_values_t = [1536, 2304, 3072])]
     pub widths: Vec<usize>,
     /// Blocks of three layers
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 4)]
     pub blocks: usize,
     /// Tokens
     #[arg(long, default_value_t = 512)]
     pub tokens: usize,
     /// Timed steps of each process
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 2)]
     pub steps: usize,
     /// Processes of each way
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 2)]
     pub rounds: usize,
     /// Only this way, in this process; prints seconds and peak MiB
     #[arg(long, hide = true)]
     pub way: Option<String>,
+}
+
+/// `flux-lora bench sample`
+#[derive(Debug, Args)]
+pub struct SampleBenchArgs {
+    /// Pipeline folder
+    #[arg(long)]
+    pub model: PathBuf,
+    /// Device, as for train
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Denoising steps of an image
+    #[arg(long, default_value_t = 4)]
+    pub steps: usize,
+    /// Pixels of a side
+    #[arg(long, default_value_t = 256)]
+    pub size: usize,
+    /// Tokens of a caption
+    #[arg(long, default_value_t = 128)]
+    pub tokens: usize,
+    /// Times that each part is timed
+    #[arg(long, default_value_t = 3)]
+    pub rounds: usize,
 }
 
 /// `flux-lora bench quality`

@@ -6,6 +6,7 @@ mod lora_core;
 mod model;
 mod ops;
 mod quality;
+mod sample;
 mod step;
 
 use std::process::{Command, Stdio};
@@ -27,6 +28,7 @@ pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
         BenchCommand::FullSize(args) => full_size::run(args),
         BenchCommand::LoraCore(args) => lora_core::run(args),
         BenchCommand::Quality(args) => quality::run(args),
+        BenchCommand::Sample(args) => sample::run(args),
     }
 }
 
