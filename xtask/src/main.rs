@@ -21,6 +21,7 @@ cargo xtask <command>
   ci                                                 what CI runs: fmt, circles, cargo deny, clippy, docs, CUDA type check, tests, quick faults
   gpu-check [--device NAME] [flags of tools/gpu-check.sh]   what a GPU does, in one table (default cuda)
   dist --cuda|--wgpu                                 the program for a GPU machine, with gpu-check and its fixtures, in target/dist
+  reference                                          writes the tables of docs/configuration.md anew, from the types
   golden                                             writes tests/golden/tiny-loss.txt anew
 
 `--device NAME` picks the backend and builds its cargo feature: flex (default), ndarray, wgpu, cuda.
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         "faults" => faults(rest),
         "circles" => circles(),
         "ci" => ci(),
+        "reference" => program("reference", &["docs/configuration.md".into()]),
         "golden" => golden(),
         "dist" => dist::dist(rest),
         "gpu-check" => gpu_check(rest),

@@ -122,6 +122,17 @@ pub enum Command {
         /// Folder to write to
         folder: PathBuf,
     },
+    /// Print the JSON schema of a run configuration, with which editors complete and explain its keys
+    #[command(
+        after_help = "Examples:\n  flux-lora schema > flux-lora.schema.json   # and `#:schema ./flux-lora.schema.json` as the first line of run.toml"
+    )]
+    Schema,
+    /// Renew the tables of keys in docs/configuration.md
+    #[command(hide = true)]
+    Reference {
+        /// The file
+        file: PathBuf,
+    },
     /// Run reference cases made with diffusers and PEFT, and compare
     #[command(hide = true)]
     Parity(ParityArgs),

@@ -11,7 +11,7 @@ use flux_model::pipeline::PipelineFolder;
 use serde_json::{Value, json};
 
 use crate::cli::{CacheArgs, Cli, Command, RunArgs, TrainArgs, UsageError};
-use crate::config::{ConfigError, RunConfig};
+use crate::config::{ConfigError, RunConfig, reference};
 use crate::convert::{convert, load_loras};
 use crate::dev::{bench, parity, quickstart, random_weights};
 use crate::device::{self, BACKENDS, DeviceError};
@@ -71,6 +71,14 @@ pub fn run(command: Command, output: Output) -> anyhow::Result<ExitCode> {
                 .and_then(|()| clap_mangen::generate_to(Cli::command(), &folder))
                 .with_context(|| format!("write into {}", folder.display()))?;
             output.result("man", &[("manual", json!(folder.join("flux-lora.1")))])?;
+        }
+        Command::Schema => println!("{:#}", reference::schema()),
+        Command::Reference { file } => {
+            let named = || file.display().to_string();
+            let text = std::fs::read_to_string(&file).with_context(named)?;
+            let text = reference::renewed(&text).with_context(named)?;
+            std::fs::write(&file, text).with_context(named)?;
+            output.result("reference", &[("renewed", json!(file))]);
         }
         Command::Report { run, out } => {
             let run = report::open_run(&run)?;

@@ -1,11 +1,12 @@
 //! `[checkpoint]`: when the run is saved.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::rules::{Invalid, check_at_least_1};
 
 /// When the run is saved.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct CheckpointSection {
     /// Save each time this many optimizer steps are done, and at the end. Default 100.

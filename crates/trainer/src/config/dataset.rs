@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use lora_core::peft::OneOrMany;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::fields::is_default;
@@ -10,6 +11,7 @@ use super::rules::{
     ABOVE_0, BELOW_1, Invalid, MAX_COUNT, PROBABILITY, check_count, check_path, check_side,
     check_word,
 };
+use super::schemas::one_or_many;
 use crate::data::image::is_image_extension;
 use crate::nearest::one_line;
 
@@ -19,38 +21,41 @@ const MAX_SEQUENCE_LENGTH: usize = 512;
 /// Images and captions, and how they are brought into shape.
 ///
 /// An image is cropped to the nearest of a few aspects, resized to about `resolution * resolution` pixels, and encoded once.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DatasetSection {
-    /// Folder of images with captions, as [`crate::data::scan::scan`] reads it. Required, unless there are `folders`.
+    /// Folder of images with captions, searched with its subfolders. Required, unless there are `folders`.
     #[serde(skip_serializing_if = "is_default")]
     pub path: PathBuf,
-    /// Several folders in place of `path`, each with settings of its own. Default: none.
+    /// Several folders in place of `path`, see below. Default: none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub folders: Vec<FolderSection>,
-    /// Folder of reference pictures, for models that edit (FLUX.2, FLUX.1 Kontext): under the name of their image, or several
-    /// with _1, _2 and so on behind it. The caption says what to do with them. Default: none.
+    /// Folder of reference pictures, for models that edit (FLUX.2, FLUX.1 Kontext): under the name of their image, or
+    /// several with `_1`, `_2` and so on behind it. The caption says what to do with them. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reference: Option<PathBuf>,
     /// Folder of masks under the names of their images, for FLUX.1 Fill: what is white is painted anew. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mask: Option<PathBuf>,
-    /// Images to leave out, by their path in the dataset; `--skip-bad` adds those that cannot be read. Default: none.
+    /// Images to leave out, by their path in the dataset. `--skip-bad` adds those that cannot be read; the list is part of the
+    /// run, and a resumed one keeps it. Default: none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub skip: Vec<String>,
-    /// Side in pixels of the square whose area no training image exceeds; a multiple of 16. With a list every image is trained on
-    /// at each. Default 512.
+    /// Side in pixels of the square whose area no training image exceeds; a multiple of 16. With a list, `[512, 768]`, every
+    /// image is trained on at each. Default 512.
+    #[schemars(schema_with = "one_or_many::<u32>")]
     pub resolution: OneOrMany<u32>,
-    /// Sides of training images are multiples of this many pixels; itself a multiple of 16. Smaller steps crop less and
-    /// make more different sizes. Default 64.
+    /// Sides of training images are multiples of this many pixels; itself a multiple of 16. Smaller steps crop less and make more
+    /// different sizes. Default 64.
     pub bucket_step: u32,
     /// Mirror images left to right, each time with probability 1/2. Default false.
     pub random_flip: bool,
-    /// Places that an image is cropped at, one of them each time: 1 is the centre, more are drawn anew for each image and encoded
-    /// once. Default 1.
+    /// Places that an image is cropped at, one of them each time: 1 is the centre, more are drawn for each image. Not with
+    /// references, which are cropped at their centre. Default 1.
     #[serde(skip_serializing_if = "is_one")]
     pub random_crops: usize,
-    /// A word put in front of captions that have it not, and in place of every `[trigger]` in them. Default: none.
+    /// A word put in front of captions that have it not (`ohwx, a cat`), and in place of every `[trigger]` in them. Default:
+    /// none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trigger_word: Option<String>,
     /// Train with the tags of a caption in other orders. Default false.
@@ -65,8 +70,7 @@ pub struct DatasetSection {
     /// What stands between the tags of a caption. Default ",".
     #[serde(skip_serializing_if = "is_comma")]
     pub caption_separator: String,
-    /// Texts that are made of a caption by `shuffle_caption` and `caption_tag_dropout_rate`, and encoded once; each step picks one
-    /// of them. Default 8.
+    /// Texts that are made of a caption by the three keys above; each step picks one of them. Default 8.
     #[serde(skip_serializing_if = "is_eight")]
     pub caption_variants: usize,
     /// A caption beside its image is the file with the image's name and this extension, without the dot. Default "txt".
@@ -212,16 +216,16 @@ impl DatasetSection {
 }
 
 /// One of several folders of images with captions.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct FolderSection {
     /// The folder. Required.
     pub path: PathBuf,
-    /// Times that its images are seen in an epoch. Default 1.
+    /// Times that its images are seen in an epoch, kohya's number in front of a folder's name. Default 1.
     pub repeats: usize,
-    /// Factor on the loss of its images, above 0. Default 1.
+    /// Factor on the loss of its images, above 0; kohya's `prior_loss_weight`. Default 1.
     pub loss_weight: f64,
-    /// In place of `dataset.trigger_word`, for this folder. Default: that.
+    /// In place of `dataset.trigger_word`, for this folder. Default: `dataset.trigger_word`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trigger_word: Option<String>,
 }

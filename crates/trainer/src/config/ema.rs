@@ -1,15 +1,17 @@
 //! `[ema]`: a moving average of the weights.
 
 use lora_core::training::optimizers::OptimizerConfig;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::rules::{Invalid, Rule};
 
 /// A moving average of the weights.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct EmaSection {
-    /// Share of the average that is kept in a step, above 0 and below 1; less in the first steps, as in diffusers. Default 0.999.
+    /// Share of the average that is kept in a step, above 0 and below 1. In step `n` it is at most `n / (n + 9)`, 0 in the first,
+    /// as in diffusers. Default 0.999.
     pub decay: f64,
     /// Make previews with the average. Default true.
     pub sample: bool,

@@ -1,17 +1,18 @@
 //! `[export]`: what the finished LoRA is written as.
 
 use lora_core::peft::PeftType;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::rules::Invalid;
 
 /// What the finished LoRA is written as.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ExportSection {
-    /// Formats: "diffusers" (`lora.safetensors`, always written), "peft", "kohya", "comfyui" (`lora-kohya.safetensors` and
-    /// so on, beside it). Default ["diffusers"]. With `lora.peft_type` LOHA or LOKR, `lora.safetensors` has LyCORIS keys under
-    /// diffusers' names, which ComfyUI and ai-toolkit read but diffusers does not, and "kohya" is refused.
+    /// `diffusers` (`lora.safetensors`, always written), `peft`, `kohya`, `comfyui` (`lora-kohya.safetensors` and so on, beside
+    /// it). With `lora.peft_type` LOHA or LOKR, `lora.safetensors` has LyCORIS keys under diffusers' names, which ComfyUI and
+    /// ai-toolkit read but diffusers does not, and `kohya` is refused. Default ["diffusers"].
     pub formats: Vec<ExportFormat>,
 }
 
@@ -36,7 +37,7 @@ impl ExportSection {
 }
 
 /// A LoRA file format.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ExportFormat {
     /// diffusers.

@@ -1,9 +1,10 @@
 //! `[logging]`: what is written beside `metrics.jsonl`.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What is written beside `metrics.jsonl`, for programs that show curves.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoggingSection {
     /// Write TensorBoard's event files, in `tensorboard` in the run folder. Default true.

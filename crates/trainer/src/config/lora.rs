@@ -1,32 +1,37 @@
 //! `[lora]`: which layers are adapted, and how.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use flux_model::family::Family;
 use lora_core::LoraConfig;
 use lora_core::peft::{InitLoraWeights, OneOrMany, Patterns, PeftType, Targets};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::rules::{ABOVE_0, BELOW_1, Invalid, MAX_COUNT, check_count, check_path};
+use super::schemas::{one_or_many, word_or};
 use super::targets::{Indices, block_indices, named};
 
 /// Which layers are adapted, and how. Names and meanings are those of PEFT's `LoraConfig`, `LoHaConfig` and `LoKrConfig`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraSection {
-    /// Kind of the update: "LORA", "LOHA" (element-wise product of two low-rank products) or "LOKR" (Kronecker product).
-    /// Default "LORA".
+    /// Kind of the update: "LORA", "LOHA" (element-wise product of two low-rank products) or "LOKR" (Kronecker product). The last
+    /// two scale by `lora_alpha / r` and take no `use_rslora`, `use_dora`, `lora_dropout`, `init_from`. Default "LORA".
     #[serde(skip_serializing_if = "is_lora")]
+    #[schemars(with = "String")]
     pub peft_type: PeftType,
     /// Rank of the update: columns of A, rows of B. Default 16.
     pub r: usize,
     /// Numerator of the scale `lora_alpha / r` (`lora_alpha / sqrt(r)` with `use_rslora`). Default 16.
     pub lora_alpha: f64,
     /// Layers to adapt: a list of path endings, one regular expression for the whole path, or a name: "all-linear", "attention",
-    /// "kohya-default" (all layers of all blocks), "diffusers-default".
-    /// Default: those that diffusers' training script for the model adapts (FLUX.1: attention and feed-forward layers,
-    /// FLUX.2: attention of the image and whole single-stream blocks).
+    /// "kohya-default" (all layers of all blocks, modulation included), "diffusers-default". Default: "diffusers-default": those
+    /// that diffusers' training script for the model adapts: FLUX.1's attention and feed-forward layers; FLUX.2's attention
+    /// of the image and whole single-stream blocks.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "one_or_many::<String>")]
     pub target_modules: Option<Targets>,
     /// Only these double-stream blocks, in kohya's form: "0-3,7", "none" or "all". Default: all.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -36,19 +41,24 @@ pub struct LoraSection {
     pub train_single_block_indices: Option<String>,
     /// Layers to leave alone though `target_modules` names them, in the same forms. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "one_or_many::<String>")]
     pub exclude_modules: Option<Targets>,
-    /// Only layers with these indices in their path, where `target_modules` is a list: a number or a list. PEFT finds no index
-    /// in a container at the root, so name FLUX's blocks in `target_modules` instead. Default: all.
+    /// Only layers with these indices in their path, where `target_modules` is a list: a number or a list. PEFT finds no index in
+    /// a container at the root, so name FLUX's blocks in `target_modules` instead. Default: all.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "one_or_many::<usize>")]
     pub layers_to_transform: Option<OneOrMany<usize>>,
     /// Names of the containers whose indices `layers_to_transform` means. Default: any.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "one_or_many::<String>")]
     pub layers_pattern: Option<OneOrMany<String>>,
     /// Other ranks for the layers whose path matches the key. Default: none.
     #[serde(skip_serializing_if = "Patterns::is_empty")]
+    #[schemars(with = "BTreeMap<String, usize>")]
     pub rank_pattern: Patterns<usize>,
     /// Other alphas for the layers whose path matches the key. Default: none.
     #[serde(skip_serializing_if = "Patterns::is_empty")]
+    #[schemars(with = "BTreeMap<String, f64>")]
     pub alpha_pattern: Patterns<f64>,
     /// Scale by `lora_alpha / sqrt(r)`. Default false.
     pub use_rslora: bool,
@@ -56,16 +66,17 @@ pub struct LoraSection {
     pub use_dora: bool,
     /// Probability in [0, 1) of dropping an input of the adapter. Default 0.
     pub lora_dropout: f64,
-    /// How A and B start: "gaussian", true (uniform A, zero B), false (both random), "orthogonal", or as a part of the base
-    /// weight, which the update is then less: "pissa", "pissa_niter_N", "olora". LOHA and LOKR: true (no change at first) or
-    /// false. Default "gaussian", for LOHA and LOKR true.
+    /// How A and B start: "gaussian", true (uniform A, zero B), false (both random), "orthogonal" (both random, no change at
+    /// first), "pissa", "pissa_niter_N" or "olora" (see below). LOHA and LOKR: true (no change at first) or false. Default:
+    /// "gaussian"; LOHA, LOKR: true.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "word_or::<bool>")]
     pub init_lora_weights: Option<InitLoraWeights>,
     /// LOKR: factor the outer matrix as well, where the rank is below half its longer side. Default false.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub decompose_both: bool,
-    /// LOKR: size of the outer matrix where it divides the layer's, else the largest divisor up to it; -1 for the divisor
-    /// nearest to the square root. Default -1.
+    /// LOKR: size of the outer matrix where it divides the layer's, else the largest divisor up to it; -1 for the divisor nearest
+    /// to the square root. Default -1.
     #[serde(skip_serializing_if = "is_minus_one")]
     pub decompose_factor: i64,
     /// LoRA file to continue from instead of fresh weights. Default: none.

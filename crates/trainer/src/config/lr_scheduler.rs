@@ -1,25 +1,26 @@
 //! `[lr_scheduler]`: how the learning rate changes over the run.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::rules::{ABOVE_0, Invalid, Rule};
 
 /// How the learning rate changes over the run; the rules of diffusers' `get_scheduler`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LrSchedulerSection {
     /// The shape of the curve. Default "constant".
     pub name: LrSchedulerName,
     /// Optimizer steps over which the rate rises from 0; not for "constant". Default 0.
     pub warmup_steps: u64,
-    /// Periods of "cosine" over the run: 0.5 falls to 0 at the last step. Default 0.5. For "cosine_with_restarts" how often the
-    /// rate falls to 0, a whole number. Default 1.
+    /// Periods of "cosine" over the run: 0.5 falls to 0 at the last step. For "cosine_with_restarts" how often the rate falls to
+    /// 0, a whole number. Default: 0.5, for "cosine_with_restarts" 1.
     #[serde(default)]
     pub num_cycles: Option<f64>,
-    /// Exponent of "polynomial". Default 1.
+    /// Exponent of "polynomial". Default: 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub power: Option<f64>,
-    /// Learning rate that "polynomial" ends at. Default 1e-7.
+    /// Learning rate that "polynomial" ends at. Default: 1e-7.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr_end: Option<f64>,
 }
@@ -88,7 +89,7 @@ impl Default for LrSchedulerSection {
 }
 
 /// Learning-rate curves, named as in diffusers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LrSchedulerName {
     /// The same rate throughout.

@@ -2,25 +2,29 @@
 
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::lora::LoraSection;
 use super::rules::Invalid;
+use super::schemas::word_or;
 
 /// What is in memory, and what is read or computed again instead. No setting here changes a bit of the result.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct MemorySection {
-    /// What "auto" makes the run fit into, as "8GiB" or "24 GB"; an aim, not a wall. Default: what the machine has available
-    /// when the run starts; on a device with memory of its own nothing is known of that, and "auto" is "resident" and "all".
+    /// What "auto" makes the run fit into, as "8GiB" or "24 GB"; an aim, not a wall. On a device with memory of its own nothing
+    /// is known of that, and "auto" is "resident" and "all". Default: nine tenths of what the machine has available at the start.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "String")]
     pub limit: Option<Bytes>,
     /// Where the transformer's blocks are: "resident" in memory, "stream" in their file, from which one is read while the one
     /// before it computes, "auto" resident if all of them fit. Default "auto".
     pub base: BasePlace,
     /// How many blocks keep only their input, and are computed again in the backward pass: "all", "none", a number (the first so
     /// many), "auto" as few as fit. Default "auto".
+    #[schemars(schema_with = "word_or::<usize>")]
     pub recompute: Recompute,
 }
 
@@ -46,7 +50,7 @@ impl MemorySection {
 pub struct Bytes(pub u64);
 
 /// Where the transformer's blocks are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum BasePlace {
     /// In memory if they fit.

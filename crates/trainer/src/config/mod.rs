@@ -40,9 +40,11 @@ mod number_or;
 mod optimizer;
 pub mod preset;
 mod read;
+pub(crate) mod reference;
 mod rules;
 mod run;
 mod sample;
+mod schemas;
 mod targets;
 #[cfg(test)]
 mod tests;

@@ -10,6 +10,7 @@ use lora_core::training::optimizers::{
     AdafactorOptions, AdamOptions, AdamW8bitOptions, AdamWOptions, LionOptions, OptimizerConfig,
     ProdigyOptions, ScheduleFreeOptions, SgdOptions,
 };
+use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
 use toml::{Table, Value};
@@ -18,20 +19,27 @@ use super::error::in_our_words;
 use super::fields::fields_of;
 use super::number_or::number_or_none;
 use super::rules::{ABOVE_0, AT_LEAST_0, BELOW_1, Invalid, Rule};
+use super::schemas::word_or;
 
 /// How gradients become updates.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, JsonSchema)]
 pub struct OptimizerSection {
-    /// Size of an update, before the schedule.
-    pub learning_rate: f64,
-    /// Gradients are scaled down when their norm over all factors together exceeds this.
-    pub max_grad_norm: Option<f64>,
-    /// Factor on the learning rate of the second factor of every update (`lora_B`), as LoRA+ has it, arXiv:2402.12354.
-    pub loraplus_lr_ratio: Option<f64>,
-    /// Factors on the learning rate of the layers whose path matches the key, as in `lora.rank_pattern`.
-    pub lr_pattern: Patterns<f64>,
-    /// The update rule: its `name` and the options of that name, beside the other keys.
+    /// The update rule, from the table below. Default "adamw".
+    #[schemars(rename = "name", with = "Option<String>")]
     pub rule: OptimizerConfig,
+    /// Size of an update, before the schedule. Default: by name.
+    #[schemars(with = "Option<f64>")]
+    pub learning_rate: f64,
+    /// Gradients are scaled down when their norm over all factors together exceeds this; "none" leaves them. Default 1.
+    #[schemars(schema_with = "word_or::<f64>", default)]
+    pub max_grad_norm: Option<f64>,
+    /// Factor on the learning rate of the second factor of every update (`lora_B`), as LoRA+ has it (arXiv:2402.12354).
+    /// Default: 1.
+    pub loraplus_lr_ratio: Option<f64>,
+    /// Factors on the learning rate of the layers whose path matches the key, as in `lora.rank_pattern`: `{
+    /// "single_transformer_blocks.*" = 0.5 }`. Default: none.
+    #[schemars(with = "Option<BTreeMap<String, f64>>")]
+    pub lr_pattern: Patterns<f64>,
 }
 
 /// The keys that every optimizer has.

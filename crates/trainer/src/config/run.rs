@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use lora_core::files::digest::sha256_hex;
 use lora_core::files::strict_json::read_file;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
@@ -36,7 +37,7 @@ use crate::nearest::{one_line, shown};
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// Everything that defines a training run. Only `model.path` and `dataset.path` have no default.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
     /// The frozen base model.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::rules::{
@@ -10,10 +11,10 @@ use super::rules::{
 };
 
 /// Preview images made while training.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct SampleSection {
-    /// Texts to make an image of, each time. Required in this section.
+    /// Texts to make an image of, each time. Required.
     pub prompts: Vec<String>,
     /// Make previews each time this many optimizer steps are done. Default 100.
     pub every: u64,
@@ -21,8 +22,8 @@ pub struct SampleSection {
     pub at_start: bool,
     /// Denoising steps for an image. Default 20.
     pub num_inference_steps: usize,
-    /// Guidance strength: told to a model that has it as an input (FLUX.1 dev, FLUX.2 dev), else how far to go from the empty prompt
-    /// (FLUX.2 klein base). Default 3.5.
+    /// Guidance strength: told to a model that has it as an input (FLUX.1 dev, FLUX.2 dev), else how far to go from the empty prompt (FLUX.2
+    /// klein base). Default 3.5.
     pub guidance_scale: f64,
     /// Height in pixels, a multiple of 16. Default 512.
     pub height: u32,
@@ -30,8 +31,8 @@ pub struct SampleSection {
     pub width: u32,
     /// Seed of the previews' own noise. Default 42.
     pub seed: u64,
-    /// Another autoencoder to decode previews with, a component folder or a single `.safetensors` file: TAEF1 is a hundredth of FLUX.1's
-    /// own. Default none.
+    /// Another autoencoder to decode previews with, a component folder or a single `.safetensors` file: TAEF1 is a hundredth of
+    /// FLUX.1's own. Default: none.
     pub preview_vae: Option<PathBuf>,
 }
 

@@ -1,5 +1,6 @@
 //! `[train]`: the loop and its loss.
 
+use schemars::JsonSchema;
 use serde::de::Deserializer;
 use serde::{Deserialize, Serialize, Serializer};
 
@@ -9,22 +10,24 @@ use super::rules::{
     ABOVE_0, AT_LEAST_0, FINITE, Invalid, MAX_COUNT, MODE_SCALE, Rule, check_at_least_1,
     check_count, check_seed,
 };
+use super::schemas::word_or;
 
 /// The loop and its loss.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainSection {
     /// Optimizer steps in the whole run. Default 1000.
     pub steps: u64,
     /// Images in one pass through the model. Default 1.
     pub batch_size: usize,
-    /// Passes whose mean gradient makes one optimizer step. Default 1.
+    /// Passes whose mean gradient makes one optimizer step; several devices (`--device cuda:0,cuda:1`) share them, see
+    /// [resume.md](resume.md#several-devices). Default 1.
     pub gradient_accumulation_steps: usize,
     /// Where all randomness of the run comes from. Default 42.
     pub seed: u64,
     /// Guidance strength told to a guidance-distilled model; 1 is closest to plain flow matching. Default 1.
     pub guidance: f64,
-    /// Density that sigma, the share of noise, is drawn from. Default "none".
+    /// Density that sigma, the share of noise, is drawn from, from the table below. Default "none".
     pub timestep_sampling: TimestepSampling,
     /// Centre of "logit_normal". Default 0.
     pub logit_mean: f64,
@@ -32,26 +35,31 @@ pub struct TrainSection {
     pub logit_std: f64,
     /// Weight of the middle in "mode", -1 to 1.75. Default 1.29.
     pub mode_scale: f64,
-    /// Width of "sigmoid", above 0. Default 1.
+    /// Width of "sigmoid", "shift" and "flux_shift", above 0. Default 1.
     pub sigmoid_scale: f64,
     /// Moves the drawn sigma towards noise: a number `s` gives `s * sigma / (1 + (s - 1) * sigma)`, "flux" the shift that
-    /// sampling uses at the image's size. Default 1, no shift.
+    /// sampling uses at the image's size; 1 is no shift. Default 1.
+    #[schemars(schema_with = "word_or::<f64>")]
     pub shift: TimestepShift,
-    /// How an error counts: "mse" (its square), "mae" (its size), "huber" (a square near 0, a size far from it). Default "mse".
+    /// How an error `e` counts: "mse" `e^2`, "mae" `abs(e)`, "huber" `2 c (sqrt(e^2 + c^2) - c)`, as in kohya's and diffusers'
+    /// scripts. Default "mse".
     #[serde(skip_serializing_if = "is_default")]
     pub loss_type: LossType,
-    /// Where "huber" turns from a square into a size, above 0. Default 0.1.
+    /// The `c` of "huber", above 0. Default: 0.1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub huber_c: Option<f64>,
-    /// Weight of a sample in the loss as a function of sigma. Default "none".
+    /// Weight of a sample in the loss as a function of sigma: "none", "sigma_sqrt" `1 / sigma^2`, "cosmap" `2 / (pi (1 - 2
+    /// sigma + 2 sigma^2))`, as in diffusers, or "min_snr" `min((1 - sigma)^2, gamma sigma^2)`: the published `min(SNR,
+    /// gamma)` for the error of the picture that a velocity means. Default "none".
     pub loss_weighting: LossWeighting,
-    /// Bound of "min_snr", above 0. Default 5.
+    /// The `gamma` of "min_snr", above 0. Default: 5.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_snr_gamma: Option<f64>,
-    /// The run is stopped as diverged when a loss exceeds this many times the loss of predicting 0 for the same samples, or
-    /// every gradient is 0; "none" stops only where a number is not finite. An update about to be saved is tried on its last
+    /// The run is stopped as diverged when a loss exceeds this many times the loss of predicting 0 for the same samples, or every
+    /// gradient is 0; "none" stops only where a number is not finite. An update about to be saved is tried on its last
     /// micro-batch first, which costs one forward pass a save. Default 10.
     #[serde(with = "number_or_none")]
+    #[schemars(schema_with = "word_or::<f64>")]
     pub divergence_factor: Option<f64>,
 }
 
@@ -140,7 +148,7 @@ impl TrainSection {
 }
 
 /// Densities of sigma.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TimestepSampling {
     /// Uniform in [0, 1].
@@ -192,7 +200,7 @@ impl<'de> Deserialize<'de> for TimestepShift {
 }
 
 /// Weights in the loss, named as in diffusers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LossWeighting {
     /// 1.
@@ -208,7 +216,7 @@ pub enum LossWeighting {
 }
 
 /// Errors in the loss, named as in kohya's and diffusers' scripts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LossType {
     /// `e^2`.

@@ -2,25 +2,28 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::rules::{Invalid, Rule, check_at_least_1, check_count, check_path, check_seed};
 
 /// The loss on pictures that are not trained on, at noise and noise levels that never change.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ValidationSection {
     /// Folder of held-out images with captions, in the forms of `dataset.path`. This or `share` is required in this section.
+    /// Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
-    /// Share of the dataset to hold out, above 0 and below 1; the same samples whenever the run goes on.
+    /// Share of the dataset to hold out, above 0 and below 1; the same samples whenever the run goes on. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub share: Option<f64>,
     /// Validate each time this many optimizer steps are done. Default 100.
     pub every: u64,
-    /// Bands of equal width that [0, 1] is cut into; each sample is tried once in each, at its own level. Default 4.
+    /// Bands of equal width that the noise levels are cut into; each sample is tried once in each, at a level of its own. Default
+    /// 4.
     pub bands: usize,
-    /// Stop when the loss has not fallen for this many validations; absent to go on. Default: absent.
+    /// Stop when the loss has not fallen for this many validations. Default: none, to go on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub patience: Option<u64>,
     /// Seed of the noise, the levels and the share. Default 42.
