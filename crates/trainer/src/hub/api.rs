@@ -113,7 +113,7 @@ impl Client<'_> {
     }
 
     fn get(&self, url: &str, from: u64) -> std::io::Result<Response> {
-        get(url, self.hub.token.as_deref(), from)
+        get(&self.hub.route, url, self.hub.token.as_deref(), from)
     }
 
     /// What a status other than success means, and what to do.

@@ -1,15 +1,19 @@
-//! HTTP/1.1 as far as downloading needs it: GET, redirects, ranges, over TLS.
+//! HTTP/1.1 as far as downloading needs it: GET, redirects, ranges, over TLS, through a proxy.
 //!
 //! Why not a client library: those at hand bring an asynchronous runtime, a C library, or types that unify features with the
 //! framework's own dependencies. TLS is `rustls` with Mozilla's roots, headers are parsed by `httparse`.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustls::pki_types::ServerName;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+
+use super::proxy::{Proxies, Proxy};
 
 const CONNECT: Duration = Duration::from_secs(15);
 /// A connection on which nothing comes for so long is a broken one.
@@ -97,14 +101,27 @@ impl Url {
     }
 }
 
+/// How servers are reached.
+#[derive(Clone, Default)]
+pub(super) struct Route {
+    pub(super) proxies: Proxies,
+    /// A file of certificates, in PEM, of who is trusted in place of Mozilla's list; of a proxy that looks into what it passes on.
+    pub(super) authorities: Option<PathBuf>,
+}
+
 /// Asks for `url`, and for where it leads; `token` is told to its own host alone, and never to one without TLS that a
 /// redirect leads to.
-pub(crate) fn get(url: &str, token: Option<&str>, range_from: u64) -> io::Result<Response> {
+pub(super) fn get(
+    route: &Route,
+    url: &str,
+    token: Option<&str>,
+    range_from: u64,
+) -> io::Result<Response> {
     let first = Url::parse(url)?;
     let mut url = first.clone();
     for _ in 0..=MAX_REDIRECTS {
         let token = token.filter(|_| url.same_place(&first));
-        let answer = ask(&url, token, range_from)?;
+        let answer = ask(route, &url, token, range_from)?;
         match (answer.status, answer.header("location")) {
             (301 | 302 | 303 | 307 | 308, Some(location)) => {
                 let next = url.join(location)?;
@@ -121,18 +138,28 @@ pub(crate) fn get(url: &str, token: Option<&str>, range_from: u64) -> io::Result
     Err(io::Error::other("the server leads in a circle"))
 }
 
-fn ask(url: &Url, token: Option<&str>, range_from: u64) -> io::Result<Response> {
-    let mut stream = connect(url)?;
+fn ask(route: &Route, url: &Url, token: Option<&str>, range_from: u64) -> io::Result<Response> {
+    let proxy = route.proxies.of(url.tls, &url.host, url.port)?;
+    let mut stream = connect(route, url, proxy.as_ref())?;
+    let port = match url.port {
+        80 | 443 => String::new(),
+        port => format!(":{port}"),
+    };
+    // Without TLS the proxy reads the request, and has to be told the server.
+    let told = proxy.filter(|_| !url.tls);
+    let server = match &told {
+        Some(_) => format!("http://{}{port}", url.host),
+        None => String::new(),
+    };
     let mut request = format!(
-        "GET {} HTTP/1.1\r\nHost: {}{}\r\nUser-Agent: flux-lora/{}\r\nAccept: */*\r\nAccept-Encoding: identity\r\nConnection: close\r\n",
+        "GET {server}{} HTTP/1.1\r\nHost: {}{port}\r\nUser-Agent: flux-lora/{}\r\nAccept: */*\r\nAccept-Encoding: identity\r\nConnection: close\r\n",
         url.path,
         url.host,
-        match url.port {
-            80 | 443 => String::new(),
-            port => format!(":{port}"),
-        },
         env!("CARGO_PKG_VERSION")
     );
+    if let Some(proxy) = &told {
+        request.push_str(&proxy.login());
+    }
     if let Some(token) = token {
         request.push_str(&format!("Authorization: Bearer {token}\r\n"));
     }
@@ -142,42 +169,78 @@ fn ask(url: &Url, token: Option<&str>, range_from: u64) -> io::Result<Response> 
     request.push_str("\r\n");
     stream.write_all(request.as_bytes())?;
     stream.flush()?;
-    read_response(BufReader::with_capacity(1 << 16, stream))
+    let answer = read_response(BufReader::with_capacity(1 << 16, stream))?;
+    match told {
+        Some(proxy) if answer.status == 407 => Err(proxy.refusal(407)),
+        _ => Ok(answer),
+    }
 }
 
 trait Stream: Read + Write {}
 impl<T: Read + Write> Stream for T {}
 
-fn connect(url: &Url) -> io::Result<Box<dyn Stream>> {
+fn connect(route: &Route, url: &Url, proxy: Option<&Proxy>) -> io::Result<Box<dyn Stream>> {
     let host = url.host.trim_matches(['[', ']']);
+    let mut stream = match proxy {
+        None => dial(host, url.port)?,
+        Some(Proxy { host, port, .. }) => dial(host, *port).map_err(|error| {
+            let problem = format!("the proxy {host}:{port} cannot be reached: {error}");
+            io::Error::new(error.kind(), problem)
+        })?,
+    };
+    if !url.tls {
+        return Ok(Box::new(stream));
+    }
+    if let Some(proxy) = proxy {
+        proxy.connect(&mut stream, &url.host, url.port)?;
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(io::Error::other)?
+        .with_root_certificates(roots(route.authorities.as_deref())?)
+        .with_no_client_auth();
+    let name = ServerName::try_from(host.to_string()).map_err(io::Error::other)?;
+    let connection = ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
+    Ok(Box::new(StreamOwned::new(connection, stream)))
+}
+
+/// A connection to the first address of a host that takes one.
+fn dial(host: &str, port: u16) -> io::Result<TcpStream> {
     let mut failed = io::Error::other(format!("`{host}` has no address"));
-    for address in (host, url.port).to_socket_addrs()? {
-        let stream = match TcpStream::connect_timeout(&address, CONNECT) {
-            Ok(stream) => stream,
-            Err(error) => {
-                failed = error;
-                continue;
+    for address in (host, port).to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, CONNECT) {
+            Ok(stream) => {
+                stream.set_read_timeout(Some(SILENCE))?;
+                stream.set_write_timeout(Some(SILENCE))?;
+                return Ok(stream);
             }
-        };
-        stream.set_read_timeout(Some(SILENCE))?;
-        stream.set_write_timeout(Some(SILENCE))?;
-        if !url.tls {
-            return Ok(Box::new(stream));
+            Err(error) => failed = error,
         }
-        let roots = RootCertStore {
-            roots: webpki_roots::TLS_SERVER_ROOTS.into(),
-        };
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .map_err(io::Error::other)?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        let name = ServerName::try_from(host.to_string()).map_err(io::Error::other)?;
-        let connection = ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
-        return Ok(Box::new(StreamOwned::new(connection, stream)));
     }
     Err(failed)
+}
+
+/// Who may say that a server is who it says.
+fn roots(authorities: Option<&Path>) -> io::Result<RootCertStore> {
+    let Some(path) = authorities else {
+        let roots = webpki_roots::TLS_SERVER_ROOTS.into();
+        return Ok(RootCertStore { roots });
+    };
+    let unusable =
+        |problem: String| io::Error::other(format!("SSL_CERT_FILE {}: {problem}", path.display()));
+    let mut store = RootCertStore::empty();
+    let certificates = CertificateDer::pem_file_iter(path).map_err(|e| unusable(e.to_string()))?;
+    for certificate in certificates {
+        let certificate = certificate.map_err(|error| unusable(error.to_string()))?;
+        store
+            .add(certificate)
+            .map_err(|e| unusable(e.to_string()))?;
+    }
+    match store.is_empty() {
+        true => Err(unusable("there is no certificate in it".into())),
+        false => Ok(store),
+    }
 }
 
 fn read_response(mut reader: BufReader<Box<dyn Stream>>) -> io::Result<Response> {
@@ -234,6 +297,10 @@ struct Sized<R> {
 
 impl<R: Read> Read for Sized<R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        // What a server does after the last byte is its own affair: some close without the word that TLS has for it.
+        if self.left == 0 {
+            return Ok(0);
+        }
         let wanted = into
             .len()
             .min(usize::try_from(self.left).unwrap_or(usize::MAX));

@@ -9,7 +9,7 @@
 //!   snapshots/<commit>/vae/...     links into blobs
 //! ```
 //! The environment is that of `huggingface_hub`: `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_ENDPOINT`,
-//! `HF_HUB_OFFLINE`.
+//! `HF_HUB_OFFLINE`; and that of all programs: `HTTPS_PROXY`, `NO_PROXY` and the like (`proxy`), `SSL_CERT_FILE`.
 
 pub use self::files::Replaced;
 pub use self::id::HubId;
@@ -20,6 +20,7 @@ mod download;
 mod files;
 mod http;
 mod id;
+mod proxy;
 mod snapshot;
 mod source;
 #[cfg(test)]

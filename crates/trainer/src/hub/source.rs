@@ -5,6 +5,9 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::http::Route;
+use super::proxy::Proxies;
+
 /// Where repositories come from, and where they are kept. Not to be printed: it has the token.
 #[derive(Clone)]
 pub(crate) struct Hub {
@@ -12,6 +15,7 @@ pub(crate) struct Hub {
     pub(super) token: Option<String>,
     pub(super) cache: PathBuf,
     pub(super) offline: bool,
+    pub(super) route: Route,
     /// Before a connection that broke is tried again; doubled each time.
     pub(super) pause: Duration,
 }
@@ -38,6 +42,10 @@ impl Hub {
             token: token.filter(|token| !token.is_empty()),
             cache: set("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from),
             offline: offline || text("HF_HUB_OFFLINE").is_some_and(is_on),
+            route: Route {
+                proxies: Proxies::from_env(text),
+                authorities: set("SSL_CERT_FILE").map(PathBuf::from),
+            },
             pause: Duration::from_secs(1),
         }
     }

@@ -2,16 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lora_core::files::digest::sha256_hex;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::json;
 
 use super::files::Replaced;
+use super::http::Route;
+use super::proxy::Proxies;
 use super::source::Hub;
 use super::*;
 
@@ -80,6 +84,7 @@ impl Server {
             token: Some("hf_secret".into()),
             cache: cache.into(),
             offline: false,
+            route: Route::default(),
             pause: Duration::from_millis(1),
         }
     }
@@ -289,6 +294,201 @@ fn a_download_goes_on_where_the_connection_broke() {
             .unwrap(),
     );
     assert_eq!(server.count("ange: bytes=1100000-"), 1);
+}
+
+/// A proxy on this machine, which notes what it is asked for.
+struct ProxyServer {
+    address: String,
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+impl ProxyServer {
+    /// `server` is where every name leads.
+    fn start(server: &str, login: &'static str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let (seen, server) = (asked.clone(), server.to_string());
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (seen, server) = (seen.clone(), server.clone());
+                std::thread::spawn(move || pass_on(stream, &server, login, &seen));
+            }
+        });
+        Self { address, asked }
+    }
+}
+
+fn pass_on(
+    mut stream: TcpStream,
+    server: &str,
+    login: &str,
+    seen: &Mutex<Vec<String>>,
+) -> std::io::Result<()> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        head.push(byte[0]);
+    }
+    let head = String::from_utf8_lossy(&head).into_owned();
+    seen.lock().unwrap().push(head.clone());
+    if !head.contains(&format!("Proxy-Authorization: Basic {login}\r\n")) {
+        return stream
+            .write_all(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n");
+    }
+    let mut upstream = TcpStream::connect(server)?;
+    if head.starts_with("CONNECT ") {
+        stream.write_all(b"HTTP/1.1 200 Connection established\r\n\r\n")?;
+    } else {
+        // `GET http://hub.test/path` becomes `GET /path`.
+        let (method, rest) = head.split_once(" http://").unwrap();
+        let path = &rest[rest.find('/').unwrap()..];
+        write!(upstream, "{method} {path}")?;
+    }
+    let (mut from, mut to) = (stream.try_clone()?, upstream.try_clone()?);
+    std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+    let copied = std::io::copy(&mut upstream, &mut stream);
+    stream.shutdown(std::net::Shutdown::Both)?;
+    copied.map(drop)
+}
+
+/// TLS in front of `server`, with the certificate of `hub.test`; where the server cuts its answer this cuts too.
+fn tls_before(server: &str) -> String {
+    let at = |name: &str| {
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("src/hub/testing")
+            .join(name)
+    };
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(
+            vec![CertificateDer::from_pem_file(at("server.pem")).unwrap()],
+            PrivateKeyDer::from_pem_file(at("server.key")).unwrap(),
+        )
+        .unwrap();
+    let (config, server) = (Arc::new(config), server.to_string());
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let (config, server) = (config.clone(), server.clone());
+            std::thread::spawn(move || -> std::io::Result<()> {
+                let connection = rustls::ServerConnection::new(config).unwrap();
+                let mut tls = rustls::StreamOwned::new(connection, stream);
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    let mut byte = [0];
+                    tls.read_exact(&mut byte)?;
+                    head.push(byte[0]);
+                }
+                let mut upstream = TcpStream::connect(server)?;
+                upstream.write_all(&head)?;
+                std::io::copy(&mut upstream, &mut tls)?;
+                tls.flush()
+            });
+        }
+    });
+    address
+}
+
+#[test]
+fn a_proxy_is_gone_through_and_a_broken_connection_taken_up_through_it() {
+    let server = Server::start(Manners {
+        ranges: true,
+        cut_after: Some(500_000),
+        ..Manners::default()
+    });
+    let plain = server.endpoint.trim_start_matches("http://");
+    let login = "YW5uYTpwQHNz"; // anna:p@ss
+    let ca = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/hub/testing/ca.pem");
+    for (endpoint, place, asked) in [
+        (
+            "https://hub.test",
+            tls_before(plain),
+            "CONNECT hub.test:443 HTTP/1.1\r\n",
+        ),
+        ("http://hub.test", plain.to_string(), "GET http://hub.test/"),
+    ] {
+        let proxy = ProxyServer::start(&place, login);
+        let address = format!("http://anna:p%40ss@{}", proxy.address);
+        let through = |address: &str, except: Option<&str>| Route {
+            proxies: Proxies {
+                https: Some(address.into()),
+                http: Some(address.into()),
+                except: except.map(String::from),
+            },
+            authorities: Some(ca.clone()),
+        };
+        let cache = tempfile::tempdir().unwrap();
+        let hub = Hub {
+            endpoint: endpoint.into(),
+            route: through(&address, None),
+            ..server.hub(cache.path())
+        };
+        let before = server.count("Range: bytes=500000-");
+        assert_complete(&hub.snapshot(&id(), Replaced::default()).unwrap());
+        assert_eq!(
+            server.count("Range: bytes=500000-"),
+            before + 1,
+            "{endpoint}"
+        );
+        let seen = proxy.asked.lock().unwrap().clone();
+        assert!(seen.len() >= 6, "{seen:?}");
+        assert!(seen.iter().all(|head| head.starts_with(asked)), "{seen:?}");
+        let tls = endpoint.starts_with("https");
+        assert!(
+            !tls || seen.iter().all(|head| !head.contains("hf_secret")),
+            "{seen:?}"
+        );
+
+        // What it does not do is said, and a server that is excepted is not asked through it.
+        let cache = tempfile::tempdir().unwrap();
+        let unnamed = format!("http://{}", proxy.address);
+        let refused = |route: Route| {
+            let hub = Hub {
+                route,
+                ..hub.clone()
+            };
+            let hub = Hub {
+                cache: cache.path().into(),
+                ..hub
+            };
+            let error = hub.snapshot(&id(), Replaced::default()).unwrap_err();
+            error.to_string()
+        };
+        let message = refused(through(&unnamed, None));
+        assert!(message.contains("wants a name and a password"), "{message}");
+        let asked = proxy.asked.lock().unwrap().len();
+        let message = refused(through(&address, Some("localhost,.test")));
+        assert!(!message.contains("proxy"), "{message}");
+        assert_eq!(proxy.asked.lock().unwrap().len(), asked);
+        let message = refused(through("socks5://127.0.0.1:9", None));
+        assert!(message.contains("only `http` is known here"), "{message}");
+        let strict = Route {
+            authorities: None,
+            ..through(&address, None)
+        };
+        assert_eq!(
+            tls,
+            refused_by_tls(&hub, strict, cache.path()),
+            "{endpoint}"
+        );
+    }
+}
+
+/// Whether a hub that trusts Mozilla's list alone refuses the certificate.
+fn refused_by_tls(hub: &Hub, route: Route, cache: &Path) -> bool {
+    let hub = Hub {
+        route,
+        cache: cache.into(),
+        ..hub.clone()
+    };
+    let found = hub.snapshot(&id(), Replaced::default());
+    found.is_err_and(|error| error.to_string().contains("UnknownIssuer"))
 }
 
 #[test]
