@@ -18,5 +18,7 @@ mod replay;
 mod resume;
 mod runs;
 mod start;
+#[cfg(target_os = "linux")]
+mod terminal;
 mod tiny_vae;
 mod validation;

@@ -3,14 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::CommandFactory;
 use flux_model::pipeline::PipelineFolder;
 use serde_json::{Value, json};
+use tracing::info;
 
 use crate::cli::{CacheArgs, Cli, Command, RunArgs, TrainArgs, UsageError};
+use crate::command_to_resume::command_to_resume;
 use crate::config::{ConfigError, RunConfig, reference};
 use crate::convert::{convert, load_loras};
 use crate::dev::{bench, parity, quickstart, random_weights};
@@ -72,13 +75,13 @@ pub fn run(command: Command, output: Output) -> anyhow::Result<ExitCode> {
                 .with_context(|| format!("write into {}", folder.display()))?;
             output.result("man", &[("manual", json!(folder.join("flux-lora.1")))])?;
         }
-        Command::Schema => println!("{:#}", reference::schema()),
+        Command::Schema => say!("{:#}", reference::schema())?,
         Command::Reference { file } => {
             let named = || file.display().to_string();
             let text = std::fs::read_to_string(&file).with_context(named)?;
             let text = reference::renewed(&text).with_context(named)?;
             std::fs::write(&file, text).with_context(named)?;
-            output.result("reference", &[("renewed", json!(file))]);
+            output.result("reference", &[("renewed", json!(file))])?;
         }
         Command::Report { run, out } => {
             let run = report::open_run(&run)?;
@@ -179,15 +182,20 @@ fn train(args: TrainArgs, say: Output) -> anyhow::Result<()> {
             fields.push(("metrics", json!(output.join("metrics.jsonl"))));
             say.result("finished", &fields)?;
         }
-        Outcome::Stopped { step } if say == Output::Json => {
-            let fields = [("step", json!(step)), ("run", json!(output))];
-            say.result("stopped", &fields)?;
-        }
         Outcome::Stopped { step } => {
-            say!(
-                "stopped after step {step}, saved in {}; go on with --resume",
-                output.display()
-            )?;
+            let args = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned());
+            let resume = command_to_resume(args, &output);
+            if say == Output::Json {
+                let fields = [
+                    ("step", json!(step)),
+                    ("run", json!(output)),
+                    ("resume", json!(resume)),
+                ];
+                say.result("stopped", &fields)?;
+            } else {
+                let run = output.display();
+                say!("stopped after step {step}, saved in {run}; to go on:\n  {resume}")?;
+            }
         }
     }
     Ok(())
@@ -264,6 +272,14 @@ fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
             .context("handle signals")?;
         signal_hook::flag::register(signal, stop.clone()).context("handle signals")?;
     }
+    // A step may take minutes, and whoever pressed a key wants to know that it was heard.
+    let asked = stop.clone();
+    std::thread::spawn(move || {
+        while !asked.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        info!("stopping: this step is ended and saved; once more stops at once");
+    });
     Ok(stop)
 }
 

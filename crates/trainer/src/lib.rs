@@ -5,6 +5,7 @@
 //! | file | idea |
 //! |---|---|
 //! | `cli`, `commands` | the command line; one function a command |
+//! | `command_to_resume` | what a stopped run says: the command that goes on with it |
 //! | `check`, `estimate` | what can be known of a run before it starts; how long a step will take |
 //! | `config/`, `nearest` | the run configuration, a file for each section, strictly read |
 //! | `data/` | images and captions, their sizes, every sample encoded once, micro-batches as a function of the step |
@@ -37,6 +38,7 @@ pub mod backward;
 mod canary;
 mod check;
 pub mod cli;
+mod command_to_resume;
 pub mod commands;
 mod compare;
 pub mod condition;

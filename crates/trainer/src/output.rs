@@ -11,7 +11,7 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::nearest::printable;
-use crate::progress::EVENTS;
+use crate::progress::{AboveBar, EVENTS};
 
 /// To whom the program speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -42,7 +42,7 @@ impl Output {
         }
         tracing_subscriber::fmt()
             .with_env_filter(filter)
-            .with_writer(io::stderr)
+            .with_writer(|| AboveBar)
             .with_ansi(colours(
                 io::stderr().is_terminal(),
                 std::env::var_os("NO_COLOR"),

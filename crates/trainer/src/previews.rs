@@ -141,7 +141,7 @@ impl<'a, F: Family> Previews<'a, F> {
             decode::<F>(&autoencoder, latents)
                 .save(&path)
                 .with_context(|| format!("write {}", path.display()))?;
-            report.suspend(|| tracing::debug!(path = %path.display(), "sample"));
+            tracing::debug!(path = %path.display(), "sample");
         }
         Ok(true)
     }

@@ -4,7 +4,8 @@
 //! target [`BARS`] is on and stderr is a terminal, events are sent to [`EVENTS`].
 
 use std::cell::Cell;
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal, Write};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -46,7 +47,7 @@ pub fn bar(what: &'static str, length: u64) -> Bar {
 pub fn bytes_bar(what: &'static str, length: u64) -> Bar {
     let bar = bar(what, length);
     let style = ProgressStyle::with_template(
-        "{prefix:>16} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta_precise}",
+        "{prefix} {bar:20} {bytes}/{total_bytes} {bytes_per_sec} {eta_precise}",
     );
     bar.bar
         .set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
@@ -71,6 +72,27 @@ impl Bar {
     }
 }
 
+/// The bar that is drawn, if one is.
+static DRAWN: Mutex<Option<ProgressBar>> = Mutex::new(None);
+
+/// Stderr, but what is written stands above the bar and not in it.
+pub(crate) struct AboveBar;
+
+impl Write for AboveBar {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let write = || io::stderr().write_all(bytes).map(|()| bytes.len());
+        let bar = DRAWN.lock().ok().and_then(|bar| bar.clone());
+        match bar.filter(|bar| !bar.is_finished()) {
+            Some(bar) => bar.suspend(write),
+            None => write(),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
 /// Whether lines stand for a bar, and the bar, which is not drawn then.
 fn drawn(what: &'static str, length: u64) -> (bool, ProgressBar) {
     let on = tracing::enabled!(target: BARS, Level::INFO);
@@ -80,11 +102,14 @@ fn drawn(what: &'static str, length: u64) -> (bool, ProgressBar) {
         false => ProgressDrawTarget::hidden(),
     };
     let style =
-        ProgressStyle::with_template("{prefix:>16} {bar:30} {pos}/{len} {eta_precise} {msg}")
+        ProgressStyle::with_template("{prefix} {bar:10} {pos}/{len} {eta_precise} {wide_msg}")
             .unwrap_or_else(|_| ProgressStyle::default_bar());
     let bar = ProgressBar::with_draw_target(Some(length), target)
         .with_style(style)
         .with_prefix(what);
+    if let Ok(mut drawn) = DRAWN.lock() {
+        *drawn = Some(bar.clone());
+    }
     (on && !terminal, bar)
 }
 
@@ -95,6 +120,8 @@ pub struct TrainReport {
     lines: bool,
     mean_loss: Option<f64>,
     mean_seconds: Option<f64>,
+    /// What is behind the bar, but for what is done between two steps.
+    numbers: String,
 }
 
 impl TrainReport {
@@ -109,6 +136,7 @@ impl TrainReport {
             lines,
             mean_loss: None,
             mean_seconds: None,
+            numbers: String::new(),
         }
     }
 
@@ -122,10 +150,12 @@ impl TrainReport {
         let left_s = mean_seconds * (self.steps - step) as f64;
         let memory = timing.memory_mb.map(|mb| shown((mb * 1e6) as u64));
         self.bar.set_position(step);
-        self.bar.set_message(format!(
-            "loss {loss:.4} (mean {mean_loss:.4}) lr {lr:.2e} {seconds:.2} s/step {}",
+        // In this order, for a narrow terminal shows the beginning alone.
+        self.numbers = format!(
+            "loss {mean_loss:.4} {seconds:.2} s/step lr {lr:.2e} {}",
             memory.as_deref().unwrap_or_default()
-        ));
+        );
+        self.bar.set_message(self.numbers.clone());
         info!(
             target: EVENTS,
             event = "step", step, of = self.steps, loss, mean_loss, grad_norm, lr, seconds, left_s,
@@ -154,14 +184,12 @@ impl TrainReport {
         info!(target: EVENTS, event = "doing", what, step = self.bar.position());
     }
 
-    /// Runs `f` while the bar is out of the way.
-    pub fn suspend<T>(&self, f: impl FnOnce() -> T) -> T {
-        self.bar.suspend(f)
-    }
-
-    /// Leaves the bar as it is.
+    /// Leaves the bar of a run that has come to its end, and takes that of another away.
     pub fn finish(&self) {
-        self.bar.abandon();
+        if self.bar.position() < self.steps {
+            return self.bar.finish_and_clear();
+        }
+        self.bar.abandon_with_message(self.numbers.clone());
     }
 }
 

@@ -441,7 +441,7 @@ fn train_family<F: Family>(
                     let (loss, of) = (found.loss, validation.of.clone());
                     saver.new_best(&model, Best { step, loss, of })?;
                 }
-                found.say(step, &report);
+                found.say(step);
                 Some(found)
             }
         };

@@ -18,7 +18,6 @@ use crate::data::batch::{Shot, micro_batch};
 use crate::data::cache::Cache;
 use crate::data::digest::{dataset_digest, sample_digests};
 use crate::data::samples::Samples;
-use crate::progress::TrainReport;
 use crate::run::checkpoint::Best;
 
 /// What a validation found; part of a line of `metrics.jsonl`.
@@ -35,18 +34,16 @@ pub struct Validated {
 
 impl Validated {
     /// Says so.
-    pub(crate) fn say(&self, step: u64, report: &TrainReport) {
+    pub(crate) fn say(&self, step: u64) {
         let bands = self.bands.iter().map(|loss| format!("{loss:.4}"));
         let bands: Vec<String> = bands.collect();
-        report.suspend(|| {
-            info!(
-                step,
-                loss = format!("{:.4}", self.loss),
-                bands = bands.join(" "),
-                best = self.best,
-                "validation"
-            );
-        });
+        info!(
+            step,
+            loss = format!("{:.4}", self.loss),
+            bands = bands.join(" "),
+            best = self.best,
+            "validation"
+        );
     }
 }
 
