@@ -84,6 +84,7 @@ pub(crate) fn device_speed(device: &Device) -> f64 {
 /// Seconds for people.
 pub(crate) fn shown(seconds: f64) -> String {
     match seconds {
+        s if s < 0.1 => format!("{:.1} ms", 1000.0 * s),
         s if s < 1.0 => format!("{s:.2} s"),
         s if s < 120.0 => format!("{s:.1} s"),
         s if s < 7200.0 => format!("{:.0} min", s / 60.0),
@@ -98,8 +99,13 @@ mod tests {
 
     #[test]
     fn times_are_shown_in_units_people_think_in() {
-        let shown: Vec<String> = [0.04, 5.0, 600.0, 36_000.0, 864_000.0].map(shown).into();
-        assert_eq!(shown, ["0.04 s", "5.0 s", "10 min", "10.0 h", "10.0 days"]);
+        let shown: Vec<String> = [0.0004, 0.4, 5.0, 600.0, 36_000.0, 864_000.0]
+            .map(shown)
+            .into();
+        assert_eq!(
+            shown,
+            ["0.4 ms", "0.40 s", "5.0 s", "10 min", "10.0 h", "10.0 days"]
+        );
     }
 
     #[cfg(feature = "flex")]
