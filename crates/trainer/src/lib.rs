@@ -11,7 +11,7 @@
 //! | `data/` | images and captions, their sizes, every sample encoded once, micro-batches as a function of the step |
 //! | `loss`, `backward` | noise levels and loss weights; loss and gradients, block by block |
 //! | `lr_schedule` | learning rate as a function of the step |
-//! | `train`, `step` | the run: prepare, loop, save; one step of it, which reference cases and the benchmark make too |
+//! | `train`, `step`, `rule` | the run: prepare, loop, save; one step of it and its rule, which reference cases and the benchmark make too |
 //! | `workers` | the micro-batches of a step on several devices, or threads, to the same bits |
 //! | `run/` | what a checkpoint says; checkpoints that survive anything |
 //! | `fingerprint` | what exactness depends on |
@@ -66,6 +66,7 @@ pub mod output;
 pub mod previews;
 pub mod progress;
 mod report;
+mod rule;
 pub mod run;
 mod sample;
 mod step;

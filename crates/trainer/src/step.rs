@@ -11,6 +11,7 @@ use lora_core::state::check_finite;
 use lora_core::{Gradients, Training};
 
 use crate::backward::{MicroBatch, loss_of};
+use crate::rule::Rule;
 use crate::run::checkpoint::Progress;
 use crate::workers::{Work, Workers};
 
@@ -23,23 +24,6 @@ pub struct Drawn<I> {
     pub about: Vec<String>,
     /// See [`loss_of_zero`](crate::loss::loss_of_zero).
     pub loss_of_zero: f64,
-}
-
-/// How a step is made.
-#[derive(Debug, Clone, Copy)]
-pub struct Rule {
-    /// Micro-batches.
-    pub accumulation: usize,
-    /// Blocks, from the first on, of which only the input is kept.
-    pub recomputed: usize,
-    /// Seed of the dropout masks.
-    pub seed: u64,
-    /// Norm that all gradients together are clipped to.
-    pub max_grad_norm: Option<f64>,
-    /// Learning rate of this step.
-    pub lr: f64,
-    /// See [`fault_of`].
-    pub divergence_factor: Option<f64>,
 }
 
 /// What a step did.

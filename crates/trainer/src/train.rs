@@ -39,6 +39,7 @@ use crate::memory::{self, MemoryPlan, Peaks};
 use crate::models::open_pipeline;
 use crate::previews::{Previews, prompts_of};
 use crate::progress;
+use crate::rule::Rule;
 use crate::run::checkpoint::{Best, Event, Opened, Progress, RunTraining, State, restore};
 use crate::run::folder::{RunDir, RunLock};
 use crate::run::resume::{Accepted, Resume, check_resume, find_checkpoint};
@@ -46,7 +47,7 @@ use crate::run::save::Saver;
 use crate::run::space;
 use crate::run::timings::Timing;
 use crate::run::vfs::{RealFs, create_dir_durably};
-use crate::step::{Rule, check_update, step};
+use crate::step::{check_update, step};
 use crate::validation::{Validated, Validation};
 use crate::workers::{Workers, check_shares};
 

@@ -22,7 +22,7 @@ use crate::backward::{MicroBatch, loss_and_gradients};
 use crate::cli::UsageError;
 use crate::config::RunConfig;
 use crate::device::NamedDevice;
-use crate::step::Rule;
+use crate::rule::Rule;
 
 /// Those who compute micro-batches: the first with the model that is trained, the others with copies of it.
 pub struct Workers<N> {

@@ -13,8 +13,9 @@ use serde_json::{Value, json};
 
 use crate::backward::MicroBatch;
 use crate::loss::Penalty;
+use crate::rule::Rule;
 use crate::run::checkpoint::Progress;
-use crate::step::{Drawn, Rule};
+use crate::step::Drawn;
 
 pub(super) const IMAGE_SIDE: usize = 16;
 pub(super) const TEXT_TOKENS: usize = 128;

@@ -19,8 +19,9 @@ use super::schedule::weighting;
 use crate::backward::MicroBatch;
 use crate::config::{LrSchedulerName, LrSchedulerSection, TrainSection};
 use crate::loss::{Penalty, loss_of_zero, loss_weight};
+use crate::rule::Rule;
 use crate::run::checkpoint::Progress;
-use crate::step::{Drawn, Rule, step};
+use crate::step::{Drawn, step};
 use crate::workers::Workers;
 
 /// `train`.
