@@ -9,7 +9,7 @@
 //!
 //! Kept for the backward pass are `x`, `u`, the mask and the weights, by reference. `W` is f32, bf16, f16 or in few bits; a
 //! panel of its columns is f32 at a time. `W` and `b` get gradients too where they are trained (`dW = xᵀ g`, `db` the sum of
-//! `g`). The composition decodes a `W` in few bits as a whole, at every use.
+//! `g`). The composition casts or decodes `W` as a whole, in both passes, and keeps it as it is ([`decoded`](super::decoded)).
 //!
 //! Source: Hu et al. 2021, arXiv:2106.09685; PEFT `lora.Linear.forward` (dropout on the adapter's input alone).
 
@@ -19,6 +19,8 @@ use burn::tensor::module::linear as burn_linear;
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::files::quantised::Quantised;
+#[cfg(any(feature = "flex", feature = "wgpu", feature = "cuda"))]
+use crate::ops::decoded;
 
 /// The weight of [`linear`].
 #[derive(Debug, Clone)]
@@ -110,8 +112,7 @@ fn plain<const D: usize>(
     bias: Option<Tensor<1>>,
     adapter: Option<LowRank<D>>,
 ) -> Tensor<D> {
-    let weight = weight.dense(&x.device()).cast(x.dtype()); // free where it is the same
-    let result = burn_linear(x.clone(), weight, bias);
+    let result = base(x.clone(), weight, bias);
     let Some(LowRank { a, b, scale, mask }) = adapter else {
         return result;
     };
@@ -121,6 +122,30 @@ fn plain<const D: usize>(
     };
     let low = burn_linear(x, a.transpose(), None);
     result + burn_linear(low, b.transpose(), None).mul_scalar(scale)
+}
+
+/// `x W + b`.
+fn base<const D: usize>(x: Tensor<D>, weight: Weight, bias: Option<Tensor<1>>) -> Tensor<D> {
+    #[cfg(any(feature = "flex", feature = "wgpu", feature = "cuda"))]
+    if decoded::is_here(&x) {
+        let device = x.device().inner();
+        let product = match &weight {
+            Weight::Dense(dense) if dense.dtype() == x.dtype() => None, // nothing to decode
+            Weight::Dense(dense) => Some(decoded::times(x.clone(), dense.clone(), None)),
+            Weight::Quantised(few) => few.on_device(&device).map(|codes| {
+                let none = Tensor::empty([0, 0], &device);
+                decoded::times(x.clone(), none, Some(codes))
+            }),
+        };
+        if let Some(product) = product {
+            return match bias {
+                Some(bias) => product + bias.unsqueeze(),
+                None => product,
+            };
+        }
+    }
+    let weight = weight.dense(&x.device()).cast(x.dtype()); // free where it is the same
+    burn_linear(x, weight, bias)
 }
 
 #[cfg(feature = "flex")]
@@ -477,5 +502,19 @@ mod tests {
             ],
             |[x, weight, bias]| linear(x, weight, Some(bias.squeeze_dim(0)), None),
         );
+    }
+
+    #[test]
+    fn a_weight_of_halves_is_trained_where_it_is_composed() {
+        let x = random([5, 19]).require_grad();
+        let weight = random([19, 7]).cast(DType::BF16).require_grad();
+        let y = crate::ops::composed(|| linear(x.clone(), weight.clone(), None, None));
+        let gradients = y.sum().backward();
+        let gradient = weight.grad(&gradients).expect("a gradient");
+        let expected = x.clone().inner().sum_dim(0).transpose().expand([19, 7]);
+        assert_eq!(gradient.dtype(), DType::BF16);
+        let distance = (gradient.cast(DType::F32) - expected).abs().max();
+        assert!(distance.into_scalar::<f32>() < 0.02);
+        assert!(x.grad(&gradients).is_some());
     }
 }

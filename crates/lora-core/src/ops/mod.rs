@@ -11,6 +11,13 @@
 //! The bits of a result depend neither on the number of threads nor on the width of the vector unit: work is cut into
 //! pieces of fixed size, sums have a fixed order, and a fused multiply-add is used only where it is written.
 
+#[cfg_attr(
+    not(any(feature = "flex", feature = "wgpu", feature = "cuda")),
+    expect(dead_code, reason = "nothing decodes on a device of another backend")
+)]
+pub(crate) mod codes;
+#[cfg(any(feature = "flex", feature = "wgpu", feature = "cuda"))]
+mod decoded;
 pub mod linear;
 
 #[cfg(feature = "flex")]

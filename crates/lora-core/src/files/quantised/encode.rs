@@ -2,6 +2,7 @@
 
 use super::{Factors, Quantised, Rounding, Values};
 use crate::files::host::E4M3;
+use crate::ops::codes::OnDevice;
 
 /// Elements of a block: bitsandbytes' default.
 const BLOCK: usize = 64;
@@ -60,6 +61,7 @@ impl Quantised {
             skipped: 0,
             factors: quantised(&largest),
             rounding: Rounding::F32,
+            on_device: OnDevice::default(),
         }
     }
 
@@ -89,6 +91,7 @@ impl Quantised {
             skipped: 0,
             factors: Factors::Plain(largest.iter().map(|largest| largest / 127.0).collect()),
             rounding: Rounding::F32,
+            on_device: OnDevice::default(),
         }
     }
 
@@ -124,6 +127,7 @@ impl Quantised {
             skipped: 0,
             factors: Factors::Plain(factors),
             rounding: Rounding::F32,
+            on_device: OnDevice::default(),
             shape,
         }
     }
@@ -158,6 +162,7 @@ fn quantised(factors: &[f32]) -> Factors {
         skipped: 0,
         factors: Factors::Plain(largest),
         rounding: Rounding::F32,
+        on_device: OnDevice::default(),
     };
     Factors::Quantised(Box::new(codes), offset)
 }

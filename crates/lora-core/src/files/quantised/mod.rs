@@ -19,8 +19,13 @@ mod encode;
 mod stored;
 
 use std::ops::Range;
+use std::sync::Arc;
+
+use burn::tensor::{DType, Device};
 
 pub use stored::Stored;
+
+use crate::ops::codes::{Codes, OnDevice};
 
 /// What codes stand for.
 #[derive(Debug, Clone, PartialEq)]
@@ -112,6 +117,21 @@ pub struct Quantised {
     skipped: usize,
     factors: Factors,
     rounding: Rounding,
+    on_device: OnDevice,
+}
+
+/// What a decoder on a device needs.
+pub(crate) struct Parts<'a> {
+    pub(crate) codes: &'a [u8],
+    /// The value of each code.
+    pub(crate) table: Vec<f32>,
+    pub(crate) factors: Vec<f32>,
+    /// Elements of a block.
+    pub(crate) block: usize,
+    /// Elements before the first one.
+    pub(crate) skipped: usize,
+    /// What decoded elements are rounded to.
+    pub(crate) rounded: DType,
 }
 
 impl Quantised {
@@ -157,6 +177,7 @@ impl Quantised {
             skipped: 0,
             factors,
             rounding: Rounding::F32,
+            on_device: OnDevice::default(),
         })
     }
 
@@ -242,6 +263,35 @@ impl Quantised {
             skipped: start - first * self.block,
             factors: self.factors.range(first..last.max(first)),
             rounding: self.rounding,
+            on_device: OnDevice::default(),
+        }
+    }
+
+    /// Its codes on `device`, which is without autodiff; they stay there. `None` where it cannot be decoded on the device.
+    pub(crate) fn on_device(&self, device: &Device) -> Option<Arc<Codes>> {
+        self.on_device.codes(self, device)
+    }
+
+    pub(crate) fn parts(&self) -> Parts<'_> {
+        Parts {
+            codes: &self.codes,
+            table: match &self.values {
+                Values::Nibbles(table) => table.to_vec(),
+                Values::Bytes(table) => table.to_vec(),
+                Values::Int8 => (0..=u8::MAX)
+                    .map(|code| f32::from(code.cast_signed()))
+                    .collect(),
+            },
+            factors: (0..self.factors.len())
+                .map(|block| self.factors.at(block))
+                .collect(),
+            block: self.block,
+            skipped: self.skipped,
+            rounded: match self.rounding {
+                Rounding::F32 => DType::F32,
+                Rounding::Bf16 => DType::BF16,
+                Rounding::F16 => DType::F16,
+            },
         }
     }
 

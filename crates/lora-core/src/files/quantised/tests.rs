@@ -65,6 +65,32 @@ fn a_slice_of_rows_is_these_rows() {
 }
 
 #[test]
+fn codes_are_decoded_on_a_device_as_on_the_host() {
+    let device = Device::flex();
+    let same = |weight: Quantised, what: &str| {
+        let codes = weight.on_device(&device).expect("it has every type");
+        let dense = codes.dense().transpose();
+        assert_eq!(dense.dims(), weight.shape(), "{what}");
+        let found: Vec<f32> = dense.into_data().try_into_vec().expect("f32");
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&found), bits(&weight.to_f32()), "{what}");
+    };
+    let set = bitsandbytes();
+    for (name, stored) in Stored::all(&set).expect("readable") {
+        let whole = stored.read(&set, None).expect("sound");
+        let height = whole.shape()[0];
+        for rows in [1..3, 3..height, height - 1..height] {
+            same(whole.rows(rows.clone()), &format!("{name} {rows:?}"));
+        }
+        same(whole, &name);
+    }
+    let values: Vec<f32> = (0..5 * 67).map(|i| (i as f32 * 0.37).sin()).collect();
+    for encode in [Quantised::nf4, Quantised::int8, Quantised::fp8] {
+        same(encode([5, 67], &values), "encoded");
+    }
+}
+
+#[test]
 fn nf4_is_encoded_as_by_bitsandbytes() {
     let set = bitsandbytes();
     assert_eq!(values(&set, "nf4_plain.weight.quant_map"), NF4);
