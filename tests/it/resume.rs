@@ -121,6 +121,37 @@ fn a_base_in_few_bits_resumes_exactly_streamed_or_not() {
 }
 
 #[test]
+fn blocks_in_bf16_train_as_in_f32_and_resume_exactly() {
+    let with = |more: &'static [&'static str]| [&["--set=train.steps=12"], more].concat();
+    let losses = |result: &RunResult| -> Vec<f64> {
+        let lines = result.metrics.lines();
+        let loss = |line| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64();
+        lines.map(|line| loss(line).unwrap()).collect()
+    };
+    let exact = losses(&resumes_exactly_with(&with(&[]), &[]));
+    let halves = with(&["--set=model.compute=bf16"]);
+    let found = losses(&resumes_exactly_with(&halves, &[1, 7]));
+    assert_ne!(found, exact);
+    for (found, exact) in found.iter().zip(&exact) {
+        assert!((found - exact).abs() < 0.01 * exact, "{found}, not {exact}");
+    }
+    let all = with(&["--set=model.compute=bf16", "--set=memory.recompute=all"]);
+    let none = with(&["--set=model.compute=bf16", "--set=memory.recompute=none"]);
+    let [all, none] = [all, none].map(|settings| resumes_exactly_with(&settings, &[]));
+    assert_eq!(all.metrics, none.metrics);
+}
+
+#[cfg(feature = "ndarray")]
+#[test]
+fn blocks_in_bf16_are_refused_where_the_device_has_none() {
+    let bench = Workbench::new();
+    let out = bench.train("run", "ndarray", &["--set=model.compute=bf16"]);
+    let said = String::from_utf8_lossy(&out.stderr);
+    let expected = "`model.compute`: this device has no bf16: use \"f32\"";
+    assert!(!out.status.success() && said.contains(expected), "{said}");
+}
+
+#[test]
 fn the_finished_lora_of_a_schedule_free_optimizer_is_the_average() {
     let bench = Workbench::new();
     let settings = [

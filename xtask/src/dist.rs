@@ -85,6 +85,10 @@ fn stub_llvm() -> Result<PathBuf> {
     let target = std::path::absolute(release_folder()).map_err(|error| error.to_string())?;
     let data = target.with_file_name("stub-llvm");
     let llvm = data.join(format!("tracel/tracel-llvm-{bundler}"));
+    let installed = llvm.join(".tracel-llvm-installed");
+    if installed.exists() {
+        return Ok(data); // a newer one would have everything built again
+    }
     make(&llvm.join("lib"))?;
     for part in ["bin", "include"] {
         let from = Path::new("tools/stub-llvm").join(part);
@@ -100,11 +104,8 @@ fn stub_llvm() -> Result<PathBuf> {
         .arg("-o")
         .arg(&object))?;
     let library = llvm.join("lib/libllvm_stub.a");
-    if library.exists() {
-        fs::remove_file(&library).map_err(|error| format!("{}: {error}", library.display()))?;
-    }
     run(Command::new("ar").arg("crs").args([&library, &object]))?;
-    write(&llvm.join(".tracel-llvm-installed"), "a stub\n")?;
+    write(&installed, "a stub\n")?;
     Ok(data)
 }
 

@@ -1,10 +1,10 @@
 //! Pieces the networks share: norms, rotary positions, the sinusoidal embedding.
 //!
-//! Everything here runs in f32, and reductions see contiguous input only (see [`packed`]).
+//! Everything here runs in f32 but for what comes and goes through [`in_f32`], and reductions see contiguous input only (see [`packed`]).
 
 use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 /// A linear layer with lazily initialised weights.
 pub(crate) fn linear_layer(inputs: usize, outputs: usize, bias: bool, device: &Device) -> Linear {
@@ -21,6 +21,15 @@ pub(crate) fn linear_layer(inputs: usize, outputs: usize, bias: bool, device: &D
 pub fn packed<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     let shape = x.dims();
     x.reshape([shape.iter().product::<usize>()]).reshape(shape)
+}
+
+/// `f(x)` computed in f32, in the type of `x`; the casts are free where that is f32.
+pub(crate) fn in_f32<const D: usize>(
+    x: Tensor<D>,
+    f: impl FnOnce(Tensor<D>) -> Tensor<D>,
+) -> Tensor<D> {
+    let dtype = x.dtype();
+    f(x.cast(DType::F32)).cast(dtype)
 }
 
 /// Layer norm over the last dimension, without scale and shift.

@@ -10,7 +10,7 @@ use lora_core::training::recompute::Blocks;
 
 use crate::error::WeightsError;
 use crate::lora::ModelShape;
-use crate::weights::Stream;
+use crate::weights::{Compute, Stream};
 
 /// A velocity network: enter, the blocks one after the other, leave.
 pub trait Network: Module + Blocks<Error = WeightsError> {
@@ -32,6 +32,10 @@ pub trait Network: Module + Blocks<Error = WeightsError> {
     /// The same with its blocks in `stream`, which it then gets them from.
     #[must_use]
     fn with_stream(self, stream: Stream) -> Self;
+
+    /// The same with blocks that compute in another type.
+    #[must_use]
+    fn with_compute(self, compute: Compute) -> Self;
 
     /// Its architecture, which LoRA files are read against.
     fn shape(&self) -> ModelShape;

@@ -1,7 +1,7 @@
 //! The fast path: a linear layer with adapters, without the dense sum.
 
 use burn::nn::Linear;
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
 use crate::adapter::Adapter;
 use crate::adapters::Adapters;
@@ -55,7 +55,9 @@ fn compute<const D: usize>(layer: &Linear, x: Tensor<D>, unread: bool) -> Tensor
         return result;
     }
     let base = weight.dense(&x.device());
-    active.fold(result, |result, adapter| {
-        adapter.forward(x.clone(), base.clone(), bias.clone(), result)
-    })
+    let dtype = x.dtype();
+    let [x, result] = [x, result].map(|tensor| tensor.cast(DType::F32)); // free where it is
+    let forward =
+        |result, adapter: &Adapter| adapter.forward(x.clone(), base.clone(), bias.clone(), result);
+    active.fold(result, forward).cast(dtype)
 }

@@ -146,6 +146,7 @@ impl Need {
             base: Base {
                 dtype: config.model.base_dtype,
                 is_streamed,
+                compute: config.model.compute,
             },
             recomputed,
             blocks,

@@ -607,6 +607,9 @@ pub(crate) fn check_start<F: Family>(
     if let Some(problem) = config.model.base_dtype.problem(&device.device) {
         bail!("`model.base_dtype`: {problem}");
     }
+    if let Some(problem) = config.model.compute.problem(&device.device) {
+        bail!("`model.compute`: {problem}");
+    }
     let outline = family
         .outline(&device.device)
         .context("open the transformer")?;
@@ -748,6 +751,7 @@ fn summary<F: Family>(
         device = names.join(","),
         hardware = device.hardware,
         base_dtype = %config.model.base_dtype,
+        compute = %config.model.compute,
         "device"
     );
     if device::reduction_fault(&device.device) {

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 
 use burn::module::Module;
 use burn::nn::{Identity, Linear};
-use burn::tensor::{Device, Gradients, Tensor};
+use burn::tensor::{DType, Device, Gradients, Tensor};
 use lora_core::files::host::HostTensor;
 use lora_core::linear;
 use lora_core::training::recompute::{Blocks, TensorTree};
@@ -42,7 +42,7 @@ const EPS: f64 = 1e-6;
 const THETA: f64 = 10000.0;
 /// Channels of the sinusoidal embeddings of time and guidance.
 const TIME_CHANNELS: usize = 256;
-use crate::weights::Stream;
+use crate::weights::{Compute, Stream};
 
 /// Inputs of one forward pass.
 #[derive(Debug, Clone)]
@@ -130,6 +130,8 @@ pub struct FluxTransformer {
     /// Where the blocks are, if not in memory.
     #[module(skip)]
     stream: Option<Stream>,
+    #[module(skip)]
+    compute: Compute,
 }
 
 impl FluxTransformer {
@@ -156,6 +158,7 @@ impl FluxTransformer {
             proj_out: linear_layer(hidden, config.out_channels(), true, device),
             config: config.clone(),
             stream: None,
+            compute: Compute::default(),
         }
     }
 
@@ -231,12 +234,12 @@ impl Network for FluxTransformer {
         };
         let img = linear(&self.x_embedder, input.img);
         let txt = linear(&self.context_embedder, input.txt);
-        (vec![txt, img], conditioning)
+        (self.compute.lower(vec![txt, img]), conditioning)
     }
 
     /// Drops text and references and projects to the velocity.
     fn leave(&self, tokens: Vec<Tensor<3>>, c: &Conditioning) -> Tensor<3> {
-        let img = noisy_tokens(tokens, c.txt_tokens, c.reference_tokens);
+        let img = noisy_tokens(tokens, c.txt_tokens, c.reference_tokens).cast(DType::F32);
         let [scale, shift] = vectors(self.norm_out.forward(silu(c.temb.clone()))); // the other way round in BFL's layout
         linear(&self.proj_out, layer_norm_modulate(img, scale, shift, EPS))
     }
@@ -257,6 +260,10 @@ impl Network for FluxTransformer {
             stream: Some(stream),
             ..self
         }
+    }
+
+    fn with_compute(self, compute: Compute) -> Self {
+        Self { compute, ..self }
     }
 
     fn shape(&self) -> ModelShape {

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 
 use burn::module::Module;
 use burn::nn::Linear;
-use burn::tensor::{Device, Gradients, Tensor};
+use burn::tensor::{DType, Device, Gradients, Tensor};
 use lora_core::files::host::HostTensor;
 use lora_core::linear;
 use lora_core::training::recompute::{Blocks, TensorTree};
@@ -34,7 +34,7 @@ use crate::ops::gate::{gated_end, gated_residual};
 use crate::ops::heads::{norm_rotate, to_heads};
 use crate::ops::layer_norm::layer_norm_modulate;
 use crate::ops::silu::{silu, swiglu};
-use crate::weights::Stream;
+use crate::weights::{Compute, Stream};
 
 /// Inputs of one forward pass.
 #[derive(Debug, Clone)]
@@ -143,6 +143,8 @@ pub struct Flux2Transformer {
     /// Where the blocks are, if not in memory.
     #[module(skip)]
     stream: Option<Stream>,
+    #[module(skip)]
+    compute: Compute,
 }
 
 impl Flux2Transformer {
@@ -170,6 +172,7 @@ impl Flux2Transformer {
             proj_out: linear_layer(hidden, config.out_channels(), false, device),
             config: config.clone(),
             stream: None,
+            compute: Compute::default(),
         }
     }
 
@@ -215,12 +218,12 @@ impl Network for Flux2Transformer {
         let conditioning = self.condition(&input);
         let img = linear(&self.x_embedder, input.img);
         let txt = linear(&self.context_embedder, input.txt);
-        (vec![txt, img], conditioning)
+        (self.compute.lower(vec![txt, img]), conditioning)
     }
 
     /// Drops text and references and projects to the velocity.
     fn leave(&self, tokens: Vec<Tensor<3>>, c: &Conditioning) -> Tensor<3> {
-        let img = noisy_tokens(tokens, c.txt_tokens, c.reference_tokens);
+        let img = noisy_tokens(tokens, c.txt_tokens, c.reference_tokens).cast(DType::F32);
         let [scale, shift] = vectors(self.norm_out.forward(silu(c.temb.clone()))); // the other way round in BFL's layout
         let x = layer_norm_modulate(img, scale, shift, self.config.eps);
         linear(&self.proj_out, x)
@@ -242,6 +245,10 @@ impl Network for Flux2Transformer {
             stream: Some(stream),
             ..self
         }
+    }
+
+    fn with_compute(self, compute: Compute) -> Self {
+        Self { compute, ..self }
     }
 
     fn shape(&self) -> ModelShape {

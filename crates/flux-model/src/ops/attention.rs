@@ -16,6 +16,8 @@
 use burn::tensor::Tensor;
 use burn::tensor::activation::softmax;
 
+use crate::layers::in_f32;
+
 /// `softmax(scale * q kᵀ + bias) v`, heads merged; with a bias composed of Burn's operations.
 ///
 /// # Shapes
@@ -46,7 +48,7 @@ pub fn attention(
         Some(bias) => scores + bias,
         None => scores,
     };
-    softmax(scores, 3)
+    in_f32(scores, |scores| softmax(scores, 3))
         .matmul(v)
         .swap_dims(1, 2)
         .reshape([batch, queries, heads * head_dim])

@@ -32,6 +32,7 @@ pub fn gated_residual(x: Tensor<3>, gate: Tensor<3>, z: Tensor<3>) -> Tensor<3> 
             return lora_core::ops::apply::<_, 3, 3>(cpu::GatedResidual, inputs);
         }
     }
+    let gate = gate.cast(z.dtype());
     x + gate * z
 }
 

@@ -13,13 +13,15 @@
 use burn::tensor::Tensor;
 use burn::tensor::activation::gelu_approximate;
 
+use crate::layers::in_f32;
+
 /// `gelu(x)`.
 pub fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     #[cfg(feature = "flex")]
     if lora_core::ops::has_kernels(&x) {
         return lora_core::ops::apply::<_, 1, D>(cpu::Gelu, vec![x.into_dispatch()]);
     }
-    gelu_approximate(x)
+    in_f32(x, gelu_approximate)
 }
 
 /// `cat(first, gelu(x))` over the last dimension: the input of a single-stream block's projection.
@@ -32,7 +34,7 @@ pub fn cat_gelu_tanh(first: Tensor<3>, x: Tensor<3>) -> Tensor<3> {
         let inputs = vec![first.into_dispatch(), x.into_dispatch()];
         return lora_core::ops::apply::<_, 2, 3>(cpu::CatGelu, inputs);
     }
-    Tensor::cat(vec![first, gelu_approximate(x)], 2)
+    Tensor::cat(vec![first, in_f32(x, gelu_approximate)], 2)
 }
 
 #[cfg(feature = "flex")]

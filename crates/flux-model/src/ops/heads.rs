@@ -13,7 +13,7 @@
 //! Source: Zhang & Sennrich 2019, arXiv:1910.07467; Su et al. 2021, arXiv:2104.09864; black-forest-labs/flux
 //! `src/flux/math.py`, `modules/layers.py` (802fb47).
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
 use crate::layers::{RotaryTable, Stream, rms_norm, split_heads};
 
@@ -30,8 +30,11 @@ pub fn norm_rotate<const N: usize>(
     if cpu::takes(&streams.each_ref().map(|stream| &stream.x), heads) {
         return cpu::norm_rotate(streams, heads, rotary);
     }
-    let normed = streams.map(|Stream { x, norm, eps }| rms_norm(split_heads(x, heads), norm, eps));
-    rotate(Tensor::cat(normed.into(), 1).swap_dims(1, 2), rotary)
+    let dtype = streams[0].x.dtype();
+    let normed = streams.map(|Stream { x, norm, eps }| {
+        rms_norm(split_heads(x, heads).cast(DType::F32), norm, eps) // the casts are free in f32
+    });
+    rotate(Tensor::cat(normed.into(), 1).swap_dims(1, 2), rotary).cast(dtype)
 }
 
 /// Heads as they are.

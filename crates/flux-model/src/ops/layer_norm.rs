@@ -13,7 +13,7 @@
 
 use burn::tensor::Tensor;
 
-use crate::layers::layer_norm;
+use crate::layers::{in_f32, layer_norm};
 
 /// `layer_norm(x) * (1 + scale) + shift`.
 ///
@@ -38,7 +38,7 @@ pub fn layer_norm_modulate(
             return lora_core::ops::apply::<_, 3, 3>(operation, inputs);
         }
     }
-    layer_norm(x, eps) * (scale + 1.0) + shift
+    in_f32(x, |x| layer_norm(x, eps) * (scale + 1.0) + shift)
 }
 
 #[cfg(feature = "flex")]

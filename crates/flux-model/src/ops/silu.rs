@@ -11,13 +11,15 @@
 
 use burn::tensor::Tensor;
 
+use crate::layers::in_f32;
+
 /// `x * sigmoid(x)`.
 pub fn silu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     #[cfg(feature = "flex")]
     if lora_core::ops::has_kernels(&x) {
         return lora_core::ops::apply::<_, 1, D>(cpu::Silu, vec![x.into_dispatch()]);
     }
-    burn::tensor::activation::silu(x)
+    in_f32(x, burn::tensor::activation::silu)
 }
 
 /// `silu(first half) * second half` of the last dimension.
@@ -30,7 +32,8 @@ pub fn swiglu(x: Tensor<3>) -> Tensor<3> {
     if lora_core::ops::has_kernels(&x) && x.shape().num_elements() > 0 && x.dims()[2] == 2 * half {
         return lora_core::ops::apply::<_, 1, 3>(cpu::Swiglu, vec![x.into_dispatch()]);
     }
-    burn::tensor::activation::silu(x.clone().narrow(2, 0, half)) * x.narrow(2, half, half)
+    let gate = x.clone().narrow(2, 0, half);
+    in_f32(gate, burn::tensor::activation::silu) * x.narrow(2, half, half)
 }
 
 #[cfg(feature = "flex")]

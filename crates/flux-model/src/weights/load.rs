@@ -1,10 +1,12 @@
 //! Filling a network with the values of a checkpoint.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use burn::module::{Module, ModuleMapper, Param};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 use lora_core::frozen::{hold, placeholder};
+use serde::{Deserialize, Serialize};
 
 use super::checkpoint::Checkpoint;
 use super::layout::Layout;
@@ -21,6 +23,52 @@ pub struct Base {
     pub dtype: BaseDtype,
     /// Whether blocks are read from the checkpoint each time they are needed, and not kept.
     pub is_streamed: bool,
+    /// What the blocks compute in.
+    pub compute: Compute,
+}
+
+/// What blocks compute in: their activations and the products with base weights.
+///
+/// In bf16, norms, softmax and activation functions still compute in f32, and so do the conditioning, what is before the
+/// first block and behind the last one, and the loss; the factors of adapters are f32, and rounded for their products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compute {
+    /// f32.
+    #[default]
+    F32,
+    /// bf16, with sums in f32 where the device's matrix units have them so.
+    Bf16,
+}
+
+impl Compute {
+    /// Why blocks cannot compute so on `device`, if so.
+    pub fn problem(self, device: &Device) -> Option<String> {
+        let lacks = !device.supports_dtype(self.dtype());
+        lacks.then(|| "this device has no bf16: use \"f32\"".into())
+    }
+
+    /// Tokens on their way into the first block.
+    pub(crate) fn lower(self, tokens: Vec<Tensor<3>>) -> Vec<Tensor<3>> {
+        let lower = |tokens: Tensor<3>| tokens.cast(self.dtype()); // free in f32
+        tokens.into_iter().map(lower).collect()
+    }
+
+    fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+}
+
+impl fmt::Display for Compute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        })
+    }
 }
 
 impl Checkpoint {
@@ -70,6 +118,7 @@ impl Checkpoint {
         base: Base,
         device: &Device,
     ) -> Result<N, WeightsError> {
+        let network = network.with_compute(base.compute);
         if !base.is_streamed {
             return self.load(network, layout, base.dtype, device);
         }

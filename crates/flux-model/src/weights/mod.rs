@@ -7,7 +7,7 @@
 
 pub use self::checkpoint::Checkpoint;
 pub use self::layout::Layout;
-pub use self::load::Base;
+pub use self::load::{Base, Compute};
 pub use self::parameters::{change_parameters, checkpoint_tensors, tensors_of};
 pub use self::sizes::{BlockSize, Sizes};
 pub use self::storage::BaseDtype;
@@ -26,6 +26,8 @@ mod stream;
 mod tests;
 #[cfg(test)]
 mod tests_base;
+#[cfg(test)]
+mod tests_compute;
 #[cfg(test)]
 mod tests_few_bits;
 mod walk;

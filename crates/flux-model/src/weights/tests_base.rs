@@ -10,7 +10,7 @@ use lora_core::files::safetensors::{TensorFile, serialize};
 use lora_core::peft::InitLoraWeights;
 use tempfile::TempDir;
 
-use super::{Base, BaseDtype, Checkpoint};
+use super::{Base, BaseDtype, Checkpoint, Compute};
 use crate::family::Network;
 use crate::flux1::config::FluxConfig;
 use crate::flux1::latent::{image_positions, text_positions};
@@ -22,6 +22,7 @@ use crate::text::t5::{T5Config, T5Encoder};
 pub(super) const STREAMED: Base = Base {
     dtype: BaseDtype::AsStored,
     is_streamed: true,
+    compute: Compute::F32,
 };
 
 pub(super) fn fixture(component: &str) -> PathBuf {
@@ -56,18 +57,21 @@ fn stored_as(component: &str, dtype: Dtype) -> TempDir {
 }
 
 pub(super) fn load(folder: &Path, base: Base) -> FluxTransformer {
-    FluxConfig::load(folder, None, base, &Device::flex()).expect("a transformer")
+    load_on(folder, base, &Device::flex())
 }
 
-pub(super) fn velocity(network: &FluxTransformer) -> Vec<f32> {
-    let config = network.config();
+pub(super) fn load_on(folder: &Path, base: Base, device: &Device) -> FluxTransformer {
+    FluxConfig::load(folder, None, base, device).expect("a transformer")
+}
+
+pub(super) fn input(config: &FluxConfig, device: &Device) -> FluxInput {
     let tensor = |shape: [usize; 3]| {
         let values = (0..shape.iter().product::<usize>()).map(|i| (i as f32 * 0.37).sin());
         let data = TensorData::new(values.collect::<Vec<_>>(), shape);
-        Tensor::<3>::from_data(data, &Device::flex())
+        Tensor::<3>::from_data(data, device)
     };
     let (height, width, words) = (4, 6, 5);
-    let input = FluxInput {
+    FluxInput {
         img: tensor([1, height * width / 4, config.in_channels]),
         txt: tensor([1, words, config.joint_attention_dim]),
         pooled: tensor([1, 1, config.pooled_projection_dim]).squeeze_dim(1),
@@ -75,7 +79,11 @@ pub(super) fn velocity(network: &FluxTransformer) -> Vec<f32> {
         guidance: vec![3.5],
         positions: [text_positions(words), image_positions(height, width)].concat(),
         reference_tokens: 0,
-    };
+    }
+}
+
+pub(super) fn velocity(network: &FluxTransformer) -> Vec<f32> {
+    let input = input(network.config(), &Device::flex());
     let velocity = network.forward(input).expect("blocks that can be read");
     velocity.into_data().try_to_vec().expect("f32")
 }

@@ -101,13 +101,13 @@ impl Codes {
 
 /// What of a weight is on a device already. It is no part of its value.
 #[derive(Debug, Default)]
-pub(crate) struct OnDevice(OnceLock<(Device, Option<Arc<Codes>>)>);
+pub(crate) struct OnDevice(OnceLock<Box<(Device, Option<Arc<Codes>>)>>);
 
 impl OnDevice {
     /// Taken to `device`, which is without autodiff, unless it is there.
     pub(crate) fn codes(&self, weight: &Quantised, device: &Device) -> Option<Arc<Codes>> {
         let new = || Codes::new(weight, device).map(Arc::new);
-        let (first, codes) = self.0.get_or_init(|| (device.clone(), new()));
+        let (first, codes) = &**self.0.get_or_init(|| Box::new((device.clone(), new())));
         match first == device {
             true => codes.clone(),
             false => new(),

@@ -116,12 +116,13 @@ fn plain<const D: usize>(
     let Some(LowRank { a, b, scale, mask }) = adapter else {
         return result;
     };
+    let dtype = x.dtype(); // the casts are free where all is f32
     let x = match mask {
-        Some(mask) => x * mask,
+        Some(mask) => x * mask.cast(dtype),
         None => x,
     };
-    let low = burn_linear(x, a.transpose(), None);
-    result + burn_linear(low, b.transpose(), None).mul_scalar(scale)
+    let low = burn_linear(x, a.transpose().cast(dtype), None);
+    result + burn_linear(low, b.transpose().cast(dtype), None).mul_scalar(scale)
 }
 
 /// `x W + b`.
@@ -139,12 +140,13 @@ fn base<const D: usize>(x: Tensor<D>, weight: Weight, bias: Option<Tensor<1>>) -
         };
         if let Some(product) = product {
             return match bias {
-                Some(bias) => product + bias.unsqueeze(),
+                Some(bias) => product + bias.cast(x.dtype()).unsqueeze(),
                 None => product,
             };
         }
     }
     let weight = weight.dense(&x.device()).cast(x.dtype()); // free where it is the same
+    let bias = bias.map(|bias| bias.cast(x.dtype()));
     burn_linear(x, weight, bias)
 }
 

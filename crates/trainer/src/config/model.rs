@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use flux_model::weights::BaseDtype;
+use flux_model::weights::{BaseDtype, Compute};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +31,11 @@ pub struct ModelSection {
     /// double quantisation, as in QLoRA); what a file has in as few bits stays as it is. Default "as-stored".
     #[schemars(with = "String")]
     pub base_dtype: BaseDtype,
+    /// What the blocks of the transformer compute in: "f32", or "bf16" where the device has it: activations and the products
+    /// with base weights. Norms, softmax, activation functions, the conditioning and the loss are f32 either way, and so are
+    /// adapters, their gradients and moments; the factors are rounded for their products. Default "f32".
+    #[schemars(with = "String")]
+    pub compute: Compute,
 }
 
 impl ModelSection {
