@@ -21,7 +21,7 @@ use super::validation::ValidationSection;
 use crate::nearest::{nearest, one_line};
 
 /// What diffusers' script and kohya's call some keys, where the spelling gives no hint.
-pub(super) const OTHER_NAMES: [(&str, &str); 24] = [
+pub(super) const OTHER_NAMES: [(&str, &str); 25] = [
     ("caption_dropout_rate", "dataset.caption_dropout"),
     ("clip_threshold", "optimizer.d"),
     ("decay_rate", "optimizer.beta2_decay"),
@@ -38,6 +38,7 @@ pub(super) const OTHER_NAMES: [(&str, &str); 24] = [
     ("image_dir", "dataset.path"),
     ("instance_data_dir", "dataset.path"),
     ("lr", "optimizer.learning_rate"),
+    ("mixed_precision", "model.compute"),
     ("network_alpha", "lora.lora_alpha"),
     ("network_dim", "lora.r"),
     ("pretrained_model_name_or_path", "model.path"),
