@@ -6,8 +6,9 @@
 //! [`keys`]: mod@crate::flux1::keys
 
 pub use self::checkpoint::Checkpoint;
+pub use self::compute::Compute;
 pub use self::layout::Layout;
-pub use self::load::{Base, Compute};
+pub use self::load::Base;
 pub use self::parameters::{change_parameters, checkpoint_tensors, tensors_of};
 pub use self::sizes::{BlockSize, Sizes};
 pub use self::storage::BaseDtype;
@@ -15,6 +16,7 @@ pub use self::stream::Stream;
 
 mod architecture;
 mod checkpoint;
+mod compute;
 mod find;
 mod layout;
 mod load;

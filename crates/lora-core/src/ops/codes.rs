@@ -1,13 +1,29 @@
 //! A weight in few bits on a device: its codes four bytes to an integer, the values they stand for, and the factors of blocks.
 //!
-//! Decoding is a table look-up and a product, as on the host ([`Quantised`]), in Burn's operations: the same values. Factors
+//! Decoding is a table look-up and a product, as on the host ([`Quantised`](crate::files::quantised::Quantised)), in Burn's
+//! operations: the same values. Factors
 //! that are quantised themselves are decoded once, on the host.
 
 use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-use crate::files::quantised::{Parts, Quantised};
+/// A weight in few bits on the host.
+pub(crate) struct Parts<'a> {
+    /// `[out, in]`.
+    pub(crate) shape: [usize; 2],
+    /// 4 or 8 bits each; the first of two in a byte is in its high half.
+    pub(crate) codes: &'a [u8],
+    /// The value of each code.
+    pub(crate) table: Vec<f32>,
+    pub(crate) factors: Vec<f32>,
+    /// Elements of a block.
+    pub(crate) block: usize,
+    /// Elements before the first one.
+    pub(crate) skipped: usize,
+    /// What decoded elements are rounded to.
+    pub(crate) rounded: DType,
+}
 
 /// A weight `[out, in]` in few bits, on a device.
 #[derive(Debug)]
@@ -29,21 +45,22 @@ pub(crate) struct Codes {
 }
 
 impl Codes {
-    /// Takes `weight` to `device`, which is without autodiff; `None` if that lacks the type its elements are rounded to, or there are
-    /// none.
-    fn new(weight: &Quantised, device: &Device) -> Option<Self> {
+    /// Takes a weight to `device`, which is without autodiff; `None` if that lacks the type its elements are rounded to, or
+    /// there are none.
+    pub(crate) fn new(parts: Parts, device: &Device) -> Option<Self> {
         let Parts {
+            shape,
             codes,
             table,
             factors,
             block,
             skipped,
             rounded,
-        } = weight.parts();
-        if weight.numel() == 0 || !device.supports_dtype(rounded) {
+        } = parts;
+        if shape.contains(&0) || !device.supports_dtype(rounded) {
             return None;
         }
-        let bits = weight.bits();
+        let bits = table.len().ilog2();
         let per_word = 32 / bits as usize;
         // Whole blocks: what is beyond the last element is cut off.
         let words = (factors.len() * block).div_ceil(per_word);
@@ -51,7 +68,6 @@ impl Codes {
         bytes.resize(4 * words, 0);
         let (quads, _) = bytes.as_chunks::<4>();
         let quads: Vec<i32> = quads.iter().map(|quad| i32::from_le_bytes(*quad)).collect();
-        // The first of two codes in a byte is in its high half.
         let shifts: Vec<i32> = match bits {
             4 => vec![4, 0, 12, 8, 20, 16, 28, 24],
             _ => vec![0, 8, 16, 24],
@@ -72,7 +88,7 @@ impl Codes {
             factors: floats(factors),
             block,
             skipped,
-            shape: [weight.shape()[0], weight.shape()[1]],
+            shape,
             rounded,
         })
     }
@@ -104,9 +120,13 @@ impl Codes {
 pub(crate) struct OnDevice(OnceLock<Box<(Device, Option<Arc<Codes>>)>>);
 
 impl OnDevice {
-    /// Taken to `device`, which is without autodiff, unless it is there.
-    pub(crate) fn codes(&self, weight: &Quantised, device: &Device) -> Option<Arc<Codes>> {
-        let new = || Codes::new(weight, device).map(Arc::new);
+    /// What is on `device`, made by `new` unless it is there.
+    pub(crate) fn codes(
+        &self,
+        device: &Device,
+        new: impl Fn() -> Option<Codes>,
+    ) -> Option<Arc<Codes>> {
+        let new = || new().map(Arc::new);
         let (first, codes) = &**self.0.get_or_init(|| Box::new((device.clone(), new())));
         match first == device {
             true => codes.clone(),

@@ -25,7 +25,7 @@ use burn::tensor::{DType, Device};
 
 pub use stored::Stored;
 
-use crate::ops::codes::{Codes, OnDevice};
+use crate::ops::codes::{Codes, OnDevice, Parts};
 
 /// What codes stand for.
 #[derive(Debug, Clone, PartialEq)]
@@ -118,20 +118,6 @@ pub struct Quantised {
     factors: Factors,
     rounding: Rounding,
     on_device: OnDevice,
-}
-
-/// What a decoder on a device needs.
-pub(crate) struct Parts<'a> {
-    pub(crate) codes: &'a [u8],
-    /// The value of each code.
-    pub(crate) table: Vec<f32>,
-    pub(crate) factors: Vec<f32>,
-    /// Elements of a block.
-    pub(crate) block: usize,
-    /// Elements before the first one.
-    pub(crate) skipped: usize,
-    /// What decoded elements are rounded to.
-    pub(crate) rounded: DType,
 }
 
 impl Quantised {
@@ -267,13 +253,13 @@ impl Quantised {
         }
     }
 
-    /// Its codes on `device`, which is without autodiff; they stay there. `None` where it cannot be decoded on the device.
+    /// A matrix's codes on `device`, which is without autodiff; they stay there. `None` where it cannot be decoded there.
     pub(crate) fn on_device(&self, device: &Device) -> Option<Arc<Codes>> {
-        self.on_device.codes(self, device)
-    }
-
-    pub(crate) fn parts(&self) -> Parts<'_> {
-        Parts {
+        let &[out, inputs] = self.shape.as_slice() else {
+            return None;
+        };
+        let parts = || Parts {
+            shape: [out, inputs],
             codes: &self.codes,
             table: match &self.values {
                 Values::Nibbles(table) => table.to_vec(),
@@ -292,7 +278,8 @@ impl Quantised {
                 Rounding::Bf16 => DType::BF16,
                 Rounding::F16 => DType::F16,
             },
-        }
+        };
+        (self.on_device).codes(device, || Codes::new(parts(), device))
     }
 
     /// Flat index of the first NaN or infinity.
