@@ -121,6 +121,7 @@ impl Workbench {
             .arg("--output")
             .arg(self.path(output));
         command
+            .env("XDG_CACHE_HOME", self.path("user-cache"))
             .args(["--device", device])
             .args(args)
             .stdin(Stdio::null());

@@ -152,6 +152,57 @@ fn blocks_in_bf16_are_refused_where_the_device_has_none() {
 }
 
 #[test]
+fn a_base_in_few_bits_is_made_once_for_all_runs() {
+    let bench = Workbench::new();
+    let train = |run: &str, more: &[&str]| {
+        let settings = ["--set=train.steps=4", "--set=model.base_dtype=nf4"];
+        let out = bench.train(run, "flex", &[&settings, more].concat());
+        let said = String::from_utf8_lossy(&out.stderr).to_string();
+        assert!(out.status.success(), "{said}");
+        said
+    };
+    let files = || -> Vec<_> {
+        let entries = std::fs::read_dir(bench.path("user-cache/flux-lora")).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    };
+    let (once, before) = ("once for all runs", "made before");
+    let said = train("first", &[]);
+    assert!(said.contains(once) && !said.contains(before), "{said}");
+    let expected = bench.result("first");
+    let [file] = &files()[..] else {
+        panic!("{:?}", files())
+    };
+    for (run, more) in [
+        ("second", &[][..]),
+        ("streamed", &["--set=memory.base=stream"]),
+    ] {
+        let said = train(run, more);
+        assert!(said.contains(before) && !said.contains(once), "{said}");
+        bench.result(run).assert_same(&expected, run);
+    }
+
+    // A file that is damaged, and what a killed process left, are replaced.
+    let mut bytes = std::fs::read(file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(file, &bytes).unwrap();
+    std::fs::write(format!("{}.tmp-4194305", file.display()), "half").unwrap();
+    let said = train("damaged", &[]);
+    assert!(said.contains("SHA-256 differs") && said.contains("it is made again"));
+    assert!(said.contains(once), "{said}");
+    bench.result("damaged").assert_same(&expected, "damaged");
+    assert_eq!(files(), [file.clone()]);
+    assert!(train("after", &[]).contains(before));
+
+    // Where no file can be, the run makes the same weights in memory.
+    std::fs::remove_dir_all(bench.path("user-cache")).unwrap();
+    std::fs::write(bench.path("user-cache"), "no folder").unwrap();
+    let said = train("without", &[]);
+    assert!(said.contains("in memory, at every start"), "{said}");
+    bench.result("without").assert_same(&expected, "without");
+}
+
+#[test]
 fn the_finished_lora_of_a_schedule_free_optimizer_is_the_average() {
     let bench = Workbench::new();
     let settings = [

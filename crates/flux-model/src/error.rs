@@ -18,6 +18,15 @@ pub enum WeightsError {
         #[source]
         source: std::io::Error,
     },
+    /// A file cannot be written.
+    #[error("cannot write `{}`", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: std::io::Error,
+    },
     /// A folder lacks a component.
     #[error("`{}` has no {what}", path.display())]
     NoComponent {

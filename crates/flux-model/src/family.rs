@@ -18,7 +18,7 @@ pub use crate::network::Network;
 use crate::network_config::NetworkConfig;
 use crate::pipeline::PipelineFolder;
 use crate::scheduler::SchedulerConfig;
-use crate::weights::{Base, BaseDtype, Sizes};
+use crate::weights::{Base, BaseDtype, KeptWeights, Sizes, Stream};
 
 /// The networks that read a prompt, with their tokenizers.
 pub trait TextEncoders: Sized {
@@ -199,6 +199,35 @@ pub trait Family: Sized + Debug {
     fn network(&self, base: Base, device: &Device) -> Result<Self::Network, WeightsError> {
         let path = self.folder().transformer_path();
         Self::Config::load(path, self.stated().as_ref(), base, device)
+    }
+
+    /// As [`network`](Self::network), with the weights that `kept` has taken from there: what [`Stream::keep`] of
+    /// [`to_keep`](Self::to_keep) made of this network.
+    ///
+    /// # Errors
+    /// As [`network`](Self::network).
+    fn network_with(
+        &self,
+        base: Base,
+        kept: Option<KeptWeights>,
+        device: &Device,
+    ) -> Result<Self::Network, WeightsError> {
+        let path = self.folder().transformer_path();
+        let (checkpoint, layout, config) = Self::Config::open(path, self.stated().as_ref())?;
+        let checkpoint = checkpoint.keeping(kept);
+        checkpoint.load_network(config.network(device), layout, base, device)
+    }
+
+    /// The velocity network's blocks, whose weights are to be kept in few bits.
+    ///
+    /// # Errors
+    /// As [`network`](Self::network).
+    fn to_keep(&self, base: BaseDtype, device: &Device) -> Result<Stream, WeightsError> {
+        let path = self.folder().transformer_path();
+        let (checkpoint, layout, config) = Self::Config::open(path, self.stated().as_ref())?;
+        let (_, stream) =
+            checkpoint.stream_network(config.network(device), layout, base, device)?;
+        Ok(stream)
     }
 
     /// What the folder states of the velocity network, where it does.

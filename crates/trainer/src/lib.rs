@@ -28,6 +28,7 @@
 //! | `report/` | a run as one page, written or served |
 //! | `dev/` | reference cases, benchmarks, random weights |
 //! | `device` | the only file that names a backend |
+//! | `kept_base` | base weights that are brought into few bits, once |
 //! | `memory` | how much a run takes, and how it is made to fit |
 //! | `progress`, `output` | bars, lines and events; what is said to whom |
 //! | `canary` | known faults for the fault suite; not in what ships |
@@ -56,6 +57,7 @@ pub mod grid;
 pub mod hub;
 mod image_file;
 pub mod inspect;
+mod kept_base;
 pub mod loss;
 pub mod lr_schedule;
 pub mod memory;

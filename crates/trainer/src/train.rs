@@ -35,6 +35,7 @@ use crate::data::samples::Samples;
 use crate::data::scan::{Scan, scan, unreadable};
 use crate::device::{self, NamedDevice};
 use crate::fingerprint::Fingerprint;
+use crate::kept_base::kept;
 use crate::memory::{self, MemoryPlan, Peaks};
 use crate::models::open_pipeline;
 use crate::previews::{Previews, prompts_of};
@@ -331,8 +332,10 @@ fn train_family<F: Family>(
 
     let lora = config.lora.config();
     let optimizer = UpdateRule::from(&config.optimizer.rule);
+    let kept = kept(&family, plan.base.dtype, &base_model, &device.device);
     let load = |device: &NamedDevice| {
-        let network = family.network(plan.base, &device.device.clone().autodiff());
+        let autodiff = device.device.clone().autodiff();
+        let network = family.network_with(plan.base, kept.clone(), &autodiff);
         network.context("load the transformer")
     };
     let begun = |model, device: &NamedDevice| match &begin {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use lora_core::files::quantised::Stored;
 use lora_core::files::safetensors::TensorSet;
 
+use super::kept::KeptWeights;
 use super::layout::Location;
 use super::storage::{Read, Storage};
 use crate::error::WeightsError;
@@ -20,6 +21,8 @@ pub struct Checkpoint {
     parts: BTreeMap<String, String>,
     prefix: &'static str,
     pub(super) path: PathBuf,
+    /// Weights that were made from it, in few bits.
+    pub(super) kept: Option<KeptWeights>,
 }
 
 impl Checkpoint {
@@ -58,7 +61,13 @@ impl Checkpoint {
             quantised,
             prefix,
             path: file,
+            kept: None,
         })
+    }
+
+    /// Takes what `kept` has from there; it was made from this checkpoint.
+    pub(crate) fn keeping(self, kept: Option<KeptWeights>) -> Self {
+        Self { kept, ..self }
     }
 
     /// The file.

@@ -1,8 +1,11 @@
 //! A parameter's place in a checkpoint, checked, and what is stored there.
 
+use burn::tensor::Device;
+use lora_core::files::quantised::Codec;
+
 use super::checkpoint::Checkpoint;
 use super::layout::{Layout, Location};
-use super::storage::Read;
+use super::storage::{BaseDtype, Read, Ready};
 use crate::error::WeightsError;
 
 /// Where a parameter is in a checkpoint, which has it in this shape.
@@ -14,9 +17,29 @@ pub(super) struct Place {
 }
 
 impl Place {
+    /// Shape of the parameter, in the checkpoint's order of axes.
+    pub(super) fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
     /// Rows of the stored tensor that the parameter takes.
     pub(super) fn rows(&self) -> usize {
         self.shape.first().copied().unwrap_or(1)
+    }
+}
+
+/// A parameter of a network that was found in its checkpoint.
+pub(super) struct Parameter {
+    /// Its path in the network.
+    pub(super) name: String,
+    pub(super) place: Place,
+    pub(super) is_linear: bool,
+}
+
+impl Parameter {
+    /// Its path in the block at `block`, if it is there.
+    pub(super) fn within(&self, block: &str) -> Option<&str> {
+        self.name.strip_prefix(block)?.strip_prefix('.')
     }
 }
 
@@ -84,7 +107,40 @@ impl Checkpoint {
         Ok(Read::Dense(tensor))
     }
 
-    pub(super) fn not_finite(&self, key: &str, index: usize) -> WeightsError {
+    /// How a parameter is brought into few bits, if it is.
+    pub(super) fn codec(
+        &self,
+        parameter: &Parameter,
+        base: BaseDtype,
+        device: &Device,
+    ) -> Option<Codec> {
+        let stored = self.storage(&parameter.place.location.key)?;
+        let kept = parameter.is_linear.then(|| base.kept(stored, device))?;
+        kept.codec()
+    }
+
+    /// A parameter's values, ready for a device.
+    ///
+    /// # Errors
+    /// A file that has changed since it was opened, a value that is not finite.
+    pub(super) fn ready(
+        &self,
+        parameter: &Parameter,
+        base: BaseDtype,
+        device: &Device,
+    ) -> Result<Ready, WeightsError> {
+        let place = &parameter.place;
+        if let Some(kept) = &self.kept
+            && let Some(codec) = self.codec(parameter, base, device)
+            && let Some(tensor) = kept.read(&parameter.name, codec, place.shape())?
+        {
+            return Ok(Ready::FewBits(tensor.into()));
+        }
+        let ready = Ready::new(self.stored(place)?, parameter.is_linear, base, device);
+        ready.map_err(|index| self.not_finite(&place.location.key, index))
+    }
+
+    fn not_finite(&self, key: &str, index: usize) -> WeightsError {
         WeightsError::NotFinite {
             path: self.path.clone(),
             key: key.into(),

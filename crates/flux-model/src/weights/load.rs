@@ -8,9 +8,10 @@ use lora_core::frozen::{hold, placeholder};
 
 use super::checkpoint::Checkpoint;
 use super::compute::Compute;
+use super::find::Parameter;
 use super::layout::Layout;
 use super::storage::{BaseDtype, Held, Ready};
-use super::stream::{Parameter, Stream};
+use super::stream::Stream;
 use super::walk::Walk;
 use crate::error::WeightsError;
 use crate::network::Network;
@@ -58,7 +59,7 @@ impl Checkpoint {
         let mut load = Load::new(&self, layout, base, device);
         load.streamed = blocks.into_iter().map(|path| (path, Vec::new())).collect();
         let module = self.fill(module, &mut load)?;
-        let blocks = load.streamed.into_iter().map(|(_, found)| found).collect();
+        let blocks = load.streamed;
         Ok((module, Stream::new(self, base, device, blocks)))
     }
 
@@ -77,9 +78,23 @@ impl Checkpoint {
         if !base.is_streamed {
             return self.load(network, layout, base.dtype, device);
         }
-        let blocks = (0..network.count()).map(|i| network.path(i)).collect();
-        let (network, stream) = self.stream(network, blocks, layout, base.dtype, device)?;
+        let (network, stream) = self.stream_network(network, layout, base.dtype, device)?;
         Ok(network.with_stream(stream))
+    }
+
+    /// A network without the values of its blocks, and the stream of them.
+    ///
+    /// # Errors
+    /// As [`stream`](Self::stream).
+    pub(crate) fn stream_network<N: Network>(
+        self,
+        network: N,
+        layout: Layout,
+        base: BaseDtype,
+        device: &Device,
+    ) -> Result<(N, Stream), WeightsError> {
+        let blocks = (0..network.count()).map(|i| network.path(i)).collect();
+        self.stream(network, blocks, layout, base, device)
     }
 
     fn fill<M: Module>(&self, module: M, load: &mut Load<'_>) -> Result<M, WeightsError> {
@@ -155,21 +170,18 @@ impl<'a> Load<'a> {
         let place = self.checkpoint.find(self.layout, &key, expected)?;
         let used = self.used.entry(place.location.key.clone());
         *used.or_default() += place.rows();
+        let parameter = Parameter {
+            name: path,
+            place,
+            is_linear,
+        };
         for (block, parameters) in &mut self.streamed {
-            let within = path.strip_prefix(block.as_str());
-            if let Some(within) = within.and_then(|path| path.strip_prefix('.')) {
-                parameters.push(Parameter {
-                    path: within.into(),
-                    place,
-                    is_linear,
-                });
+            if parameter.within(block).is_some() {
+                parameters.push(parameter);
                 return Ok(None);
             }
         }
-        let stored = self.checkpoint.stored(&place)?;
-        let ready = Ready::new(stored, is_linear, self.base, self.device);
-        let key = &place.location.key;
-        let ready = ready.map_err(|index| self.checkpoint.not_finite(key, index))?;
+        let ready = self.checkpoint.ready(&parameter, self.base, self.device)?;
         Ok(Some(ready))
     }
 }

@@ -7,6 +7,7 @@
 
 pub use self::checkpoint::Checkpoint;
 pub use self::compute::Compute;
+pub use self::kept::KeptWeights;
 pub use self::layout::Layout;
 pub use self::load::Base;
 pub use self::parameters::{change_parameters, checkpoint_tensors, tensors_of};
@@ -18,6 +19,8 @@ mod architecture;
 mod checkpoint;
 mod compute;
 mod find;
+mod keep;
+mod kept;
 mod layout;
 mod load;
 mod parameters;

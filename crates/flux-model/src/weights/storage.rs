@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Element, Tensor, TensorData, bf16, f16};
 use lora_core::files::host::{Dtype, HostTensor};
-use lora_core::files::quantised::Quantised;
+use lora_core::files::quantised::{Codec, Quantised};
 use lora_core::frozen::placeholder;
 use serde::{Deserialize, Serialize};
 
@@ -87,6 +87,15 @@ pub(super) enum Kept {
 }
 
 impl Kept {
+    /// What brings a weight into it, where it is not stored so.
+    pub(super) fn codec(self) -> Option<Codec> {
+        match self {
+            Self::Int8 => Some(Codec::Int8),
+            Self::Nf4 => Some(Codec::Nf4),
+            Self::Dense(_) | Self::FewBits(_) => None,
+        }
+    }
+
     /// What so many elements take, about: factors of blocks count as those of 64.
     pub(super) fn bytes(self, numel: usize) -> u64 {
         let bytes = match self {
@@ -165,12 +174,10 @@ impl Ready {
         if let Some(index) = tensor.first_non_finite() {
             return Err(index);
         }
-        let encode = match kept {
-            Kept::Int8 => Quantised::int8,
-            Kept::Nf4 => Quantised::nf4,
-            Kept::FewBits(_) | Kept::Dense(_) => return Self::dense(tensor, is_linear, kept),
+        let Some(codec) = kept.codec() else {
+            return Self::dense(tensor, is_linear, kept);
         };
-        let tensor = encode(tensor.shape.clone(), &tensor.to_f32());
+        let tensor = codec.encode(tensor.shape.clone(), &tensor.to_f32());
         Ok(Self::FewBits(tensor.into()))
     }
 

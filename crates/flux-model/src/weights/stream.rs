@@ -16,10 +16,11 @@ use std::thread::{self, JoinHandle};
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor};
+use lora_core::files::quantised::{Codec, Quantised};
 use lora_core::frozen::hold;
 
 use super::checkpoint::Checkpoint;
-use super::find::Place;
+use super::find::Parameter;
 use super::storage::{BaseDtype, Held, Ready};
 use crate::error::WeightsError;
 
@@ -31,16 +32,9 @@ struct Shared {
     checkpoint: Checkpoint,
     base: BaseDtype,
     device: Device,
-    blocks: Vec<Vec<Parameter>>,
+    /// Paths in the network, and the parameters there.
+    blocks: Vec<(String, Vec<Parameter>)>,
     ahead: Mutex<Ahead>,
-}
-
-/// A parameter of a block.
-pub(super) struct Parameter {
-    /// In the block.
-    pub(super) path: String,
-    pub(super) place: Place,
-    pub(super) is_linear: bool,
 }
 
 /// The values of a block, by the paths of its parameters.
@@ -74,7 +68,7 @@ impl Stream {
         checkpoint: Checkpoint,
         base: BaseDtype,
         device: &Device,
-        blocks: Vec<Vec<Parameter>>,
+        blocks: Vec<(String, Vec<Parameter>)>,
     ) -> Self {
         Self(Arc::new(Shared {
             checkpoint,
@@ -109,8 +103,39 @@ impl Stream {
     /// # Errors
     /// No such row, or a value that is not finite.
     pub(crate) fn row(&self, index: usize, row: usize) -> Result<Vec<f32>, WeightsError> {
-        let matrix = &self.0.blocks[index][0].place.location.key;
+        let matrix = &self.0.blocks[index].1[0].place.location.key;
         self.checkpoint().row(matrix, row)
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.0.blocks.len()
+    }
+
+    /// Every weight that is brought into few bits, by its path in the network, with how.
+    pub(super) fn codecs(&self) -> impl Iterator<Item = (&Parameter, Codec)> {
+        let shared = &self.0;
+        let parameters = shared.blocks.iter().flat_map(|(_, parameters)| parameters);
+        parameters.filter_map(|parameter| {
+            let codec = (shared.checkpoint).codec(parameter, shared.base, &shared.device)?;
+            Some((parameter, codec))
+        })
+    }
+
+    /// The weights of block `index` that are in few bits, by their paths in the network.
+    ///
+    /// # Errors
+    /// As [`fill`](Self::fill).
+    pub(super) fn few_bits(
+        &self,
+        index: usize,
+    ) -> Result<BTreeMap<String, Arc<Quantised>>, WeightsError> {
+        let block = &self.0.blocks[index].0;
+        let values = self.0.read(index)?.into_iter();
+        let weights = values.filter_map(|(path, ready)| match ready {
+            Ready::FewBits(weight) => Some((format!("{block}.{path}"), weight)),
+            Ready::Dense { .. } => None,
+        });
+        Ok(weights.collect())
     }
 
     fn take(&self, index: usize) -> Result<Values, WeightsError> {
@@ -142,14 +167,13 @@ impl fmt::Debug for Stream {
 
 impl Shared {
     fn read(&self, index: usize) -> Result<Values, WeightsError> {
+        let (block, parameters) = &self.blocks[index];
         let read = |parameter: &Parameter| {
-            let stored = self.checkpoint.stored(&parameter.place)?;
-            let ready = Ready::new(stored, parameter.is_linear, self.base, &self.device);
-            let key = &parameter.place.location.key;
-            let ready = ready.map_err(|index| self.checkpoint.not_finite(key, index))?;
-            Ok((parameter.path.clone(), ready))
+            let ready = self.checkpoint.ready(parameter, self.base, &self.device)?;
+            let path = parameter.within(block).unwrap_or_default();
+            Ok((path.to_string(), ready))
         };
-        self.blocks[index].iter().map(read).collect()
+        parameters.iter().map(read).collect()
     }
 }
 

@@ -9,7 +9,7 @@ use lora_core::frozen::held;
 use lora_core::peft::InitLoraWeights;
 
 use super::tests_base::{STREAMED, fixture, load, velocity};
-use super::{Base, BaseDtype, Checkpoint, Layout};
+use super::{Base, BaseDtype, Checkpoint, KeptWeights, Layout};
 use crate::flux1::config::FluxConfig;
 use crate::flux1::transformer::FluxTransformer;
 use crate::weights::tensors_of;
@@ -104,5 +104,55 @@ fn what_is_stored_in_many_bits_is_brought_into_few_where_that_is_asked_for() {
             saved.abs_diff(expected) * 20 < expected,
             "{saved}, not {expected}"
         );
+    }
+}
+
+#[test]
+fn what_was_brought_into_few_bits_is_kept_in_a_file_and_read_from_it_to_the_bit() {
+    let folder = fixture("transformer");
+    let cache = tempfile::tempdir().expect("temporary folder");
+    let device = Device::flex();
+    for dtype in [BaseDtype::Q8, BaseDtype::Nf4] {
+        let made = load(&folder, of(dtype));
+        let config: FluxConfig = made.config().clone();
+        let path = cache.path().join(format!("{dtype}.safetensors"));
+        let open = || Checkpoint::open(&folder).expect("the fixture");
+        let network = || FluxTransformer::new(&config, &device);
+        let (_, stream) = open()
+            .stream_network(network(), Layout::Diffusers, dtype, &device)
+            .expect("the fixture");
+        stream.keep(&path, "a key").expect("a writable folder");
+        let size = std::fs::metadata(&path).expect("the file").len();
+        assert!(size > stream.kept_bytes() && size < stream.kept_bytes() + 20_000);
+        let kept = KeptWeights::open(&path, "a key").expect("what was written");
+        for base in [of(dtype), Base { dtype, ..STREAMED }] {
+            let checkpoint = open().keeping(Some(kept.clone()));
+            let found = checkpoint
+                .load_network(network(), Layout::Diffusers, base, &device)
+                .expect("the same weights");
+            assert_eq!(velocity(&found), velocity(&made), "{dtype}");
+            if !base.is_streamed {
+                assert!(held(&found) == held(&made), "{dtype}");
+            }
+        }
+
+        // It is read, not made again: one of another storage does not fit, and one that is damaged is found.
+        let other = match dtype {
+            BaseDtype::Q8 => BaseDtype::Nf4,
+            _ => BaseDtype::Q8,
+        };
+        let checkpoint = open().keeping(Some(kept));
+        let misfit = checkpoint.load(network(), Layout::Diffusers, other, &device);
+        let misfit = misfit.expect_err("another size").to_string();
+        assert!(misfit.contains("in another size"), "{misfit}");
+        let problem = |key: &str| KeptWeights::open(&path, key).expect_err("not this file");
+        assert_eq!(problem("another key"), "it was made from something else");
+        let mut bytes = std::fs::read(&path).expect("the file");
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&path, &bytes).expect("a writable folder");
+        assert!(problem("a key").contains("SHA-256 differs"));
+        std::fs::write(&path, &bytes[..middle]).expect("a writable folder");
+        assert!(problem("a key").contains("cut short"));
     }
 }

@@ -5,9 +5,9 @@ use crate::files::host::E4M3;
 use crate::ops::codes::OnDevice;
 
 /// Elements of a block: bitsandbytes' default.
-const BLOCK: usize = 64;
+pub(super) const BLOCK: usize = 64;
 /// Factors that share a factor where they are quantised themselves.
-const NESTED_BLOCK: usize = 256;
+pub(super) const NESTED_BLOCK: usize = 256;
 
 /// The values of NF4: quantiles of the normal distribution, in `[-1, 1]`.
 ///

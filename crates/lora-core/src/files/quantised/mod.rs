@@ -16,6 +16,7 @@
 //! Source: Dettmers et al. 2023, arXiv:2305.14314; bitsandbytes 0.50 `functional.py`.
 
 mod encode;
+mod pack;
 mod stored;
 
 use std::ops::Range;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Device};
 
+pub use pack::Codec;
 pub use stored::Stored;
 
 use crate::ops::codes::{Codes, OnDevice, Parts};
