@@ -404,6 +404,8 @@ pub enum BenchCommand {
     Quality(QualityBenchArgs),
     /// What a caption, a denoising step and a decoded image take
     Sample(SampleBenchArgs),
+    /// How time and memory of a step grow with blocks, batch and tokens
+    Scaling(ScalingBenchArgs),
 }
 
 /// `flux-lora bench step`
@@ -541,6 +543,21 @@ pub struct QualityBenchArgs {
     /// Steps of each training
     #[arg(long, default_value_t = 200)]
     pub steps: u64,
+}
+
+/// `flux-lora bench scaling`
+#[derive(Debug, Args)]
+pub struct ScalingBenchArgs {
+    /// Timed steps of each size
+    #[arg(long, default_value_t = 3)]
+    pub steps: usize,
+    /// Draw what is found into this SVG file
+    #[arg(long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
+    /// Only this size, in this process: blocks of each kind, samples, tokens along a side, blocks computed again; prints CPU
+    /// seconds of a step and peak MiB
+    #[arg(long, value_delimiter = ',', hide = true)]
+    pub size: Option<Vec<usize>>,
 }
 
 /// `flux-lora bench lora`

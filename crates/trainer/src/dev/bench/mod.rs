@@ -5,8 +5,10 @@ mod lora;
 mod lora_core;
 mod model;
 mod ops;
+mod plot;
 mod quality;
 mod sample;
+mod scaling;
 mod step;
 
 use std::process::{Command, Stdio};
@@ -29,6 +31,7 @@ pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
         BenchCommand::LoraCore(args) => lora_core::run(args),
         BenchCommand::Quality(args) => quality::run(args),
         BenchCommand::Sample(args) => sample::run(args),
+        BenchCommand::Scaling(args) => scaling::run(args),
     }
 }
 

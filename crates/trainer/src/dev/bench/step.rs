@@ -14,7 +14,7 @@ use flux_model::family::Family;
 use lora_core::ops::composed;
 use lora_core::state::count_parameters;
 
-use super::model::{self, BLOCKS, HIDDEN, IMAGE_SIDE, TEXT_TOKENS};
+use super::model::{self, BASELINE};
 use super::{in_own_process, median, peak_rss_mib};
 use crate::cli::StepBenchArgs;
 use crate::device::{self, NamedDevice};
@@ -105,23 +105,11 @@ impl Visitor for TimeSteps<'_> {
             median(&gradient_time),
             median(&optimizer_time),
             total.iter().min().map_or(0.0, Duration::as_secs_f64),
-            flops() / seconds / 1e9,
+            BASELINE.flops() / seconds / 1e9,
             peak_rss_mib().map_or("?".into(), |mib| mib.to_string()),
             losses[0],
             losses[losses.len() - 1],
         )?;
         Ok(())
     }
-}
-
-/// Forward, gradients of inputs, and of the adapter: linear layers cost 2, attention 3 forward passes.
-fn flops() -> f64 {
-    let (d, s) = (
-        HIDDEN as f64,
-        (IMAGE_SIDE * IMAGE_SIDE + TEXT_TOKENS) as f64,
-    );
-    let blocks = BLOCKS.iter().sum::<usize>() as f64;
-    let linears = blocks * 24.0 * s * d * d;
-    let attention = blocks * 4.0 * s * s * d;
-    2.0 * linears + 3.0 * attention
 }
