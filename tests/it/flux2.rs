@@ -191,7 +191,7 @@ fn dev_trains_resumes_exactly_and_its_lora_is_converted_merged_and_sampled() {
     train("resumed", &["--resume"]);
     let resumed = bench.result("resumed");
     resumed.assert_same(&expected, "dev, resumed after step 2");
-    train("guided", &["--set", "train.guidance_scale=4"]);
+    train("guided", &["--set", "train.guidance=4"]);
     assert_ne!(bench.result("guided").lora, expected.lora, "guidance");
 
     let lora = bench.path("straight/lora.safetensors");
@@ -204,7 +204,8 @@ fn dev_trains_resumes_exactly_and_its_lora_is_converted_merged_and_sampled() {
     };
     let converted = bench.path("kohya.safetensors");
     let converted = converted.to_str().unwrap();
-    ok(&["convert", lora, converted, "--to", "kohya"]);
+    let as_kohya = ["convert", lora, converted, "--to", "kohya"];
+    ok(&[&as_kohya[..], &["--model", model]].concat());
     let text = ok(&["inspect", converted]);
     assert!(text.contains("flux_2_dev"), "{text}");
     let text = ok(&["inspect", model]);

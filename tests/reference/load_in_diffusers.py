@@ -2,7 +2,7 @@
 
     python load_in_diffusers.py MODEL_DIR LORA_FILE OUT[.safetensors] [--seed 95]
 
-MODEL_DIR is a pipeline folder of FLUX.1 or FLUX.2 klein, LORA_FILE anything its load_lora_weights reads. Writes
+MODEL_DIR is a pipeline folder of FLUX.1 or FLUX.2, LORA_FILE anything its load_lora_weights reads. Writes
 
     OUT/                 a case of kind `lora_forward`: `flux-lora parity OUT` compares our output with diffusers'
     OUT.safetensors      (only when asked for by that name) the inputs, `base` and `sample` in one file
@@ -21,7 +21,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, Flux2KleinPipeline
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline
 from safetensors import safe_open
 
 from common import (
@@ -129,11 +129,12 @@ def open_pipeline(model_dir):
     return DiffusionPipeline.from_pretrained(str(model_dir), torch_dtype=torch.float32)
 
 
-def klein_inputs(config, seed, rows, cols, text_len, batch=2):
+def flux2_inputs(config, seed, rows, cols, text_len, batch=2):
     g = generator(seed)
     tokens = torch.randn(batch, rows * cols, config.in_channels, generator=g)
     text = torch.randn(batch, text_len, config.joint_attention_dim, generator=g)
-    return {
+    guidance = {"guidance": 1 + 3 * torch.rand(batch, generator=g)} if config.guidance_embeds else {}
+    return guidance | {
         "hidden_states": tokens,
         "encoder_hidden_states": text,
         "timestep": torch.rand(batch, generator=g) * 0.9 + 0.05,
@@ -149,8 +150,8 @@ def main(model_dir, lora_file, out, seed=95):
 
     pipeline = open_pipeline(model_dir)
     transformer = pipeline.transformer.eval()
-    is_klein = isinstance(pipeline, Flux2KleinPipeline)
-    inputs = (klein_inputs if is_klein else transformer_inputs)(transformer.config, seed, rows=3, cols=5, text_len=6)
+    is_flux2 = isinstance(pipeline, (Flux2KleinPipeline, Flux2Pipeline))
+    inputs = (flux2_inputs if is_flux2 else transformer_inputs)(transformer.config, seed, rows=3, cols=5, text_len=6)
     with torch.no_grad():
         untouched = run_transformer(transformer, inputs)
     load_strictly(pipeline, lora_file)
@@ -184,7 +185,7 @@ def main(model_dir, lora_file, out, seed=95):
         inputs,
         expected,
         model={"path": os.path.relpath(model_dir / "transformer", folder), "class": type(transformer).__name__},
-        **({"family": "flux2"} if is_klein else {}),
+        **({"family": "flux2"} if is_flux2 else {}),
         lora={"default": describe_adapter(config, "lora.safetensors")},
         weight_sets={"sample": {"default": 1.0}, "sample_0.6": {"default": 0.6}},
         checks={"loading": checked, "rel_change_from_base": {"sample": round(change, 4)}},
