@@ -18,7 +18,7 @@ use flux_lora::{
 use flux_lora_tests::last_checkpoint;
 use flux_lora_tests::{RunResult, Workbench, checkpoints, root};
 #[cfg(feature = "ndarray")]
-use flux_model::{family::Family, flux1::Flux1, weights::Base};
+use flux_model::{family::Family, flux1::Flux1, prompted::Prompted, weights::Base};
 use lora_core::files::safetensors::TensorFile;
 use lora_core::random::Stream;
 #[cfg(feature = "ndarray")]
@@ -469,16 +469,18 @@ fn assert_restored_to_the_byte(checkpoint: &Path, device: &str) {
     let verified = verify(checkpoint).unwrap();
     let opened = Opened::read(verified).unwrap();
     let (state, config) = (opened.state.clone(), opened.config.clone());
-    let lora = config.lora.config();
+    let loras = config.lora.configs();
     let device = open(device).unwrap();
-    let model = Flux1::open(pipeline(&config, true).unwrap())
+    let network = Flux1::open(pipeline(&config, true).unwrap())
         .unwrap()
         .network(Base::default(), &device.device.clone().autodiff())
         .unwrap();
+    let text = None;
+    let model = Prompted::<Flux1> { network, text };
     let record = opened.record().unwrap();
     let optimizer = UpdateRule::from(&config.optimizer.rule);
-    let training = restore(record, model, &lora, optimizer, &device.device).unwrap();
-    let snapshot = Snapshot::take(&training, None, None, state, &lora).unwrap();
+    let training = restore(record, model, &loras, optimizer, &device.device).unwrap();
+    let snapshot = Snapshot::take(&training, None, None, state, &loras).unwrap();
     snapshot.with_files(|files| {
         assert_eq!(opened.verified.manifest.files.len(), files.len());
         for (name, content) in files {

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::error::WeightsError;
 use crate::lora::{Component, ModelShape};
-pub use crate::network::Network;
+pub use crate::network::{Network, Velocity};
 use crate::network_config::NetworkConfig;
 use crate::pipeline::PipelineFolder;
 use crate::scheduler::SchedulerConfig;
@@ -43,6 +43,39 @@ pub trait TextEncoders: Sized {
     /// What `change` returns.
     fn adapt<C: Adapt>(self, change: &C) -> Result<Self, C::Error>;
 }
+
+/// Text encoders of a pipeline that are in memory as one module, to be trained with the velocity network. A parameter's path
+/// begins with the folder of its encoder, as keys of diffusers' LoRA files do.
+pub trait TextModules: Module {
+    /// A prompt as the tokens of every encoder.
+    type Tokens: Clone + Debug + Send;
+    /// Encoded prompts.
+    type Text;
+
+    /// Prompts, one row each, as these encoders read them now; `encoded` is what [`TextEncoders::encode`] gives, for what is of an
+    /// encoder that is not in here, and may be empty if all are.
+    ///
+    /// # Errors
+    /// Weights that cannot be read.
+    fn text(
+        &self,
+        tokens: &[Self::Tokens],
+        encoded: &[HostTensor],
+        device: &Device,
+    ) -> Result<Self::Text, WeightsError>;
+
+    /// Changes every encoder.
+    ///
+    /// # Errors
+    /// What `change` returns.
+    fn adapt<C: Adapt>(self, change: &C) -> Result<Self, C::Error>;
+
+    /// Their architectures.
+    fn shape(&self) -> ModelShape;
+}
+
+/// Reads a prompt as tokens, of which `max_sequence_length` are kept; an error if a tokenizer refuses it.
+pub type Tokenizer<T> = Box<dyn Fn(&str, usize) -> Result<T, WeightsError>>;
 
 /// How long a prompt is for the text encoders when nothing of it is cut, the tokens put around it included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,6 +178,8 @@ pub trait Family: Sized + Debug {
     type Config: NetworkConfig<Network = Self::Network>;
     /// What reads prompts.
     type TextEncoders: TextEncoders;
+    /// Those of them that can be trained.
+    type TextModules: TextModules<Text = Self::Text>;
     /// Pixels to latents and back.
     type Autoencoder: Debug;
     /// An encoded prompt on a device.
@@ -156,6 +191,8 @@ pub trait Family: Sized + Debug {
     const TEXT_FOLDERS: &'static [&'static str];
     /// Names of the tensors that a prompt becomes, as diffusers' pipelines call them.
     const TEXT: &'static [&'static str];
+    /// The text encoders that can be trained.
+    const TRAINABLE_TEXT: &'static [Component];
     /// Path endings of the layers that a LoRA adapts when none are named: those of diffusers' training script.
     const TARGETS: &'static [&'static str];
     /// Names of the tensors that an image becomes.
@@ -340,6 +377,26 @@ pub trait Family: Sized + Debug {
     /// As [`network`](Self::network), or a tokenizer that cannot be read.
     fn text_encoders(&self, device: &Device) -> Result<Self::TextEncoders, WeightsError>;
 
+    /// Loads these text encoders with all of their weights, as they are stored; without any, as [`outline`](Self::outline) does, if
+    /// `is_outline`.
+    ///
+    /// # Errors
+    /// As [`network`](Self::network).
+    fn text_modules(
+        &self,
+        components: &[Component],
+        is_outline: bool,
+        device: &Device,
+    ) -> Result<Self::TextModules, WeightsError>;
+
+    /// Loads the tokenizers alone, to read prompts for [`text_modules`](Self::text_modules).
+    ///
+    /// # Errors
+    /// A tokenizer that cannot be read.
+    fn tokenizer(
+        &self,
+    ) -> Result<Tokenizer<<Self::TextModules as TextModules>::Tokens>, WeightsError>;
+
     /// Loads the tokenizers alone, to count the tokens of prompts.
     ///
     /// # Errors
@@ -417,7 +474,7 @@ pub trait Family: Sized + Debug {
         sigma: Vec<f32>,
         guidance: Vec<f32>,
         condition: Condition,
-    ) -> <Self::Network as Network>::Input;
+    ) -> <Self::Network as Velocity>::Input;
 
     /// The scheduler's configuration.
     fn scheduler(&self) -> &SchedulerConfig;

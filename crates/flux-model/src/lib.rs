@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `family`, `families` | what training and sampling may ask of a model; which ones there are |
 //! | `network` | the velocity network as a chain of blocks |
+//! | `prompted` | the velocity network with the text encoders that are trained with it |
 //! | `network_config` | loading a network: what is stated of it and what its tensors tell |
 //! | `flux1/` | FLUX.1: the velocity network, latents as tokens, positions, the rules of its pipeline, names in BFL's layout |
 //! | `flux2/` | FLUX.2 likewise, with its autoencoder and schedule |
@@ -40,6 +41,7 @@ mod network;
 pub mod network_config;
 pub mod ops;
 pub mod pipeline;
+pub mod prompted;
 pub mod sampler;
 pub mod scheduler;
 mod sizes;

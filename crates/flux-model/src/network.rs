@@ -12,17 +12,35 @@ use crate::error::WeightsError;
 use crate::lora::ModelShape;
 use crate::weights::{Compute, Stream};
 
-/// A velocity network: enter, the blocks one after the other, leave.
-pub trait Network: Module + Blocks<Error = WeightsError> {
+/// What a step of training runs: enter, the blocks one after the other, leave.
+pub trait Velocity: Module + Blocks<Error = WeightsError> {
     /// All that one forward pass reads.
     type Input: Clone + Debug + Send;
 
     /// What the first block gets, and what every block reads.
-    fn enter(&self, input: Self::Input) -> (Self::Carry, Self::Shared);
+    ///
+    /// # Errors
+    /// Weights that are not resident and cannot be read.
+    fn enter(&self, input: Self::Input) -> Result<(Self::Carry, Self::Shared), WeightsError>;
 
     /// What the last block gave, as the velocity of the image tokens, `[batch, img_tokens, out_channels]`.
     fn leave(&self, carry: Self::Carry, shared: &Self::Shared) -> Tensor<3>;
 
+    /// The velocity, `[batch, img_tokens, out_channels]`.
+    ///
+    /// # Errors
+    /// A block that is not resident and cannot be read.
+    fn forward(&self, input: Self::Input) -> Result<Tensor<3>, WeightsError> {
+        let (mut carry, shared) = self.enter(input)?;
+        for index in 0..self.count() {
+            carry = Self::apply(&self.block(index)?, carry, &shared);
+        }
+        Ok(self.leave(carry, &shared))
+    }
+}
+
+/// A velocity network.
+pub trait Network: Velocity {
     /// Width of a token between blocks.
     fn width(&self) -> usize;
 
@@ -52,18 +70,6 @@ pub trait Network: Module + Blocks<Error = WeightsError> {
         tensors: &BTreeMap<String, HostTensor>,
         device: &Device,
     ) -> Result<Self::Input, String>;
-
-    /// The velocity, `[batch, img_tokens, out_channels]`.
-    ///
-    /// # Errors
-    /// A block that is not resident and cannot be read.
-    fn forward(&self, input: Self::Input) -> Result<Tensor<3>, WeightsError> {
-        let (mut carry, shared) = self.enter(input);
-        for index in 0..self.count() {
-            carry = Self::apply(&self.block(index)?, carry, &shared);
-        }
-        Ok(self.leave(carry, &shared))
-    }
 }
 
 /// An argument of diffusers' `forward`, see [`Network::named_input`].

@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 
 use crate::error::WeightsError;
-use crate::family::{Condition, Family, Network};
+use crate::family::{Condition, Family, Velocity};
 use crate::scheduler::euler_step;
 
 /// What one denoising run is made with.

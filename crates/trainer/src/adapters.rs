@@ -14,6 +14,9 @@ use lora_core::kinds::parts::{Kind, LORA_B, LORA_BIAS};
 use lora_core::{AdapterFile, LoraConfig, set_adapters};
 use tracing::{info, warn};
 
+use crate::config::Loras;
+use crate::run::adapter::RunAdapter;
+
 /// A LoRA file to be used at some strength.
 #[derive(Debug)]
 pub struct LoadedLora {
@@ -58,40 +61,54 @@ impl Adapt for AttachLoras<'_> {
     }
 }
 
-/// The transformer's part of a LoRA as what a run with `config` starts from.
+/// A LoRA as what a run with `loras` starts from: its part of every network that is trained, where it has one.
 ///
 /// A file whose scale is 1 says nothing about alpha: its scale may have been folded into the factors, as every diffusers
 /// file written here has it. Its `lora_B` is divided by the configured scale, which changes no bit where that is a power
-/// of two, so that the run starts from the same change. A file with a scale of its own has to agree with `config`.
+/// of two, so that the run starts from the same change. A file with a scale of its own has to agree with `loras`.
 ///
 /// # Errors
-/// A LoRA that does not fit the network, or that changes it by more than low-rank factors.
-pub fn to_train_on(
-    path: &Path,
-    shape: &ModelShape,
-    config: &LoraConfig,
-) -> anyhow::Result<AdapterFile> {
+/// A LoRA that does not fit the networks, or that changes one by more than low-rank factors.
+pub fn to_train_on(path: &Path, shape: &ModelShape, loras: &Loras) -> anyhow::Result<RunAdapter> {
     let set = load(path, shape)?;
-    for component in [Component::ClipL, Component::T5] {
+    let mut files = BTreeMap::new();
+    for component in Component::ALL {
         let count = set.modules(component).len();
-        if count > 0 {
-            warn!(
-                "{count} modules of `{component}` in {} are left out: only the transformer is trained, and what the run writes does not have them",
-                path.display()
+        let Some(config) = loras.get(&component) else {
+            if count > 0 {
+                warn!(
+                    "{count} modules of `{component}` in {} are left out: it is not trained, and what the run writes does not have them; `[lora.{component}]` trains it",
+                    path.display()
+                );
+            }
+            continue;
+        };
+        let (file, residuals) = set.to_adapter(component)?;
+        if let Some(residual) = residuals.first() {
+            bail!(
+                "{} changes `{}` of `{component}` by more than low-rank factors, so it cannot be trained on",
+                path.display(),
+                residual.parameter
             );
         }
+        match file.modules().is_empty() {
+            true if component == Component::Transformer => {
+                bail!("{} changes nothing of the transformer", path.display());
+            }
+            true => info!(
+                "{} changes nothing of `{component}`, whose adapter starts anew",
+                path.display()
+            ),
+            false => {
+                files.insert(component, unfolded(file, config)?);
+            }
+        }
     }
-    let (file, residuals) = set.to_adapter(Component::Transformer)?;
-    if let Some(residual) = residuals.first() {
-        bail!(
-            "{} changes `{}` by more than low-rank factors, so it cannot be trained on",
-            path.display(),
-            residual.parameter
-        );
-    }
-    if file.modules().is_empty() {
-        bail!("{} changes nothing of the transformer", path.display());
-    }
+    Ok(RunAdapter(files))
+}
+
+/// The adapter with the configured scale taken out of its factors, where it says no other.
+fn unfolded(file: AdapterFile, config: &LoraConfig) -> anyhow::Result<AdapterFile> {
     let mut modules = file.into_modules();
     for (layer, module) in &mut modules {
         let (rank, alpha) = config.resolve(layer)?;

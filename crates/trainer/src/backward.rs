@@ -2,7 +2,7 @@
 
 use burn::tensor::{Tensor, TensorData};
 use flux_model::WeightsError;
-use flux_model::family::Network;
+use flux_model::family::Velocity;
 use flux_model::layers::packed;
 use lora_core::Gradients;
 use lora_core::state::trainable_parameters;
@@ -30,7 +30,7 @@ pub struct MicroBatch<I> {
 ///
 /// # Errors
 /// A block that cannot be read.
-pub fn loss_and_gradients<N: Network>(
+pub fn loss_and_gradients<N: Velocity>(
     model: &N,
     batch: MicroBatch<N::Input>,
     accumulation: usize,
@@ -46,7 +46,7 @@ pub fn loss_and_gradients<N: Network>(
 ///
 /// # Errors
 /// A block that cannot be read.
-pub fn loss_of<N: Network>(model: &N, batch: MicroBatch<N::Input>) -> Result<f32, WeightsError> {
+pub fn loss_of<N: Velocity>(model: &N, batch: MicroBatch<N::Input>) -> Result<f32, WeightsError> {
     let velocity = model.forward(batch.input)?;
     Ok(loss(velocity, batch.target, &batch.weights, batch.penalty).into_scalar())
 }
@@ -62,7 +62,7 @@ fn loss(velocity: Tensor<3>, target: Tensor<3>, weights: &[f32], penalty: Penalt
     errors.reshape([batch * tokens * channels]).mean()
 }
 
-fn at_once<N: Network>(
+fn at_once<N: Velocity>(
     model: &N,
     batch: MicroBatch<N::Input>,
     accumulation: usize,
@@ -76,13 +76,13 @@ fn at_once<N: Network>(
     Ok((value, gradients))
 }
 
-fn by_blocks<N: Network>(
+fn by_blocks<N: Velocity>(
     model: &N,
     batch: MicroBatch<N::Input>,
     accumulation: usize,
     recomputed: usize,
 ) -> Result<(f32, Gradients), WeightsError> {
-    let (entered, shared) = model.enter(batch.input);
+    let (entered, shared) = model.enter(batch.input)?;
     let plain = shared.clone().inner();
     let (chain, last) = Chain::run(model, recomputed, entered.clone().inner(), plain.clone())?;
 
@@ -114,7 +114,7 @@ fn by_blocks<N: Network>(
 }
 
 /// Whether anything is trained that is in no block: it may be used before the first one.
-fn trains_outside_blocks<N: Network>(model: &N) -> bool {
+fn trains_outside_blocks<N: Velocity>(model: &N) -> bool {
     let blocks: Vec<String> = (0..model.count())
         .map(|i| format!("{}.", model.path(i)))
         .collect();

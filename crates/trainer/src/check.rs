@@ -8,15 +8,15 @@ use std::path::Path;
 
 use anyhow::Context;
 use flux_model::families::{self, Visitor};
-use flux_model::family::{Family, Network};
-use flux_model::lora::{Component, LoraFormat, LoraSet, Reading, WriteOptions, write};
+use flux_model::family::Family;
+use flux_model::lora::{Component, LoraFormat, Reading, WriteOptions, write};
 use flux_model::pipeline::PipelineFolder;
-use lora_core::attach::{DEFAULT_ADAPTER, targeted};
+use flux_model::prompted::Prompted;
+use lora_core::LoraConfig;
 use lora_core::peft::{InitLoraWeights, PeftType};
 use lora_core::state::count_parameters;
-use lora_core::{AdapterFile, LoraConfig, attach};
 
-use crate::config::RunConfig;
+use crate::config::{Loras, RunConfig};
 use crate::data::bucket::{Bucket, buckets, nearest_bucket};
 use crate::data::degradation::{cropped_and_enlarged, cut_texts};
 use crate::data::sample::Sample;
@@ -28,6 +28,7 @@ use crate::memory;
 use crate::nearest::sentence;
 use crate::previews::prompts_of;
 use crate::progress;
+use crate::run::adapter::{RunAdapter, attach_all, targeted_all};
 use crate::run::folder::RunDir;
 use crate::run::resume::{Resume, find_checkpoint};
 use crate::run::space;
@@ -161,7 +162,7 @@ fn check_family<F: Family>(
             cost(&mut report, config, family, &samples, &outline, devices)?;
         }
         if config.lora.peft_type == PeftType::Lora {
-            let formats = formats(outline, &config.lora.config());
+            let formats = formats(outline, &config.lora.configs());
             if let Some(formats) = report.take(formats.context("the formats it can be written in"))
             {
                 report.rows.extend(formats);
@@ -262,18 +263,26 @@ fn data<F: Family>(report: &mut Report, config: &RunConfig, family: &F, samples:
 }
 
 /// What is trained.
-fn adapter<N: Network>(report: &mut Report, config: &RunConfig, outline: &N) -> anyhow::Result<()> {
-    let lora = config.lora.config();
-    let layers = targeted(outline, &lora)?;
+fn adapter<F: Family>(
+    report: &mut Report,
+    config: &RunConfig,
+    outline: &Prompted<F>,
+) -> anyhow::Result<()> {
+    let loras = config.lora.configs();
+    let layers = targeted_all(outline, &loras)?;
     let total = count_parameters(outline).total;
     report.row(
         "parameters",
         format!("{:.1} million, frozen", total as f64 / 1e6),
     );
-    report.row("layers adapted", layers.len().to_string());
+    let counts = layers.iter().map(|(component, layers)| match component {
+        Component::Transformer => layers.len().to_string(),
+        component => format!("{} of {component}", layers.len()),
+    });
+    report.row("layers adapted", counts.collect::<Vec<_>>().join(", "));
     // Splitting the base weight and DoRA's magnitudes read weights, of which there are none here; the first doubles the rank in
     // files only.
-    let plain = LoraConfig {
+    let plain = |lora: &LoraConfig| LoraConfig {
         use_dora: false,
         lora_dropout: 0.0,
         init_lora_weights: match lora.init_lora_weights.splits_base() {
@@ -282,10 +291,14 @@ fn adapter<N: Network>(report: &mut Report, config: &RunConfig, outline: &N) -> 
         },
         ..lora.clone()
     };
-    let attached = count_parameters(&attach(outline.clone(), plain.fresh(0))?);
+    let fresh = loras
+        .iter()
+        .map(|(&component, lora)| (component, plain(lora).fresh(0)));
+    let attached = count_parameters(&attach_all(outline.clone(), &fresh.collect())?);
     let mut trainable = attached.total - total;
-    if lora.use_dora {
-        trainable += layers.values().map(|[_, outputs]| outputs).sum::<usize>();
+    if config.lora.use_dora {
+        let layers = layers.values().flat_map(BTreeMap::values);
+        trainable += layers.map(|[_, outputs]| outputs).sum::<usize>();
     }
     report.row(
         "trainable",
@@ -304,7 +317,7 @@ fn cost<F: Family>(
     config: &RunConfig,
     family: &F,
     samples: &[Sample],
-    outline: &F::Network,
+    outline: &Prompted<F>,
     devices: &[NamedDevice],
 ) -> anyhow::Result<()> {
     let device = &devices[0];
@@ -325,7 +338,14 @@ fn cost<F: Family>(
         report.row(name, format!("{fits}: {}", plan.describe()));
     }
     let recomputed = plan.recomputed as f64 / plan.blocks.max(1) as f64;
-    let operations = step_operations(config, family, samples, outline, recomputed)?;
+    let operations = step_operations(
+        config,
+        family,
+        samples,
+        &outline.network,
+        recomputed,
+        &device.device,
+    )?;
     let seconds = operations / device_speed(&device.device);
     report.row(
         "time (estimate)",
@@ -345,10 +365,10 @@ fn disk<F: Family>(
     family: &F,
     run: &RunDir,
     samples: &[Sample],
-    outline: &F::Network,
+    outline: &Prompted<F>,
 ) -> anyhow::Result<()> {
-    let layers = targeted(outline, &config.lora.config())?;
-    let (need, free) = space::need(config, family, run, samples, &layers)?;
+    let trained = trained(outline, config)?;
+    let (need, free) = space::need(config, family, run, samples, trained)?;
     report.row(
         "disk",
         format!(
@@ -372,11 +392,11 @@ fn loads(reading: &Reading) -> String {
 }
 
 /// How much of the LoRA each format holds, and who reads how much of that: it is written in each, at rank 1.
-fn formats<N: Network>(
-    outline: N,
-    lora: &LoraConfig,
+fn formats<F: Family>(
+    outline: Prompted<F>,
+    loras: &Loras,
 ) -> anyhow::Result<Vec<(&'static str, String)>> {
-    let small = LoraConfig {
+    let small = |lora: &LoraConfig| LoraConfig {
         r: 1,
         rank_pattern: Default::default(),
         alpha_pattern: Default::default(),
@@ -386,9 +406,15 @@ fn formats<N: Network>(
         ..lora.clone()
     };
     let shape = outline.shape();
-    let model = attach(outline, small.clone().fresh(0))?;
-    let file = AdapterFile::from_model(&model, DEFAULT_ADAPTER, Some(&small))?;
-    let set = LoraSet::from_adapter(&file, Component::Transformer, shape);
+    let small: Loras = loras
+        .iter()
+        .map(|(&component, lora)| (component, small(lora)))
+        .collect();
+    let fresh = small
+        .iter()
+        .map(|(&component, lora)| (component, lora.clone().fresh(0)));
+    let model = attach_all(outline, &fresh.collect())?;
+    let set = RunAdapter::of_model(&model, &small)?.set(shape);
     let folder = tempfile::tempdir().context("make a temporary folder")?;
     let options = WriteOptions {
         lossy: true,

@@ -1,18 +1,20 @@
 //! How long a step will take, from what the layers compute and how fast this device multiplies just now: a rough estimate, of
 //! the linear layers and attention alone.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor};
 use flux_model::family::Family;
+use lora_core::LoraConfig;
 use lora_core::attach::targeted;
 use lora_core::peft::Targets;
 use lora_core::training::recompute::Blocks;
-use lora_core::{LoraConfig, LoraError};
 
 use crate::config::RunConfig;
 use crate::data::sample::Sample;
 use crate::memory::picture_tokens;
+use crate::run::adapter::text_layers;
 
 /// How long the device is measured.
 const MEASURED: Duration = Duration::from_millis(300);
@@ -29,7 +31,8 @@ pub(crate) fn step_operations<F: Family>(
     samples: &[Sample],
     outline: &F::Network,
     recomputed: f64,
-) -> Result<f64, LoraError> {
+    device: &Device,
+) -> anyhow::Result<f64> {
     let image = picture_tokens(config, family, samples) as f64;
     let text = config.dataset.max_sequence_length as f64;
     let all = LoraConfig {
@@ -58,9 +61,12 @@ pub(crate) fn step_operations<F: Family>(
     let width = query.map_or(0, |(_, [_, outputs])| *outputs) as f64;
     let blocks = outline.count() as f64;
     forward += blocks * 4.0 * (text + image).powi(2) * width;
+    let of_text = text_layers(family, &config.lora.text_encoders(), device)?;
+    let of_text = of_text.values().flat_map(BTreeMap::values);
+    let of_text: usize = of_text.map(|[inputs, outputs]| inputs * outputs).sum();
     let train = &config.train;
     let pictures = (train.batch_size * train.gradient_accumulation_steps) as f64;
-    Ok(forward * (2.0 + recomputed) * pictures)
+    Ok((forward * (2.0 + recomputed) + 4.0 * of_text as f64 * text) * pictures)
 }
 
 /// Floating-point operations a second of a matrix product on `device`, measured.

@@ -5,9 +5,10 @@
 //! for these networks, and leaves out what does not grow.
 
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use flux_model::family::Family;
 use flux_model::weights::{Base, Sizes};
 use tracing::info;
@@ -15,6 +16,7 @@ use tracing::info;
 use crate::config::{BasePlace, Recompute, RunConfig};
 use crate::data::sample::Sample;
 use crate::device::NamedDevice;
+use crate::run::adapter::text_layers;
 use crate::workers::most_on_one;
 
 /// Bytes of a number in f32.
@@ -82,6 +84,8 @@ pub struct Need {
     pub state_bytes: u64,
     /// Micro-batches that are computed at once on one device.
     pub at_once: u64,
+    /// Bytes of text encoders that are trained, and of what they keep for the backward pass.
+    pub text: u64,
 }
 
 impl Need {
@@ -109,6 +113,7 @@ impl Need {
         let largest = blocks.iter().map(|block| graph(block.activations)).max();
         let running = 2 * largest.unwrap_or(0); // a block's graph, and the gradients in it
         self.weights(is_streamed)
+            + self.text
             + self.trained * (F32 * (COPIES + self.at_once - 1) + self.state_bytes)
             + inputs
             + kept
@@ -182,7 +187,32 @@ pub fn need<F: Family>(
         trained: trained as u64,
         state_bytes: config.optimizer.rule.state_bytes() + u64::from(config.ema.is_some()) * F32,
         at_once: most_on_one(devices) as u64,
+        text: text(config, family, &devices[0])?,
     })
+}
+
+/// What text encoders that are trained take: their weights as they are stored, and what their layers read and write.
+fn text<F: Family>(config: &RunConfig, family: &F, device: &NamedDevice) -> anyhow::Result<u64> {
+    let encoders = config.lora.text_encoders();
+    let mut bytes = 0;
+    for (component, layers) in text_layers(family, &encoders, &device.device)? {
+        let folder = family.folder().root().join(component.to_string());
+        let files = fs::read_dir(&folder).with_context(|| format!("read {}", folder.display()))?;
+        let weights = files.flatten().filter(|file| {
+            let name = file.file_name();
+            Path::new(&name).extension() == Some("safetensors".as_ref())
+        });
+        bytes += weights
+            .filter_map(|file| Some(fs::metadata(file.path()).ok()?.len()))
+            .sum::<u64>();
+        let values: usize = layers
+            .values()
+            .map(|[inputs, outputs]| inputs + outputs)
+            .sum();
+        let tokens = config.train.batch_size * config.dataset.max_sequence_length;
+        bytes += (values * tokens) as u64 * F32;
+    }
+    Ok(bytes)
 }
 
 /// Decides where the base weights are and what is computed again, on devices that are alike; `trained` numbers are trained.
@@ -228,6 +258,7 @@ pub fn base_for_sampling<F: Family>(
         trained: 0,
         state_bytes: 0,
         at_once: 1,
+        text: 0,
     };
     let limit = available().filter(|_| device.is_cpu() && device.keeps_views());
     let fits = limit.is_none_or(|limit| need.weights(false) <= limit);
@@ -331,6 +362,7 @@ mod tests {
             trained: 0,
             state_bytes: 8,
             at_once: 1,
+            text: 0,
         }
     }
 

@@ -7,12 +7,13 @@ use std::path::PathBuf;
 use anyhow::Context;
 use burn::module::Module;
 use flux_model::family::Family;
-use lora_core::files::host::HostTensor;
+use flux_model::prompted::{Prompted, Prompts, TokensOf};
 
 use crate::condition::condition;
 use crate::config::{RunConfig, SampleSection};
 use crate::data::bucket::Bucket;
 use crate::data::cache::{Beside, Cache};
+use crate::data::reader::Reader;
 use crate::device::NamedDevice;
 use crate::generate::{ImageSettings, decode, generate_latents};
 use crate::progress::TrainReport;
@@ -32,10 +33,10 @@ fn negative_prompt<F: Family>(section: &SampleSection, family: &F) -> Option<&'s
 }
 
 /// What is rendered, and when.
-pub struct Previews<'a, F> {
+pub struct Previews<'a, F: Family> {
     section: Option<&'a SampleSection>,
-    prompts: Vec<Vec<HostTensor>>,
-    negative: Option<Vec<HostTensor>>,
+    prompts: Vec<Prompts<TokensOf<F>>>,
+    negative: Option<Prompts<TokensOf<F>>>,
     beside: Vec<(Beside, Bucket)>,
     family: &'a F,
     folder: PathBuf,
@@ -49,6 +50,7 @@ impl<'a, F: Family> Previews<'a, F> {
     pub fn new(
         config: &'a RunConfig,
         cache: &Cache,
+        reader: &Reader<F>,
         family: &'a F,
         run: &RunDir,
     ) -> anyhow::Result<Self> {
@@ -69,9 +71,9 @@ impl<'a, F: Family> Previews<'a, F> {
             beside: beside.collect::<Result<_, _>>()?,
             section,
             prompts: prompts
-                .map(|prompt| cache.prompt(prompt))
+                .map(|prompt| reader.prompt(cache, prompt))
                 .collect::<Result<_, _>>()?,
-            negative: negative.map(|prompt| cache.prompt(prompt)).transpose()?,
+            negative: (negative.map(|prompt| reader.prompt(cache, prompt))).transpose()?,
             family,
             folder,
         })
@@ -84,7 +86,7 @@ impl<'a, F: Family> Previews<'a, F> {
     pub fn render_if_due(
         &self,
         step: u64,
-        model: impl FnOnce() -> F::Network,
+        model: impl FnOnce() -> Prompted<F>,
         report: &TrainReport,
         device: &NamedDevice,
     ) -> anyhow::Result<bool> {
@@ -96,8 +98,8 @@ impl<'a, F: Family> Previews<'a, F> {
         };
         report.doing("making samples");
         let model = model().valid();
-        let text = |parts: &Vec<HostTensor>| F::text(parts.clone(), &device.device);
-        let negative = self.negative.as_ref().map(text);
+        let text = |prompt: &Prompts<_>| model.text(prompt, &device.device);
+        let negative = self.negative.as_ref().map(text).transpose()?;
         let latents: Vec<_> = self
             .prompts
             .iter()
@@ -121,8 +123,8 @@ impl<'a, F: Family> Previews<'a, F> {
                     condition(self.family, std::slice::from_ref(beside), &device.device)?;
                 anyhow::Ok(generate_latents(
                     self.family,
-                    &model,
-                    &text(prompt),
+                    &model.network,
+                    &text(prompt)?,
                     negative.as_ref(),
                     &condition,
                     settings,

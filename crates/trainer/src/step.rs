@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use burn::tensor::Device;
-use flux_model::family::Network;
+use flux_model::family::Velocity;
 use lora_core::state::check_finite;
 use lora_core::{Gradients, Training};
 
@@ -45,7 +45,7 @@ pub struct Stepped {
 /// # Errors
 /// A micro-batch that cannot be had, a loss or gradient that is not finite, a run that has diverged or collapsed, an update
 /// that is not finite. The model may be updated then, and is not to be saved.
-pub fn step<N: Network>(
+pub fn step<N: Velocity>(
     training: &mut Training<N, Progress>,
     rule: &Rule,
     workers: &mut Workers<N>,
@@ -131,7 +131,7 @@ pub fn step<N: Network>(
 ///
 /// # Errors
 /// A loss that is not finite, or has diverged.
-pub fn check_update<N: Network>(
+pub fn check_update<N: Velocity>(
     model: &N,
     step: u64,
     drawn: Drawn<N::Input>,

@@ -9,27 +9,29 @@ use anyhow::{Context, anyhow, bail};
 use burn::module::Module;
 use burn::tensor::Device;
 use flux_model::families::{self, Visitor};
-use flux_model::family::{Family, Network};
+use flux_model::family::Family;
+use flux_model::lora::Component;
 use flux_model::pipeline::PipelineFolder;
+use flux_model::prompted::Prompted;
 use flux_model::weights::Checkpoint;
-use lora_core::attach::{NewAdapter, Plan, targeted};
 use lora_core::peft::Targets;
 use lora_core::state::{count_parameters, trainable_parameters};
 use lora_core::training::Ema;
 use lora_core::training::optimizers::UpdateRule;
-use lora_core::{LoraConfig, LoraError, PathOptimizer, Training, attach};
+use lora_core::{LoraConfig, LoraError, PathOptimizer, Training};
 use serde::Serialize;
 use tracing::{info, warn};
 
-use crate::adapters;
+use crate::adapters::to_train_on;
 use crate::cli::UsageError;
 use crate::condition::Pictures;
-use crate::config::RunConfig;
+use crate::config::{Loras, RunConfig};
 use crate::data::batch::{Data, Order};
 use crate::data::cache::Cache;
 use crate::data::degradation::{cropped_and_enlarged, cut_texts};
 use crate::data::digest::{SampleDigest, sample_digests};
 use crate::data::file_digests::FileDigests;
+use crate::data::reader::Reader;
 use crate::data::sample::Sample;
 use crate::data::samples::Samples;
 use crate::data::scan::{Scan, scan, unreadable};
@@ -41,6 +43,7 @@ use crate::models::open_pipeline;
 use crate::previews::{Previews, prompts_of};
 use crate::progress;
 use crate::rule::Rule;
+use crate::run::adapter::{NewAdapters, attach_all, plan_all, targeted_all};
 use crate::run::checkpoint::{Best, Event, Opened, Progress, RunTraining, State, restore};
 use crate::run::folder::{RunDir, RunLock};
 use crate::run::resume::{Accepted, Resume, check_resume, find_checkpoint};
@@ -232,7 +235,7 @@ fn prepare<F: Family>(
     let samples = Samples::new(config, samples)?;
     let cache_folder = run.cache_path();
     let mut known = FileDigests::load(&cache_folder);
-    let base_model = known.of_all(&[family.folder().transformer_path().into()])?;
+    let base_model = known.of_all(&base_paths(config, family))?;
     let fingerprint = Fingerprint::of(device).context("read the program to fingerprint it")?;
     let events = match &opened {
         Some(opened) => check_resume(
@@ -330,26 +333,29 @@ fn train_family<F: Family>(
     } = prepare(&family, &named(config, &family), options)?;
     let (config, device) = (&config, &devices[0]);
 
-    let lora = config.lora.config();
+    let loras = config.lora.configs();
     let optimizer = UpdateRule::from(&config.optimizer.rule);
     let kept = kept(&family, plan.base.dtype, &base_model, &device.device);
-    let load = |device: &NamedDevice| {
+    let load = |device: &NamedDevice| -> anyhow::Result<Prompted<F>> {
         let autodiff = device.device.clone().autodiff();
         let network = family.network_with(plan.base, kept.clone(), &autodiff);
-        network.context("load the transformer")
+        Ok(Prompted {
+            network: network.context("load the transformer")?,
+            text: text_modules(config, &family, false, &autodiff)?,
+        })
     };
     let begun = |model, device: &NamedDevice| match &begin {
-        Begin::New(adapter) => start(model, adapter.clone(), optimizer.clone()),
+        Begin::New(adapters) => start(model, adapters, optimizer.clone()),
         Begin::Resumed(opened) => {
             let record = opened.record()?;
-            restore(record, model, &lora, optimizer.clone(), &device.device)
+            restore(record, model, &loras, optimizer.clone(), &device.device)
         }
     };
     let model = load(device)?;
     let resumes_ema = config.ema.is_some() && matches!(begin, Begin::Resumed(_));
     let bare = resumes_ema.then(|| model.clone());
     let mut training = begun(model, device)?;
-    let mut workers: Workers<F::Network> = Workers::alone(&device.device.clone().autodiff());
+    let mut workers: Workers<Prompted<F>> = Workers::alone(&device.device.clone().autodiff());
     for (rank, other) in devices.iter().enumerate().skip(1) {
         let mut before = devices[..rank].iter();
         let same = before.position(|device| device.name == other.name);
@@ -368,15 +374,17 @@ fn train_family<F: Family>(
         (Some(ema), Begin::Resumed(opened), Some(bare)) => {
             let average =
                 (opened.average()?).context("the checkpoint has no average to go on from")?;
-            let average = attach(bare, average.stored().agreeing_with(&lora).fast())?;
+            let average = attach_all(bare, &average.restored(&loras)?)?;
             Some(Ema::new(&average, ema.decay))
         }
         (Some(ema), ..) => Some(Ema::new(&training.model, ema.decay)),
     };
     let batch_size = config.train.batch_size;
     let order = Order::new(&cache, batch_size, config.train.seed);
+    let reader = Reader::new(config, &family)?;
     let data = Data {
         order,
+        reader: &reader,
         table: family.scheduler().training_sigmas(),
         family: &family,
         cache: &cache,
@@ -384,7 +392,7 @@ fn train_family<F: Family>(
             .map(|sample| sample.name.clone())
             .collect(),
     };
-    let validation = Validation::new(config, &samples, &cache, &family);
+    let validation = Validation::new(config, &samples, &cache, &reader, &family);
     let (mut resumed, mut best, mut best_adapter) = (None, None, None);
     if let Begin::Resumed(opened) = &begin {
         resumed = Some(opened.state.progress.step);
@@ -404,10 +412,10 @@ fn train_family<F: Family>(
     if let Begin::Resumed(opened) = begin {
         lock.rewind_to(&RealFs, &opened.verified)?;
     }
-    let mut saver = Saver::new(config, &lora, state, &data.order, &run, &lock, resumed)?;
+    let mut saver = Saver::new(config, &loras, state, &data.order, &run, &lock, resumed)?;
     let of = validation.as_ref().map(|validation| validation.of.as_str());
     saver.restore_best(best_adapter, of, &training.model)?;
-    let previews = Previews::new(config, &cache, &family, &run)?;
+    let previews = Previews::new(config, &cache, &reader, &family, &run)?;
     summary(config, &training, &data, samples.trained, &devices);
 
     peaks.end("load");
@@ -591,9 +599,42 @@ pub(crate) fn refuse_distilled<F: Family>(family: &F) -> Result<(), UsageError> 
     )))
 }
 
+/// The files whose weights are adapted.
+fn base_paths<F: Family>(config: &RunConfig, family: &F) -> Vec<PathBuf> {
+    let folder = family.folder();
+    let text = config.lora.text_encoders().into_iter();
+    let text = text.map(|encoder| folder.root().join(encoder.to_string()));
+    [folder.transformer_path().into()]
+        .into_iter()
+        .chain(text)
+        .collect()
+}
+
+/// The text encoders that are trained, if any.
+fn text_modules<F: Family>(
+    config: &RunConfig,
+    family: &F,
+    is_outline: bool,
+    device: &Device,
+) -> anyhow::Result<Option<F::TextModules>> {
+    let encoders = config.lora.text_encoders();
+    let known = |encoder: &&Component| F::TRAINABLE_TEXT.contains(encoder);
+    if let Some(encoder) = encoders.iter().find(|encoder| !known(encoder)) {
+        bail!(
+            "`lora.{encoder}`: the text encoder of {} cannot be trained, for no program loads a LoRA of it: remove the section",
+            F::NAME
+        );
+    }
+    if encoders.is_empty() {
+        return Ok(None);
+    }
+    let text = family.text_modules(&encoders, is_outline, device);
+    Ok(Some(text.context("load the text encoders")?))
+}
+
 /// What a run goes on from.
 enum Begin {
-    New(NewAdapter),
+    New(NewAdapters),
     Resumed(Box<Opened>),
 }
 
@@ -603,7 +644,7 @@ pub(crate) fn check_start<F: Family>(
     family: &F,
     samples: &[Sample],
     device: &NamedDevice,
-) -> anyhow::Result<F::Network> {
+) -> anyhow::Result<Prompted<F>> {
     for warning in config.warnings() {
         warn!("{warning}");
     }
@@ -651,19 +692,35 @@ pub(crate) fn check_start<F: Family>(
             bail!("`{key}` must be a multiple of {step} for this model, found {side}");
         }
     }
-    Ok(outline)
+    Ok(Prompted {
+        text: text_modules(config, family, true, &device.device)?,
+        network: outline,
+    })
 }
 
 /// How many numbers the adapter trains, by the layers it is for.
-pub(crate) fn trained<N: Network>(outline: &N, config: &RunConfig) -> anyhow::Result<usize> {
-    let lora = config.lora.config();
-    let layers =
-        targeted(outline, &lora).map_err(|error| explain_targets(error, &lora.target_modules))?;
-    let layers = layers.into_iter().map(|(layer, [inputs, outputs])| {
-        let (rank, _) = lora.resolve(&layer)?;
-        Ok(rank * (inputs + outputs))
-    });
-    layers.sum()
+pub(crate) fn trained<F: Family>(
+    outline: &Prompted<F>,
+    config: &RunConfig,
+) -> anyhow::Result<usize> {
+    let loras = config.lora.configs();
+    let mut count = 0;
+    for (component, layers) in targets(outline, &loras)? {
+        for (layer, [inputs, outputs]) in layers {
+            let (rank, _) = loras[&component].resolve(&layer)?;
+            count += rank * (inputs + outputs);
+        }
+    }
+    Ok(count)
+}
+
+/// The layers that are adapted.
+fn targets<F: Family>(outline: &Prompted<F>, loras: &Loras) -> anyhow::Result<Layers> {
+    let modules = &loras[&Component::Transformer].target_modules;
+    targeted_all(outline, loras).map_err(|error| match error.downcast::<LoraError>() {
+        Ok(error) => explain_targets(error, modules),
+        Err(error) => error,
+    })
 }
 
 /// The same for what only a run that begins needs: layers and ranks, the file it continues from, room on the disk. (A
@@ -673,31 +730,33 @@ pub(crate) fn check_new<F: Family>(
     family: &F,
     run: &RunDir,
     samples: &[Sample],
-    outline: &F::Network,
-) -> anyhow::Result<NewAdapter> {
-    let lora = config.lora.config();
-    let layers =
-        targeted(outline, &lora).map_err(|error| explain_targets(error, &lora.target_modules))?;
-    space::check(config, family, run, samples, &layers)?;
-    let adapter = adapter(config, &lora, outline)?;
+    outline: &Prompted<F>,
+) -> anyhow::Result<NewAdapters> {
+    let loras = config.lora.configs();
+    space::check(config, family, run, samples, trained(outline, config)?)?;
+    let adapters = adapters(config, &loras, outline)?;
     // The magnitudes of DoRA are those of the weights, which an outline has not.
-    if config.lora.init_from.is_some() && !lora.use_dora {
-        Plan::new(outline, adapter.clone())?;
+    if config.lora.init_from.is_some() && !config.lora.use_dora {
+        plan_all(outline, &adapters)?;
     }
-    Ok(adapter)
+    Ok(adapters)
 }
 
-/// The adapter of a run that begins; `model` may be an outline.
-fn adapter<N: Network>(
+/// The adapters of a run that begins; `model` may be an outline.
+fn adapters<F: Family>(
     config: &RunConfig,
-    lora: &LoraConfig,
-    model: &N,
-) -> anyhow::Result<NewAdapter> {
-    let Some(path) = &config.lora.init_from else {
-        return Ok(lora.clone().fresh(config.train.seed).fast());
+    loras: &Loras,
+    model: &Prompted<F>,
+) -> anyhow::Result<NewAdapters> {
+    let fresh = |(&component, lora): (_, &LoraConfig)| {
+        (component, lora.clone().fresh(config.train.seed).fast())
     };
-    let file = adapters::to_train_on(path, &model.shape(), lora).context("`lora.init_from`")?;
-    Ok(file.stored().agreeing_with(lora).fast())
+    let mut adapters: NewAdapters = loras.iter().map(fresh).collect();
+    if let Some(path) = &config.lora.init_from {
+        let found = to_train_on(path, &model.shape(), loras).context("`lora.init_from`")?;
+        adapters.extend(found.stored(loras));
+    }
+    Ok(adapters)
 }
 
 /// Says what is meant by a string, where it names no layer.
@@ -711,13 +770,13 @@ fn explain_targets(error: LoraError, targets: &Targets) -> anyhow::Error {
 }
 
 /// A run that has made no step.
-fn start<N: Network>(
-    model: N,
-    adapter: NewAdapter,
+fn start<F: Family>(
+    model: Prompted<F>,
+    adapters: &NewAdapters,
     optimizer: UpdateRule,
-) -> anyhow::Result<RunTraining<N>> {
+) -> anyhow::Result<RunTraining<Prompted<F>>> {
     Ok(Training {
-        model: attach(model, adapter)?,
+        model: attach_all(model, adapters)?,
         optimizer: PathOptimizer::new(optimizer),
         progress: Progress::default(),
     })
@@ -741,7 +800,7 @@ pub fn pipeline(config: &RunConfig, offline: bool) -> anyhow::Result<PipelineFol
 /// What is about to happen; most mis-set runs show here.
 fn summary<F: Family>(
     config: &RunConfig,
-    training: &RunTraining<F::Network>,
+    training: &RunTraining<Prompted<F>>,
     data: &Data<'_, F>,
     trained: usize,
     devices: &[NamedDevice],

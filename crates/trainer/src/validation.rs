@@ -8,6 +8,7 @@ use std::ops::Range;
 use anyhow::bail;
 use burn::tensor::Device;
 use flux_model::family::Family;
+use flux_model::prompted::Prompted;
 use lora_core::random::Stream;
 use serde::{Deserialize, Serialize};
 use tracing::info;
@@ -17,6 +18,7 @@ use crate::config::{RunConfig, ValidationSection};
 use crate::data::batch::{Shot, micro_batch};
 use crate::data::cache::Cache;
 use crate::data::digest::{dataset_digest, sample_digests};
+use crate::data::reader::Reader;
 use crate::data::samples::Samples;
 use crate::run::checkpoint::Best;
 
@@ -48,11 +50,12 @@ impl Validated {
 }
 
 /// What is measured, and when.
-pub(crate) struct Validation<'a, F> {
+pub(crate) struct Validation<'a, F: Family> {
     config: &'a RunConfig,
     section: &'a ValidationSection,
     family: &'a F,
     cache: &'a Cache,
+    reader: &'a Reader<F>,
     held: Range<usize>,
     /// A digest of all that its losses depend on but the weights: losses of the same can be compared.
     pub(crate) of: String,
@@ -64,6 +67,7 @@ impl<'a, F: Family> Validation<'a, F> {
         config: &'a RunConfig,
         samples: &Samples,
         cache: &'a Cache,
+        reader: &'a Reader<F>,
         family: &'a F,
     ) -> Option<Self> {
         let section = config.validation.as_ref()?;
@@ -74,6 +78,7 @@ impl<'a, F: Family> Validation<'a, F> {
             section,
             family,
             cache,
+            reader,
             held: cache.trained()..cache.len(),
             of: format!("{bands} bands, seed {seed}, {data}"),
         })
@@ -90,7 +95,7 @@ impl<'a, F: Family> Validation<'a, F> {
     /// A cache entry that has vanished, a block that cannot be read.
     pub(crate) fn measure(
         &self,
-        model: &F::Network,
+        model: &Prompted<F>,
         best: Option<&Best>,
         device: &Device,
     ) -> anyhow::Result<Validated> {
@@ -104,7 +109,7 @@ impl<'a, F: Family> Validation<'a, F> {
                 let mut shot = Shot::new(
                     self.family,
                     self.cache.latents(entry, 0, false)?,
-                    self.cache.text(entry, Some(0))?,
+                    self.reader.text(self.cache, entry, Some(0))?,
                     sigma as f32,
                     |n| stream("validation_posterior").normals(n),
                     |n| stream("validation_noise").normals(n),

@@ -13,7 +13,7 @@ use std::thread;
 
 use anyhow::Context;
 use burn::tensor::Device;
-use flux_model::family::Network;
+use flux_model::family::Velocity;
 use lora_core::Gradients;
 use lora_core::state::with_trained_of;
 use lora_core::training::DropoutScope;
@@ -40,7 +40,7 @@ pub struct Work<I> {
     pub batch: MicroBatch<I>,
 }
 
-impl<N: Network> Workers<N> {
+impl<N: Velocity> Workers<N> {
     /// The first one alone, on an autodiff device.
     pub fn alone(device: &Device) -> Self {
         Self {
@@ -118,7 +118,7 @@ impl<N: Network> Workers<N> {
     }
 }
 
-fn compute<N: Network>(
+fn compute<N: Velocity>(
     model: &N,
     rule: &Rule,
     work: Work<N::Input>,

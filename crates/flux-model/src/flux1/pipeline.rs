@@ -4,21 +4,21 @@
 
 use std::path::Path;
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 use lora_core::files::host::HostTensor;
 use lora_core::state::host_tensor;
 
 use crate::error::WeightsError;
 use crate::family::{
     ComponentFile, Condition, Family, ReadsReferences, ReferenceFit, Sampling, TokenCount,
-    TokenCounter, transformer_config,
+    TokenCounter, Tokenizer, transformer_config,
 };
 use crate::flux1::config::FluxConfig;
 use crate::flux1::latent::{image_positions, pack, reference_positions, text_positions, unpack};
-use crate::flux1::text::{CLIP_TOKENS, ClipAndT5, TextEmbedding};
+use crate::flux1::text::{CLIP_TOKENS, ClipAndT5, TextEmbedding, Tokenizers, Tokens, TrainedText};
 use crate::flux1::transformer::{FluxInput, FluxTransformer};
 use crate::flux1::vae::{self, Vae, VaeConfig};
-use crate::lora::ModelShape;
+use crate::lora::{Component, ModelShape};
 use crate::network_config::NetworkConfig;
 use crate::pipeline::{PipelineFolder, load_clip, load_t5};
 use crate::scheduler::SchedulerConfig;
@@ -71,19 +71,28 @@ impl Flux1 {
         4 * self.autoencoder.latent_channels()
     }
 
-    fn tokenizers(&self) -> Result<(ClipTokenizer, T5Tokenizer), WeightsError> {
+    fn tokenizers(&self) -> Result<Tokenizers, WeightsError> {
         let root = self.folder.root();
-        Ok((
-            ClipTokenizer::load(&root.join("tokenizer"))?,
-            T5Tokenizer::load(&root.join("tokenizer_2"))?,
-        ))
+        let (clip, t5) = text_configs(&self.folder)?;
+        Ok(Tokenizers {
+            clip: (ClipTokenizer::load(&root.join("tokenizer"))?, clip),
+            t5: (T5Tokenizer::load(&root.join("tokenizer_2"))?, t5),
+        })
     }
+}
+
+fn text_configs(folder: &PipelineFolder) -> Result<(ClipConfig, T5Config), WeightsError> {
+    Ok((
+        folder.config("text_encoder/config.json", ClipConfig::problem)?,
+        folder.config("text_encoder_2/config.json", T5Config::problem)?,
+    ))
 }
 
 impl Family for Flux1 {
     type Network = FluxTransformer;
     type Config = FluxConfig;
     type TextEncoders = ClipAndT5;
+    type TextModules = TrainedText;
     type Autoencoder = Vae;
     type Text = TextEmbedding;
 
@@ -91,6 +100,7 @@ impl Family for Flux1 {
     const TEXT_FOLDERS: &'static [&'static str] =
         &["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"];
     const TEXT: &'static [&'static str] = &["sequence", "pooled"];
+    const TRAINABLE_TEXT: &'static [Component] = &[Component::ClipL, Component::T5];
     /// Of `train_dreambooth_lora_flux.py`.
     const TARGETS: &'static [&'static str] = &[
         "attn.to_k",
@@ -118,10 +128,11 @@ impl Family for Flux1 {
     }
 
     fn shape(folder: &PipelineFolder) -> Result<ModelShape, WeightsError> {
+        let (clip, t5) = text_configs(folder)?;
         Ok(ModelShape {
             transformer: Some(transformer_config(folder)?),
-            clip: Some(folder.config("text_encoder/config.json", ClipConfig::problem)?),
-            t5: Some(folder.config("text_encoder_2/config.json", T5Config::problem)?),
+            clip: Some(clip),
+            t5: Some(t5),
             ..ModelShape::default()
         })
     }
@@ -130,8 +141,7 @@ impl Family for Flux1 {
         folder: &PipelineFolder,
         device: &Device,
     ) -> Result<Vec<ComponentFile>, WeightsError> {
-        let clip: ClipConfig = folder.config("text_encoder/config.json", ClipConfig::problem)?;
-        let t5: T5Config = folder.config("text_encoder_2/config.json", T5Config::problem)?;
+        let (clip, t5) = text_configs(folder)?;
         let vae = folder.config("vae/config.json", VaeConfig::problem)?;
         let transformer = transformer_config::<FluxConfig>(folder)?.network(device);
         Ok(vec![
@@ -247,17 +257,48 @@ impl Family for Flux1 {
 
     fn text_encoders(&self, device: &Device) -> Result<ClipAndT5, WeightsError> {
         let root = self.folder.root();
-        let (clip_tokenizer, t5_tokenizer) = self.tokenizers()?;
         Ok(ClipAndT5 {
+            tokenizers: self.tokenizers()?,
             clip: load_clip(&root.join("text_encoder"), device)?,
-            clip_tokenizer,
             t5: load_t5(&root.join("text_encoder_2"), device)?,
-            t5_tokenizer,
         })
     }
 
+    fn text_modules(
+        &self,
+        components: &[Component],
+        is_outline: bool,
+        device: &Device,
+    ) -> Result<TrainedText, WeightsError> {
+        let root = self.folder.root();
+        let (of_clip, of_t5) = text_configs(&self.folder)?;
+        let clip = || match is_outline {
+            true => Ok(ClipText::new(&of_clip, device)),
+            false => load_clip(&root.join("text_encoder"), device),
+        };
+        let t5 = || match is_outline {
+            true => Ok(T5Encoder::new(&of_t5, device)),
+            false => load_t5(&root.join("text_encoder_2"), device)?.resident(),
+        };
+        let has = |component| components.contains(&component);
+        Ok(TrainedText {
+            text_encoder: has(Component::ClipL).then(clip).transpose()?,
+            text_encoder_2: has(Component::T5).then(t5).transpose()?,
+        })
+    }
+
+    fn tokenizer(&self) -> Result<Tokenizer<Tokens>, WeightsError> {
+        let tokenizers = self.tokenizers()?;
+        Ok(Box::new(move |prompt, max_sequence_length| {
+            tokenizers.tokens(prompt, max_sequence_length)
+        }))
+    }
+
     fn token_counter(&self) -> Result<TokenCounter, WeightsError> {
-        let (clip, t5) = self.tokenizers()?;
+        let Tokenizers {
+            clip: (clip, _),
+            t5: (t5, _),
+        } = self.tokenizers()?;
         Ok(Box::new(move |prompt| {
             Ok(TokenCount {
                 sequence: t5.count(prompt)?,
@@ -267,10 +308,7 @@ impl Family for Flux1 {
     }
 
     fn text(parts: Vec<HostTensor>, device: &Device) -> TextEmbedding {
-        TextEmbedding {
-            sequence: upload(&parts[0], device),
-            pooled: upload(&parts[1], device),
-        }
+        TextEmbedding::of(&parts, device)
     }
 
     fn negative_prompt(&self, _: f32) -> Option<&'static str> {
@@ -357,13 +395,6 @@ impl Family for Flux1 {
     fn training_mu(&self, image_tokens: usize) -> f64 {
         self.scheduler.mu(image_tokens)
     }
-}
-
-fn upload<const D: usize>(tensor: &HostTensor, device: &Device) -> Tensor<D> {
-    Tensor::from_data(
-        TensorData::new(tensor.to_f32(), tensor.shape.clone()),
-        device,
-    )
 }
 
 #[cfg(test)]

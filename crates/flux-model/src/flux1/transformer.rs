@@ -4,7 +4,7 @@
 //! path. q, k and v are separate layers, as LoRA files name them; a fused checkpoint is split when it is loaded. Every linear
 //! layer is computed by [`lora_core::linear`].
 //!
-//! The forward pass is enter, the double blocks, the single blocks, leave ([`Network`]); training takes the same seams block
+//! The forward pass is enter, the double blocks, the single blocks, leave ([`Velocity`]); training takes the same seams block
 //! by block.
 //!
 //! Source: diffusers 0.38 `transformer_flux.py`; black-forest-labs/flux `src/flux/model.py` (802fb47).
@@ -26,7 +26,7 @@ use crate::joint_attention::JointAttention;
 use crate::layers::{RmsNorm, RotaryTable, linear_layer, sinusoidal_embedding};
 use crate::lora::ModelShape;
 use crate::modulation::{Embedder, Modulation, vectors};
-use crate::network::{Network, argument, guidance, numbers, positions};
+use crate::network::{Network, Velocity, argument, guidance, numbers, positions};
 use crate::network_config::NetworkConfig;
 use crate::ops::attention::attention;
 use crate::ops::gate::{gated_end, gated_residual};
@@ -216,11 +216,11 @@ impl NetworkConfig for FluxConfig {
     }
 }
 
-impl Network for FluxTransformer {
+impl Velocity for FluxTransformer {
     type Input = FluxInput;
 
     /// Text and image tokens at the width of the network, and the conditioning.
-    fn enter(&self, input: FluxInput) -> (Vec<Tensor<3>>, Conditioning) {
+    fn enter(&self, input: FluxInput) -> Result<(Vec<Tensor<3>>, Conditioning), WeightsError> {
         let conditioning = Conditioning {
             temb: self.condition(&input),
             rotary: RotaryTable::new(
@@ -234,7 +234,7 @@ impl Network for FluxTransformer {
         };
         let img = linear(&self.x_embedder, input.img);
         let txt = linear(&self.context_embedder, input.txt);
-        (self.compute.lower(vec![txt, img]), conditioning)
+        Ok((self.compute.lower(vec![txt, img]), conditioning))
     }
 
     /// Drops text and references and projects to the velocity.
@@ -243,7 +243,9 @@ impl Network for FluxTransformer {
         let [scale, shift] = vectors(self.norm_out.forward(silu(c.temb.clone()))); // the other way round in BFL's layout
         linear(&self.proj_out, layer_norm_modulate(img, scale, shift, EPS))
     }
+}
 
+impl Network for FluxTransformer {
     fn width(&self) -> usize {
         self.config.hidden_size()
     }

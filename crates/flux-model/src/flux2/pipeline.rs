@@ -4,23 +4,23 @@
 
 use std::path::Path;
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 use lora_core::files::host::HostTensor;
 use lora_core::state::host_tensor;
 
 use crate::error::WeightsError;
 use crate::family::{
     ComponentFile, Condition, Family, ReadsReferences, ReferenceFit, Sampling, TokenCount,
-    TokenCounter, transformer_config,
+    TokenCounter, Tokenizer, transformer_config,
 };
 use crate::flux2::autoencoder::Flux2Autoencoder;
 use crate::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
 use crate::flux2::latent::{image_positions, pack, reference_positions, text_positions, unpack};
 use crate::flux2::load::{autoencoder, load_autoencoder};
 use crate::flux2::schedule::empirical_mu;
-use crate::flux2::text::{Flux2TextEncoder, tokenizer};
+use crate::flux2::text::{Flux2TextEncoder, NoTrainedText, sequence, tokenizer};
 use crate::flux2::transformer::{Flux2Input, Flux2Transformer};
-use crate::lora::ModelShape;
+use crate::lora::{Component, ModelShape};
 use crate::network_config::NetworkConfig;
 use crate::pipeline::PipelineFolder;
 use crate::scheduler::SchedulerConfig;
@@ -62,12 +62,14 @@ impl Family for Flux2 {
     type Network = Flux2Transformer;
     type Config = Flux2Config;
     type TextEncoders = Flux2TextEncoder;
+    type TextModules = NoTrainedText;
     type Autoencoder = Flux2Autoencoder;
     type Text = Tensor<3>;
 
     const NAME: &'static str = "FLUX.2";
     const TEXT_FOLDERS: &'static [&'static str] = &["text_encoder", "tokenizer"];
     const TEXT: &'static [&'static str] = &["prompt_embeds"];
+    const TRAINABLE_TEXT: &'static [Component] = &[];
     /// Of `train_dreambooth_lora_flux2_klein.py` and `train_dreambooth_lora_flux2.py`; the last two are those of single-stream blocks.
     const TARGETS: &'static [&'static str] = &[
         "attn.to_q",
@@ -246,6 +248,19 @@ impl Family for Flux2 {
         Flux2TextEncoder::open(self.folder.root(), device)
     }
 
+    fn text_modules(
+        &self,
+        _: &[Component],
+        _: bool,
+        _: &Device,
+    ) -> Result<NoTrainedText, WeightsError> {
+        Ok(NoTrainedText {})
+    }
+
+    fn tokenizer(&self) -> Result<Tokenizer<()>, WeightsError> {
+        Ok(Box::new(|_, _| Ok(())))
+    }
+
     fn token_counter(&self) -> Result<TokenCounter, WeightsError> {
         let tokenizer = tokenizer(self.folder.root())?;
         Ok(Box::new(move |prompt| {
@@ -257,9 +272,7 @@ impl Family for Flux2 {
     }
 
     fn text(parts: Vec<HostTensor>, device: &Device) -> Tensor<3> {
-        let sequence = &parts[0];
-        let data = TensorData::new(sequence.to_f32(), sequence.shape.clone());
-        Tensor::from_data(data, device)
+        sequence(&parts[0], device)
     }
 
     fn negative_prompt(&self, guidance_scale: f32) -> Option<&'static str> {

@@ -2,12 +2,14 @@
 
 use std::path::Path;
 
-use burn::tensor::{Device, Tensor};
+use burn::module::Module;
+use burn::tensor::{Device, Tensor, TensorData};
 use lora_core::files::host::HostTensor;
 use lora_core::state::host_tensor;
 
 use crate::error::WeightsError;
-use crate::family::{Adapt, TextEncoders};
+use crate::family::{Adapt, TextEncoders, TextModules};
+use crate::lora::ModelShape;
 use crate::text::decoder::{DecoderConfig, DecoderEncoder, ModelType};
 use crate::text::tokenizer::ChatTokenizer;
 
@@ -85,4 +87,36 @@ impl TextEncoders for Flux2TextEncoder {
     fn adapt<C: Adapt>(self, _: &C) -> Result<Self, C::Error> {
         Ok(self)
     }
+}
+
+/// No text encoder is trained: no program loads a LoRA of one with that of the transformer.
+#[derive(Module, Debug)]
+pub struct NoTrainedText {}
+
+impl TextModules for NoTrainedText {
+    type Tokens = ();
+    type Text = Tensor<3>;
+
+    fn text(
+        &self,
+        _: &[()],
+        encoded: &[HostTensor],
+        device: &Device,
+    ) -> Result<Tensor<3>, WeightsError> {
+        Ok(sequence(&encoded[0], device))
+    }
+
+    fn adapt<C: Adapt>(self, _: &C) -> Result<Self, C::Error> {
+        Ok(self)
+    }
+
+    fn shape(&self) -> ModelShape {
+        ModelShape::default()
+    }
+}
+
+/// A cached sequence on a device.
+pub(super) fn sequence(encoded: &HostTensor, device: &Device) -> Tensor<3> {
+    let data = TensorData::new(encoded.to_f32(), encoded.shape.clone());
+    Tensor::from_data(data, device)
 }

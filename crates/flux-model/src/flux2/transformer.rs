@@ -7,7 +7,7 @@
 //! Fields carry diffusers' names, so a parameter's path is its checkpoint key and its PEFT path. Every linear layer is
 //! computed by [`lora_core::linear`].
 //!
-//! The forward pass is enter, the double blocks, the single blocks, leave ([`Network`]).
+//! The forward pass is enter, the double blocks, the single blocks, leave ([`Velocity`]).
 //!
 //! Source: diffusers 0.38 `transformer_flux2.py`; black-forest-labs/flux2 `model.py` (ab7cca6).
 
@@ -28,7 +28,7 @@ use crate::joint_attention::JointAttention;
 use crate::layers::{RmsNorm, RotaryTable, linear_layer, sinusoidal_embedding};
 use crate::lora::ModelShape;
 use crate::modulation::{Embedder, Modulation, vectors};
-use crate::network::{Network, argument, guidance, numbers, positions};
+use crate::network::{Network, Velocity, argument, guidance, numbers, positions};
 use crate::ops::attention::attention;
 use crate::ops::gate::{gated_end, gated_residual};
 use crate::ops::heads::{norm_rotate, to_heads};
@@ -210,15 +210,15 @@ impl Flux2Transformer {
     }
 }
 
-impl Network for Flux2Transformer {
+impl Velocity for Flux2Transformer {
     type Input = Flux2Input;
 
     /// Text and image tokens at the width of the network, and everything that is computed once a step.
-    fn enter(&self, input: Flux2Input) -> (Vec<Tensor<3>>, Conditioning) {
+    fn enter(&self, input: Flux2Input) -> Result<(Vec<Tensor<3>>, Conditioning), WeightsError> {
         let conditioning = self.condition(&input);
         let img = linear(&self.x_embedder, input.img);
         let txt = linear(&self.context_embedder, input.txt);
-        (self.compute.lower(vec![txt, img]), conditioning)
+        Ok((self.compute.lower(vec![txt, img]), conditioning))
     }
 
     /// Drops text and references and projects to the velocity.
@@ -228,7 +228,9 @@ impl Network for Flux2Transformer {
         let x = layer_norm_modulate(img, scale, shift, self.config.eps);
         linear(&self.proj_out, x)
     }
+}
 
+impl Network for Flux2Transformer {
     fn width(&self) -> usize {
         self.config.hidden_size()
     }

@@ -119,10 +119,16 @@ impl LoraSet {
 
     /// A set that holds an adapter of one component.
     pub fn from_adapter(adapter: &AdapterFile, component: Component, shape: ModelShape) -> Self {
-        let mut set = Self {
+        let set = Self {
             shape,
             ..Self::default()
         };
+        set.with_adapter(adapter, component)
+    }
+
+    /// The same with an adapter in place of what it says of one component.
+    #[must_use]
+    pub fn with_adapter(mut self, adapter: &AdapterFile, component: Component) -> Self {
         let adapter = adapter.to_plain();
         let modules = adapter.modules().iter().map(|(path, module)| {
             let factors = module.factors.as_ref().map(|part, tensor| {
@@ -146,8 +152,8 @@ impl LoraSet {
             };
             (path.clone(), update)
         });
-        *set.modules_mut(component) = modules.collect();
-        set
+        *self.modules_mut(component) = modules.collect();
+        self
     }
 }
 

@@ -11,7 +11,7 @@ use lora_core::peft::InitLoraWeights;
 use tempfile::TempDir;
 
 use super::{Base, BaseDtype, Checkpoint, Compute};
-use crate::family::Network;
+use crate::family::Velocity;
 use crate::flux1::config::FluxConfig;
 use crate::flux1::latent::{image_positions, text_positions};
 use crate::flux1::transformer::{FluxInput, FluxTransformer};

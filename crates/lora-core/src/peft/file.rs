@@ -23,6 +23,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use burn::module::Module;
+use serde_json::{Map, Value};
 
 use crate::adapter::Adapter;
 use crate::adapters::adapters_of;
@@ -44,7 +45,7 @@ use crate::state::host_tensor;
 
 /// Header key of the configuration under which factors that were split off the base weight are trained: the second half of
 /// each is what they started from.
-const SPLIT_KEY: &str = "lora_core_split_adapter";
+pub(super) const SPLIT_KEY: &str = "lora_core_split_adapter";
 
 /// One adapter outside a model: layer path to factors.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -90,8 +91,22 @@ impl AdapterFile {
         name: &str,
         config: Option<&LoraConfig>,
     ) -> Result<Self, LoraError> {
+        Self::from_part(model, |_| true, name, config)
+    }
+
+    /// As [`from_model`](Self::from_model), of the parameters whose paths `is_part` wants: those of one of several models in one
+    /// module, which were given adapters one by one.
+    ///
+    /// # Errors
+    /// No adapter of that name there.
+    pub fn from_part<M: Module>(
+        model: &M,
+        is_part: impl Fn(&str) -> bool,
+        name: &str,
+        config: Option<&LoraConfig>,
+    ) -> Result<Self, LoraError> {
         let mut file = Self::default();
-        for (_, adapters) in adapters_of(model) {
+        for (_, adapters) in adapters_of(model).iter().filter(|(path, _)| is_part(path)) {
             if let Some(adapter) = adapters.adapters().iter().find(|a| a.name() == name) {
                 file.insert(adapter);
             }
@@ -146,22 +161,29 @@ impl AdapterFile {
     }
 
     fn from_tensors(file: &TensorFile, prefix: &str) -> Result<Self, LoraError> {
-        let mut adapter = Self::parse(
-            file,
-            prefix,
-            LoraConfig::from_header(file, prefix)?.as_ref(),
-        )?;
-        if let Some(text) = file.metadata().get(SPLIT_KEY) {
+        Self::from_keys(file, file.names(), prefix, SPLIT_KEY)
+    }
+
+    /// The adapter in these tensors of `file`, with the header's key for factors that were split off.
+    pub(super) fn from_keys<'a>(
+        file: &TensorFile,
+        keys: impl Iterator<Item = &'a str>,
+        prefix: &str,
+        split_key: &str,
+    ) -> Result<Self, LoraError> {
+        let config = LoraConfig::from_header(file, prefix)?;
+        let mut adapter = Self::parse(file, keys, prefix, config.as_ref())?;
+        if let Some(text) = file.metadata().get(split_key) {
             let config: LoraConfig =
                 parse_json(text.as_bytes()).map_err(|source| LoraError::Json {
-                    what: format!("`{SPLIT_KEY}` of {}", file.path().display()),
+                    what: format!("`{split_key}` of {}", file.path().display()),
                     source,
                 })?;
             config.validate()?;
             for (layer, module) in &mut adapter.modules {
                 *module = split::cut(layer, module, &config)?.ok_or_else(|| {
                     LoraError::Config(format!(
-                        "`{SPLIT_KEY}` in the header of {} does not describe the factors of `{layer}`; without that entry the file is a plain LoRA",
+                        "`{split_key}` in the header of {} does not describe the factors of `{layer}`; without that entry the file is a plain LoRA",
                         file.path().display()
                     ))
                 })?;
@@ -170,9 +192,10 @@ impl AdapterFile {
         Ok(adapter)
     }
 
-    /// The adapter in `file`, as `config` describes it.
-    pub(crate) fn parse(
+    /// The adapter in these tensors of `file`, as `config` describes it.
+    pub(crate) fn parse<'a>(
         file: &TensorFile,
+        keys: impl Iterator<Item = &'a str>,
         prefix: &str,
         config: Option<&LoraConfig>,
     ) -> Result<Self, LoraError> {
@@ -181,7 +204,7 @@ impl AdapterFile {
         });
         let mut layers: BTreeMap<String, BTreeMap<&str, HostTensor>> = BTreeMap::new();
         let mut whole = BTreeMap::new();
-        for key in file.names() {
+        for key in keys {
             let leftover = |reason: &str| LoraError::Leftover {
                 key: key.into(),
                 reason: reason.into(),
@@ -325,18 +348,24 @@ impl AdapterFile {
     /// # Errors
     /// What `out` returns; the path of a layer that a file cannot hold.
     pub fn write(&self, prefix: &str, out: &mut dyn Write) -> io::Result<()> {
-        let plain = match self.modules.values().any(|module| module.split.is_some()) {
+        let plain = self.plain();
+        let mut metadata = header(plain.peft_config().to_peft(prefix));
+        metadata.extend(self.split_entry().map(|split| (SPLIT_KEY.into(), split)));
+        write_tensors(out, &plain.tensors(prefix), &metadata)
+    }
+
+    /// This, or a copy of it as a plain LoRA if factors were split off the base weight.
+    pub(super) fn plain(&self) -> Cow<'_, Self> {
+        match self.modules.values().any(|module| module.split.is_some()) {
             true => Cow::Owned(self.to_plain()),
             false => Cow::Borrowed(self),
-        };
-        let mut metadata = BTreeMap::from([
-            ("format".to_string(), "pt".to_string()),
-            (METADATA_KEY.to_string(), plain.metadata_json(prefix)),
-        ]);
-        if !self.modules.is_empty() && self.modules.values().all(|m| m.split.is_some()) {
-            metadata.insert(SPLIT_KEY.to_string(), show(&self.config()));
         }
-        write_tensors(out, &plain.tensors(prefix), &metadata)
+    }
+
+    /// What the header says beside PEFT's fields: the configuration under which all factors were split off the base weight.
+    pub(super) fn split_entry(&self) -> Option<String> {
+        let split = self.modules.values().all(|module| module.split.is_some());
+        (split && !self.modules.is_empty()).then(|| show(&self.config()))
     }
 
     /// Tensors by their names in a file.
@@ -498,12 +527,6 @@ impl AdapterFile {
         Ok(())
     }
 
-    /// PEFT's fields, each key with the prefix; only names that PEFT's configuration takes.
-    fn metadata_json(&self, prefix: &str) -> String {
-        let fields = self.peft_config().to_peft(prefix);
-        serde_json::to_string_pretty(&fields).unwrap_or_default()
-    }
-
     /// The configuration that a file says: factors that are stored are not to be initialised.
     pub(crate) fn peft_config(&self) -> LoraConfig {
         LoraConfig {
@@ -511,6 +534,15 @@ impl AdapterFile {
             ..self.config()
         }
     }
+}
+
+/// The header of a file, with PEFT's fields.
+pub(super) fn header(fields: Map<String, Value>) -> BTreeMap<String, String> {
+    let fields = serde_json::to_string_pretty(&fields).unwrap_or_default();
+    BTreeMap::from([
+        ("format".to_string(), "pt".to_string()),
+        (METADATA_KEY.to_string(), fields),
+    ])
 }
 
 /// The fields of `config` that factors do not show; the others at their defaults.

@@ -43,7 +43,7 @@ impl AdapterFile {
     pub fn load_peft(dir: &Path) -> Result<Self, LoraError> {
         let config = LoraConfig::from_peft(&dir.join(CONFIG))?;
         let tensors = TensorFile::open(&dir.join(TENSORS))?;
-        Self::parse(&tensors, PREFIX, Some(&config))
+        Self::parse(&tensors, tensors.names(), PREFIX, Some(&config))
     }
 
     /// Writes the folder `dir`, which is created if need be, with what [`to_plain`](Self::to_plain) gives; each file is

@@ -6,9 +6,11 @@ pub mod folder;
 pub(crate) mod form;
 pub(crate) mod pattern;
 pub(crate) mod selection;
+pub(crate) mod together;
 
 pub use config::{InitLoraWeights, LoraConfig};
 pub use file::AdapterFile;
 pub use form::METADATA_KEY;
 pub use pattern::{Matcher, Patterns, Targets};
 pub use selection::{OneOrMany, PeftType, TrainBias};
+pub use together::{load_together, write_together};

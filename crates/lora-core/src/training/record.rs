@@ -18,11 +18,11 @@ use crate::training::optimizers::UpdateRule;
 
 /// Everything that is saved: adapters, optimizer state, and the caller's own progress `P` (step, position ...).
 ///
-/// Not `Clone`: a record is used once.
+/// `A` is an [`AdapterFile`], or several of a model that has parts. Not `Clone`: a record is used once.
 #[must_use = "a record that is opened must be restored"]
 #[derive(Debug, new)]
-pub struct TrainingRecord<P> {
-    adapters: AdapterFile,
+pub struct TrainingRecord<P, A = AdapterFile> {
+    adapters: A,
     optimizer: OptimizerState,
     progress: P,
 }
@@ -86,8 +86,21 @@ impl<P> TrainingRecord<P> {
         model: M,
         how: impl FnOnce(AdapterFile) -> NewAdapter,
     ) -> Result<AdaptersRestored<M, P>, LoraError> {
+        self.restore_by(|file| attach(model, how(file)))
+    }
+}
+
+impl<P, A> TrainingRecord<P, A> {
+    /// The same for a model of several parts, which `attached` is given the stored adapters for.
+    ///
+    /// # Errors
+    /// What `attached` returns.
+    pub fn restore_by<M: Module, E>(
+        self,
+        attached: impl FnOnce(A) -> Result<M, E>,
+    ) -> Result<AdaptersRestored<M, P>, E> {
         Ok(AdaptersRestored {
-            model: attach(model, how(self.adapters))?,
+            model: attached(self.adapters)?,
             optimizer: self.optimizer,
             progress: self.progress,
         })

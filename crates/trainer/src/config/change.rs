@@ -13,7 +13,7 @@ use crate::nearest::one_line;
 ///
 /// Steps already taken keep their meaning. Any other change would silently make the resumed run differ from one that was
 /// never stopped.
-pub(super) const MAY_CHANGE_ON_RESUME: [&str; 22] = [
+pub(super) const MAY_CHANGE_ON_RESUME: [&str; 23] = [
     // Where things are; what they hold is compared by digest.
     "model.path",
     "model.transformer",
@@ -27,6 +27,7 @@ pub(super) const MAY_CHANGE_ON_RESUME: [&str; 22] = [
     "train.divergence_factor",
     "train.steps",
     "optimizer.learning_rate",
+    "optimizer.text_encoder_lr",
     "lr_scheduler.",
     "checkpoint.",
     "export.",

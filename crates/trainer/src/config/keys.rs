@@ -21,7 +21,10 @@ use super::validation::ValidationSection;
 use crate::nearest::{nearest, one_line};
 
 /// What diffusers' script and kohya's call some keys, where the spelling gives no hint.
-pub(super) const OTHER_NAMES: [(&str, &str); 25] = [
+pub(super) const OTHER_NAMES: [(&str, &str); 28] = [
+    ("train_text_encoder", "lora.text_encoder"),
+    ("train_t5xxl", "lora.text_encoder_2"),
+    ("text_encoder_learning_rate", "optimizer.text_encoder_lr"),
     ("caption_dropout_rate", "dataset.caption_dropout"),
     ("clip_threshold", "optimizer.d"),
     ("decay_rate", "optimizer.beta2_decay"),

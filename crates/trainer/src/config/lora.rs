@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use flux_model::family::Family;
+use flux_model::lora::Component;
 use lora_core::LoraConfig;
 use lora_core::peft::{InitLoraWeights, OneOrMany, Patterns, PeftType, Targets};
 use schemars::JsonSchema;
@@ -12,6 +13,10 @@ use serde::{Deserialize, Serialize};
 use super::rules::{ABOVE_0, BELOW_1, Invalid, MAX_COUNT, check_count, check_path};
 use super::schemas::{one_or_many, word_or};
 use super::targets::{Indices, block_indices, named};
+use super::text_encoders::TextEncoderSection;
+
+/// The adapter's configuration for every network that is trained.
+pub type Loras = BTreeMap<Component, LoraConfig>;
 
 /// Which layers are adapted, and how. Names and meanings are those of PEFT's `LoraConfig`, `LoHaConfig` and `LoKrConfig`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -82,6 +87,12 @@ pub struct LoraSection {
     /// LoRA file to continue from instead of fresh weights. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_from: Option<PathBuf>,
+    /// Adapts the CLIP text encoder as well; captions are then read in every step. Default: it stays as it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_encoder: Option<TextEncoderSection>,
+    /// Adapts the T5 text encoder as well, which then has to be in memory. Default: it stays as it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_encoder_2: Option<TextEncoderSection>,
 }
 
 impl Default for LoraSection {
@@ -105,6 +116,8 @@ impl Default for LoraSection {
             decompose_both: false,
             decompose_factor: -1,
             init_from: None,
+            text_encoder: None,
+            text_encoder_2: None,
         }
     }
 }
@@ -153,6 +166,32 @@ impl LoraSection {
             }),
             ..LoraConfig::default()
         }
+    }
+
+    /// The text encoders that are adapted, each with its section and its key.
+    fn text_sections(
+        &self,
+    ) -> impl Iterator<Item = (Component, &TextEncoderSection, &'static str)> {
+        let sections = [
+            (Component::ClipL, &self.text_encoder, "lora.text_encoder"),
+            (Component::T5, &self.text_encoder_2, "lora.text_encoder_2"),
+        ];
+        let sections = sections.into_iter();
+        sections.filter_map(|(encoder, section, key)| Some((encoder, section.as_ref()?, key)))
+    }
+
+    /// The text encoders that are adapted.
+    pub fn text_encoders(&self) -> Vec<Component> {
+        self.text_sections().map(|(encoder, ..)| encoder).collect()
+    }
+
+    /// The configuration of every network's adapter.
+    pub fn configs(&self) -> Loras {
+        let text = self.text_sections();
+        let text =
+            text.map(|(encoder, section, _)| (encoder, section.config(encoder, self.config())));
+        text.chain([(Component::Transformer, self.config())])
+            .collect()
     }
 
     pub(super) fn check(&self) -> Result<(), Invalid> {
@@ -214,6 +253,20 @@ impl LoraSection {
         self.config()
             .validate()
             .map_err(|error| ("lora", format!("is not valid: {error}")))?;
+        for (encoder, section, key) in self.text_sections() {
+            if self.peft_type != PeftType::Lora {
+                let problem = format!(
+                    "cannot be together with lora.peft_type = \"{}\": no program loads such an adapter of a text encoder",
+                    self.peft_type
+                );
+                return Err((key, problem));
+            }
+            let config = section.config(encoder, self.config());
+            check_count(key, config.r, MAX_COUNT)?;
+            ABOVE_0.check(key, config.lora_alpha)?;
+            let valid = config.validate();
+            valid.map_err(|error| (key, format!("is not valid: {error}")))?;
+        }
         check_path("lora.init_from", self.init_from.as_deref())
     }
 }

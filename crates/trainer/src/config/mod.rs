@@ -13,13 +13,14 @@ pub use self::ema::EmaSection;
 pub use self::error::ConfigError;
 pub use self::export::{ExportFormat, ExportSection};
 pub use self::logging::LoggingSection;
-pub use self::lora::LoraSection;
+pub use self::lora::{LoraSection, Loras};
 pub use self::lr_scheduler::{LrSchedulerName, LrSchedulerSection};
 pub use self::memory::{BasePlace, Bytes, MemorySection, Recompute};
 pub use self::model::ModelSection;
 pub use self::optimizer::OptimizerSection;
 pub use self::run::RunConfig;
 pub use self::sample::SampleSection;
+pub use self::text_encoders::TextEncoderSection;
 pub use self::train::{LossType, LossWeighting, TimestepSampling, TimestepShift, TrainSection};
 pub use self::validation::ValidationSection;
 
@@ -48,5 +49,6 @@ mod schemas;
 mod targets;
 #[cfg(test)]
 mod tests;
+mod text_encoders;
 mod train;
 mod validation;

@@ -5,6 +5,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::bail;
+use flux_model::lora::Component;
+use flux_model::prompted::component_of;
 use lora_core::peft::Patterns;
 use lora_core::training::optimizers::{
     AdafactorOptions, AdamOptions, AdamW8bitOptions, AdamWOptions, LionOptions, OptimizerConfig,
@@ -33,6 +35,8 @@ pub struct OptimizerSection {
     /// Gradients are scaled down when their norm over all factors together exceeds this; "none" leaves them. Default 1.
     #[schemars(schema_with = "word_or::<f64>", default)]
     pub max_grad_norm: Option<f64>,
+    /// Learning rate of what is trained of text encoders, before the schedule. Default: `learning_rate`.
+    pub text_encoder_lr: Option<f64>,
     /// Factor on the learning rate of the second factor of every update (`lora_B`), as LoRA+ has it (arXiv:2402.12354).
     /// Default: 1.
     pub loraplus_lr_ratio: Option<f64>,
@@ -49,14 +53,16 @@ struct Common {
     learning_rate: Option<f64>,
     #[serde(with = "number_or_none")]
     max_grad_norm: Option<f64>,
+    text_encoder_lr: Option<f64>,
     loraplus_lr_ratio: Option<f64>,
     lr_pattern: Patterns<f64>,
 }
 
 /// Their names.
-const COMMON: [&str; 4] = [
+const COMMON: [&str; 5] = [
     "learning_rate",
     "max_grad_norm",
+    "text_encoder_lr",
     "loraplus_lr_ratio",
     "lr_pattern",
 ];
@@ -66,6 +72,7 @@ impl Default for Common {
         Self {
             learning_rate: None,
             max_grad_norm: Some(1.0),
+            text_encoder_lr: None,
             loraplus_lr_ratio: None,
             lr_pattern: Patterns::default(),
         }
@@ -84,6 +91,7 @@ impl OptimizerSection {
                 _ => 1e-4,
             },
             max_grad_norm: Some(1.0),
+            text_encoder_lr: None,
             loraplus_lr_ratio: None,
             lr_pattern: Patterns::default(),
             rule,
@@ -99,6 +107,7 @@ impl OptimizerSection {
         Ok(Self {
             learning_rate: common.learning_rate.unwrap_or(section.learning_rate),
             max_grad_norm: common.max_grad_norm,
+            text_encoder_lr: common.text_encoder_lr,
             loraplus_lr_ratio: common.loraplus_lr_ratio,
             lr_pattern: common.lr_pattern,
             ..section
@@ -145,6 +154,11 @@ impl OptimizerSection {
                 unused.remove(pattern);
                 factor = of_layer;
             }
+            if let Some(lr) = self.text_encoder_lr
+                && component_of(path) != Component::Transformer
+            {
+                factor *= lr / self.learning_rate;
+            }
             if let Some(ratio) = self.loraplus_lr_ratio
                 && path.ends_with(".lora_B")
             {
@@ -188,6 +202,9 @@ impl OptimizerSection {
             OptimizerConfig::Prodigy(_) => {
                 let problem =
                     "cannot be used with name = \"prodigy\", which has one rate for all parameters";
+                if self.text_encoder_lr.is_some() {
+                    return Err(("optimizer.text_encoder_lr", problem.into()));
+                }
                 if self.loraplus_lr_ratio.is_some() {
                     return Err(("optimizer.loraplus_lr_ratio", problem.into()));
                 }
@@ -196,6 +213,9 @@ impl OptimizerSection {
                 }
             }
             _ => {}
+        }
+        if let Some(lr) = self.text_encoder_lr {
+            AT_LEAST_0.check("optimizer.text_encoder_lr", lr)?;
         }
         if let Some(ratio) = self.loraplus_lr_ratio {
             ABOVE_0.check("optimizer.loraplus_lr_ratio", ratio)?;
@@ -283,6 +303,8 @@ impl Serialize for OptimizerSection {
         table.extend(options);
         let norm = self.max_grad_norm.map_or("none".into(), Value::from);
         table.insert("max_grad_norm".into(), norm);
+        let lr = self.text_encoder_lr;
+        table.extend(lr.map(|lr| ("text_encoder_lr".into(), lr.into())));
         let ratio = self.loraplus_lr_ratio;
         table.extend(ratio.map(|ratio| ("loraplus_lr_ratio".into(), ratio.into())));
         if !self.lr_pattern.is_empty() {

@@ -259,6 +259,11 @@ impl RunConfig {
         self.dataset.check()?;
         self.lora.check()?;
         self.optimizer.check()?;
+        if self.optimizer.text_encoder_lr.is_some() && self.lora.text_encoders().is_empty() {
+            let problem =
+                "has no effect where no text encoder is trained: add `[lora.text_encoder]`";
+            return Err(("optimizer.text_encoder_lr", problem.into()));
+        }
         self.lr_scheduler.check(self.optimizer.learning_rate)?;
         self.train.check()?;
         self.memory.check(&self.lora)?;

@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 
 use anyhow::Context;
 use burn::tensor::{Device, Tensor, TensorData};
-use flux_model::family::{Family, Network};
+use flux_model::family::Family;
+use flux_model::prompted::{PromptedInput, Prompts, TokensOf};
 use lora_core::files::host::HostTensor;
 use lora_core::random::Stream;
 
@@ -16,6 +17,7 @@ use crate::condition::condition;
 use crate::config::{RunConfig, TrainSection};
 use crate::data::bucket::Bucket;
 use crate::data::cache::{Beside, Cache};
+use crate::data::reader::Reader;
 use crate::loss::{Penalty, draw_sigma, loss_of_zero, loss_weight};
 use crate::step::Drawn;
 
@@ -80,9 +82,11 @@ impl Order {
 }
 
 /// Everything about the data that micro-batches are made from.
-pub struct Data<'a, F> {
+pub struct Data<'a, F: Family> {
     /// The encoded dataset.
     pub cache: &'a Cache,
+    /// What reads its captions.
+    pub reader: &'a Reader<F>,
     /// The order of samples.
     pub order: Order,
     /// The pipeline that is trained.
@@ -105,7 +109,7 @@ impl<F: Family> Data<'_, F> {
         config: &RunConfig,
         micro_step: u64,
         device: &Device,
-    ) -> anyhow::Result<Drawn<<F::Network as Network>::Input>> {
+    ) -> anyhow::Result<Drawn<PromptedInput<F>>> {
         let seed = config.train.seed;
         #[cfg(feature = "canary")]
         let (micro_step, data_step) = crate::canary::steps(micro_step);
@@ -138,7 +142,7 @@ impl<F: Family> Data<'_, F> {
                 ..Shot::new(
                     self.family,
                     encoded,
-                    self.cache.text(entry, variant)?,
+                    self.reader.text(self.cache, entry, variant)?,
                     sigma,
                     |n| stream("posterior", i).normals(n),
                     |n| stream("noise", i).normals(n),
@@ -160,7 +164,7 @@ impl<F: Family> Data<'_, F> {
 }
 
 /// One sample of a micro-batch, on the host.
-pub(crate) struct Shot {
+pub(crate) struct Shot<F: Family> {
     latents: Vec<f32>,
     noise: Vec<f32>,
     /// `[1, channels, height, width]` of both.
@@ -168,21 +172,21 @@ pub(crate) struct Shot {
     sigma: f32,
     /// Of its loss.
     weight: f32,
-    text: Vec<HostTensor>,
+    text: Prompts<TokensOf<F>>,
     /// Pictures beside it.
     pub(crate) beside: Beside,
 }
 
-impl Shot {
+impl<F: Family> Shot<F> {
     /// A sample of weight 1 and with nothing beside it, from what the encoders said of it; `posterior` and `noise` give that
     /// many normal numbers.
     ///
     /// # Errors
     /// Latents of another shape.
-    pub(crate) fn new<F: Family>(
+    pub(crate) fn new(
         family: &F,
         encoded: Vec<HostTensor>,
-        text: Vec<HostTensor>,
+        text: Prompts<TokensOf<F>>,
         sigma: f32,
         posterior: impl FnOnce(usize) -> Vec<f32>,
         noise: impl FnOnce(usize) -> Vec<f32>,
@@ -213,10 +217,10 @@ fn latent_shape(encoded: &[HostTensor]) -> anyhow::Result<[usize; 4]> {
 /// Samples whose pictures beside them differ in number or size.
 pub(crate) fn micro_batch<F: Family>(
     family: &F,
-    shots: Vec<Shot>,
+    shots: Vec<Shot<F>>,
     train: &TrainSection,
     device: &Device,
-) -> anyhow::Result<Drawn<<F::Network as Network>::Input>> {
+) -> anyhow::Result<Drawn<PromptedInput<F>>> {
     let (mut noisy, mut target) = (Vec::new(), Vec::new());
     let (mut sigmas, mut weights) = (Vec::new(), Vec::new());
     let (mut shape, mut texts, mut beside) = ([0; 4], Vec::new(), Vec::new());
@@ -240,14 +244,21 @@ pub(crate) fn micro_batch<F: Family>(
             device,
         ))
     };
-    let input = F::input(
-        tokens(noisy),
-        [height, width],
-        F::text(stacked(texts), device),
-        sigmas,
-        vec![train.guidance as f32; batch],
-        condition(family, &beside, device)?,
-    );
+    let (encoded, token_ids): (Vec<_>, Vec<_>) = texts
+        .into_iter()
+        .map(|text: Prompts<_>| (text.encoded, text.tokens))
+        .unzip();
+    let input = PromptedInput {
+        tokens: tokens(noisy),
+        grid: [height, width],
+        prompts: Prompts {
+            encoded: stacked(encoded),
+            tokens: token_ids.concat(),
+        },
+        sigma: sigmas,
+        guidance: vec![train.guidance as f32; batch],
+        condition: condition(family, &beside, device)?,
+    };
     let penalty = Penalty::of(train);
     Ok(Drawn {
         loss_of_zero: loss_of_zero(&target, &weights, penalty),

@@ -41,7 +41,7 @@ const MASK: &str = "mask";
 #[derive(Debug)]
 pub struct Cache {
     folder: PathBuf,
-    /// Names of the tensors in an entry of a picture, and of a text.
+    /// Names of the tensors in an entry of a picture, and of a text; texts of which none is encoded have no entries.
     latents: &'static [&'static str],
     text: &'static [&'static str],
     entries: Vec<Entry>,
@@ -63,8 +63,8 @@ struct Entry {
     references: Vec<CachedPicture>,
     /// Of each crop: the image with nothing where it is to be painted, and its mask.
     masked: Option<Vec<CachedPicture>>,
-    /// Its caption, or each variant of it.
-    texts: Vec<String>,
+    /// Its caption, or each variant of it, and its entry.
+    texts: Vec<(String, String)>,
     repeats: usize,
     loss_weight: f32,
 }
@@ -131,6 +131,10 @@ impl Cache {
         let mut digests = FileDigests::load(folder);
         let encoders = digests.of_all(&family.encoder_paths())?;
         digests.save()?;
+        let text = match has_texts::<F>(config) {
+            true => F::TEXT,
+            false => &[],
+        };
         let (seed, config) = (config.train.seed, &config.dataset);
         let folders = config.all_folders();
         let text_key = |text: &str| text_key(text, config.max_sequence_length, &encoders, backend);
@@ -200,7 +204,9 @@ impl Cache {
                         .map(|(source, size)| picture(source, size, None))
                         .collect(),
                     masked,
-                    texts: captions.iter().map(|text| text_key(text)).collect(),
+                    texts: (captions.iter())
+                        .map(|text| (text.clone(), text_key(text)))
+                        .collect(),
                     repeats: folders[sample.folder].repeats,
                     loss_weight: folders[sample.folder].loss_weight as f32,
                 });
@@ -242,7 +248,7 @@ impl Cache {
         for text in prompts.iter().chain(&unconditional) {
             texts.insert(text_key(text), text.clone());
         }
-        texts.retain(|key, _| read_entry(folder, key, F::TEXT).is_none());
+        texts.retain(|key, _| !text.is_empty() && read_entry(folder, key, text).is_none());
         if !texts.is_empty() {
             let encoders = family
                 .text_encoders(device)
@@ -253,7 +259,7 @@ impl Cache {
                 let prompts: Vec<&str> = together.iter().map(|(_, text)| text.as_str()).collect();
                 let parts = encoders.encode(&prompts, config.max_sequence_length, device)?;
                 for ((key, _), parts) in together.iter().zip(parts) {
-                    write_entry(folder, key, F::TEXT, parts)?;
+                    write_entry(folder, key, text, parts)?;
                     bar.inc(1);
                 }
             }
@@ -266,7 +272,7 @@ impl Cache {
         Ok(Self {
             folder: folder.into(),
             latents: F::LATENTS,
-            text: F::TEXT,
+            text,
             entries,
             trained: samples.trained * config.resolution.as_slice().len(),
             unconditional: unconditional.map(|text| text_key(&text)),
@@ -354,14 +360,19 @@ impl Cache {
         self.entry(key, self.latents)
     }
 
+    /// A text of an entry, or the empty one for `None`.
+    pub fn caption(&self, entry: usize, variant: Option<usize>) -> &str {
+        variant.map_or("", |variant| &self.entries[entry].texts[variant].0)
+    }
+
     /// What the text encoders said about a text of an entry, or about the empty one for `None`: the tensors [`Family::TEXT`]
-    /// names.
+    /// names, or nothing where every encoder is trained.
     ///
     /// # Errors
     /// As [`latents`](Self::latents), or an empty text that no caption was to be dropped for.
     pub fn text(&self, entry: usize, variant: Option<usize>) -> anyhow::Result<Vec<HostTensor>> {
         let key = match variant {
-            Some(variant) => &self.entries[entry].texts[variant],
+            Some(variant) => &self.entries[entry].texts[variant].1,
             None => (self.unconditional.as_ref()).context("no caption is dropped in this run")?,
         };
         self.entry(key, self.text)
@@ -380,11 +391,21 @@ impl Cache {
     }
 
     fn entry(&self, key: &str, names: &[&str]) -> anyhow::Result<Vec<HostTensor>> {
+        if names.is_empty() {
+            return Ok(Vec::new());
+        }
         let path = entry_path(&self.folder, key);
         read_entry(&self.folder, key, names).with_context(|| {
             format!("cache entry {} was removed or damaged while the run was going: start it again with --resume", path.display())
         })
     }
+}
+
+/// Whether texts are encoded for a cache: not where every encoder is trained, and reads them otherwise in every step.
+pub(crate) fn has_texts<F: Family>(config: &RunConfig) -> bool {
+    let trained = config.lora.text_encoders();
+    let mut encoders = F::TRAINABLE_TEXT.iter();
+    F::TRAINABLE_TEXT.is_empty() || encoders.any(|encoder| !trained.contains(encoder))
 }
 
 /// The references of a sample, and their sizes.

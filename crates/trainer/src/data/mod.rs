@@ -13,6 +13,7 @@ pub mod file_digests;
 pub mod image;
 pub mod metadata;
 mod outputs;
+pub mod reader;
 pub mod sample;
 pub(crate) mod samples;
 pub mod scan;

@@ -10,23 +10,23 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use burn::module::Module;
-use lora_core::attach::DEFAULT_ADAPTER;
+use flux_model::family::Family;
+use flux_model::prompted::Prompted;
 use lora_core::files::safetensors::TensorFile;
 use lora_core::files::strict_json::{parse_json, read_file};
 use lora_core::training::optimizers::UpdateRule;
 use lora_core::training::{OptimizerScalars, OptimizerState};
-use lora_core::{AdapterFile, LoraConfig, Training, TrainingRecord};
+use lora_core::{Training, TrainingRecord};
 use serde::{Deserialize, Serialize};
 
-use crate::config::RunConfig;
+use crate::config::{Loras, RunConfig};
 use crate::data::digest::SampleDigest;
 use crate::fingerprint::Fingerprint;
+use crate::run::adapter::{RunAdapter, attach_all};
 use crate::run::manifest::{ManifestFields, Verified};
 use crate::run::transaction::Files;
 use crate::run::vfs::Content;
 
-/// Prefix of the transformer's keys in a diffusers LoRA file.
-pub const TRANSFORMER_PREFIX: &str = "transformer.";
 /// The adapter that training goes on from.
 pub(crate) const LORA: &str = "lora.safetensors";
 /// The average of a run that keeps one.
@@ -92,9 +92,9 @@ pub struct State {
 
 /// A run on the host, to be written as a checkpoint.
 pub struct Snapshot {
-    adapters: AdapterFile,
-    average: Option<AdapterFile>,
-    best: Option<AdapterFile>,
+    adapters: RunAdapter,
+    average: Option<RunAdapter>,
+    best: Option<RunAdapter>,
     optimizer: OptimizerState,
     state: Vec<u8>,
 }
@@ -107,12 +107,12 @@ impl Snapshot {
     pub fn take<M: Module>(
         training: &RunTraining<M>,
         average: Option<&M>,
-        best: Option<&AdapterFile>,
+        best: Option<&RunAdapter>,
         state: State,
-        lora: &LoraConfig,
+        loras: &Loras,
     ) -> anyhow::Result<Self> {
-        let adapters = adapter_file(&training.model, lora)?;
-        let average = average.map(|model| adapter_file(model, lora));
+        let adapters = RunAdapter::of_model(&training.model, loras)?;
+        let average = average.map(|model| RunAdapter::of_model(model, loras));
         let optimizer = training.optimizer.state();
         if let Some((name, _)) = optimizer
             .tensors
@@ -139,11 +139,11 @@ impl Snapshot {
 
     /// Does something with the name and content of every file.
     pub fn with_files<T>(&self, work: impl FnOnce(Files) -> T) -> T {
-        let lora = |out: &mut dyn Write| self.adapters.write(TRANSFORMER_PREFIX, out);
+        let lora = |out: &mut dyn Write| self.adapters.write(out);
         let optimizer = |out: &mut dyn Write| self.optimizer.write(out);
         let state = |out: &mut dyn Write| out.write_all(&self.state);
-        let write = |file: &Option<AdapterFile>, out: &mut dyn Write| match file {
-            Some(file) => file.write(TRANSFORMER_PREFIX, out),
+        let write = |file: &Option<RunAdapter>, out: &mut dyn Write| match file {
+            Some(file) => file.write(out),
             None => Ok(()),
         };
         let average = |out: &mut dyn Write| write(&self.average, out);
@@ -158,16 +158,6 @@ impl Snapshot {
         }
         work(&files)
     }
-}
-
-/// The adapter of a run, checked to be finite.
-///
-/// # Errors
-/// A weight that is NaN or infinite; the error names it.
-pub fn adapter_file<M: Module>(model: &M, lora: &LoraConfig) -> anyhow::Result<AdapterFile> {
-    let file = AdapterFile::from_model(model, DEFAULT_ADAPTER, Some(lora))?;
-    file.check_finite()?;
-    Ok(file)
 }
 
 /// Manifest entries that follow from the state.
@@ -228,7 +218,7 @@ impl Opened {
     ///
     /// # Errors
     /// Tensors that are no adapter.
-    pub fn average(&self) -> anyhow::Result<Option<AdapterFile>> {
+    pub fn average(&self) -> anyhow::Result<Option<RunAdapter>> {
         self.adapter(AVERAGE)
     }
 
@@ -236,25 +226,24 @@ impl Opened {
     ///
     /// # Errors
     /// Tensors that are no adapter.
-    pub fn best(&self) -> anyhow::Result<Option<AdapterFile>> {
+    pub fn best(&self) -> anyhow::Result<Option<RunAdapter>> {
         self.adapter(BEST)
     }
 
-    fn adapter(&self, name: &str) -> anyhow::Result<Option<AdapterFile>> {
+    fn adapter(&self, name: &str) -> anyhow::Result<Option<RunAdapter>> {
         let mut files = self.verified.manifest.files.iter();
         if !files.any(|file| file.name == name) {
             return Ok(None);
         }
-        let file = AdapterFile::load(&self.verified.path(name)?, TRANSFORMER_PREFIX)?;
-        Ok(Some(file))
+        Ok(Some(RunAdapter::load(&self.verified.path(name)?)?))
     }
 
     /// Reads the tensors, to be restored onto a model.
     ///
     /// # Errors
     /// Tensors that are no adapter, and files that are no longer what was verified.
-    pub fn record(&self) -> anyhow::Result<TrainingRecord<Progress>> {
-        let adapters = AdapterFile::load(&self.verified.path(LORA)?, TRANSFORMER_PREFIX)?;
+    pub fn record(&self) -> anyhow::Result<TrainingRecord<Progress, RunAdapter>> {
+        let adapters = RunAdapter::load(&self.verified.path(LORA)?)?;
         let moments = TensorFile::open(&self.verified.path(OPTIMIZER)?)?;
         let optimizer = OptimizerState::from_file(&moments, self.state.optimizer.clone())?;
         // What was parsed is what was verified.
@@ -284,15 +273,15 @@ pub(crate) fn read_state(dir: &Path) -> anyhow::Result<State> {
 ///
 /// # Errors
 /// A record that does not fit the model, or a configuration that disagrees with it.
-pub fn restore<M: Module>(
-    record: TrainingRecord<Progress>,
-    model: M,
-    lora: &LoraConfig,
+pub fn restore<F: Family>(
+    record: TrainingRecord<Progress, RunAdapter>,
+    model: Prompted<F>,
+    loras: &Loras,
     optimizer: UpdateRule,
     device: &burn::tensor::Device,
-) -> anyhow::Result<RunTraining<M>> {
+) -> anyhow::Result<RunTraining<Prompted<F>>> {
     Ok(record
-        .restore_adapters(model, |file| file.stored().agreeing_with(lora).fast())?
+        .restore_by(|adapters| attach_all(model, &adapters.restored(loras)?))?
         .restore_optimizer(optimizer, device)?
         .restore_progress())
 }

@@ -9,12 +9,14 @@
 //! | `metrics` | the log, cut back on resume |
 //! | `timings`, `logs`, `tfevents` | what steps took; tables and curves for other programs |
 //! | `transaction` | a checkpoint is there, whole and verified, or it is not there |
+//! | `adapter` | the adapter of a run, network by network |
 //! | `checkpoint` | what the bytes of a checkpoint say, and a run restored from it |
 //! | `space` | whether the disk has room for a run |
 //! | `resume` | which checkpoint a run goes on from, and what is refused |
 //! | `header` | what a finished LoRA says about how it was made |
 //! | `save` | checkpoints while a run goes, the finished LoRA at its end |
 
+pub mod adapter;
 pub mod checkpoint;
 pub mod error;
 pub mod folder;

@@ -4,20 +4,19 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use burn::module::Module;
-use flux_model::family::Network;
-use flux_model::lora::{Component, LoraFormat, LoraSet, WriteOptions, WriteReport, write};
+use flux_model::family::Family;
+use flux_model::lora::{LoraFormat, LoraSet, WriteOptions, WriteReport, write};
+use flux_model::prompted::Prompted;
 use lora_core::peft::PeftType;
-use lora_core::{AdapterFile, LoraConfig};
 use serde::Serialize;
 use tracing::{info, warn};
 
-use crate::config::{ExportFormat, RunConfig};
+use crate::config::{ExportFormat, Loras, RunConfig};
 use crate::convert::table;
 use crate::data::batch::Order;
 use crate::data::digest::dataset_digest;
-use crate::run::checkpoint::{
-    Best, RunTraining, Snapshot, State, TRANSFORMER_PREFIX, adapter_file, manifest_fields,
-};
+use crate::run::adapter::RunAdapter;
+use crate::run::checkpoint::{Best, RunTraining, Snapshot, State, manifest_fields};
 use crate::run::folder::{RunDir, RunLock};
 use crate::run::header::header;
 use crate::run::logs::Logs;
@@ -29,7 +28,7 @@ use crate::run::vfs::{RealFs, discard, replace_file};
 /// Writes checkpoints and the finished LoRA.
 pub(crate) struct Saver<'a> {
     config: &'a RunConfig,
-    lora: &'a LoraConfig,
+    loras: &'a Loras,
     state: State,
     order: &'a Order,
     run: &'a RunDir,
@@ -39,13 +38,13 @@ pub(crate) struct Saver<'a> {
     logs: Logs,
     config_digest: String,
     dataset_digest: String,
-    best: Option<AdapterFile>,
+    best: Option<RunAdapter>,
 }
 
 impl<'a> Saver<'a> {
     pub(crate) fn new(
         config: &'a RunConfig,
-        lora: &'a LoraConfig,
+        loras: &'a Loras,
         state: State,
         order: &'a Order,
         run: &'a RunDir,
@@ -65,7 +64,7 @@ impl<'a> Saver<'a> {
         let (config_digest, dataset_digest) = (config.digest()?, dataset_digest(&state.samples));
         Ok(Self {
             config,
-            lora,
+            loras,
             state,
             order,
             run,
@@ -105,11 +104,11 @@ impl<'a> Saver<'a> {
 
     /// Goes on from what a checkpoint says of the best validation, and puts its LoRA where it was; a loss of something else than
     /// what is validated now, `of`, is forgotten. What lies there from steps that were gone back on is removed.
-    pub(crate) fn restore_best<N: Network>(
+    pub(crate) fn restore_best<F: Family>(
         &mut self,
-        adapter: Option<AdapterFile>,
+        adapter: Option<RunAdapter>,
         of: Option<&str>,
-        model: &N,
+        model: &Prompted<F>,
     ) -> anyhow::Result<()> {
         let path = self.run.best_path();
         let best = self.state.best.take();
@@ -131,8 +130,12 @@ impl<'a> Saver<'a> {
     }
 
     /// Notes that a validation found less than all before, with the model it was of.
-    pub(crate) fn new_best<N: Network>(&mut self, model: &N, best: Best) -> anyhow::Result<()> {
-        let adapter = adapter_file(model, self.lora)?;
+    pub(crate) fn new_best<F: Family>(
+        &mut self,
+        model: &Prompted<F>,
+        best: Best,
+    ) -> anyhow::Result<()> {
+        let adapter = RunAdapter::of_model(model, self.loras)?;
         self.write_lora(&adapter, model, best.step, &self.run.best_path())?;
         (self.state.best, self.best) = (Some(best), Some(adapter));
         Ok(())
@@ -157,7 +160,7 @@ impl<'a> Saver<'a> {
             self.config_digest.clone(),
             self.dataset_digest.clone(),
         )?;
-        let snapshot = Snapshot::take(training, average, self.best.as_ref(), state, self.lora)?;
+        let snapshot = Snapshot::take(training, average, self.best.as_ref(), state, self.loras)?;
         let keep = self.config.checkpoint.keep;
         let (lock, metrics) = (self.lock, &mut self.metrics);
         snapshot.with_files(|files| {
@@ -168,13 +171,13 @@ impl<'a> Saver<'a> {
 
     /// Writes the file that programs which load LoRAs read, after so many steps. Back come what it holds, for other formats, and
     /// who reads it; an adapter of a kind that diffusers has none of with its scale folded.
-    fn write_lora<N: Network>(
+    fn write_lora<F: Family>(
         &self,
-        adapter: &AdapterFile,
-        model: &N,
+        adapter: &RunAdapter,
+        model: &Prompted<F>,
         steps: u64,
         path: &Path,
-    ) -> anyhow::Result<(LoraSet, Option<AdapterFile>, Option<WriteReport>)> {
+    ) -> anyhow::Result<(LoraSet, Option<RunAdapter>, Option<WriteReport>)> {
         let lycoris = (adapter.peft_type() != PeftType::Lora).then(|| adapter.clone().fold_scale());
         let source = lycoris.as_ref().unwrap_or(adapter);
         let shape = model.shape();
@@ -185,12 +188,12 @@ impl<'a> Saver<'a> {
             steps,
             &shape,
         )?;
-        let mut set = LoraSet::from_adapter(source, Component::Transformer, shape);
+        let mut set = source.set(shape);
         set.metadata.extend(header);
         let mut report = None;
         match &lycoris {
             Some(lycoris) => {
-                replace_file(&RealFs, path, &|out| lycoris.write(TRANSFORMER_PREFIX, out))?;
+                replace_file(&RealFs, path, &|out| lycoris.write(out))?;
             }
             // Unlike a checkpoint's, this file is read by programs that know only tensors: the scale is folded.
             None => {
@@ -206,8 +209,12 @@ impl<'a> Saver<'a> {
     }
 
     /// The finished LoRA, beside the checkpoints.
-    pub(crate) fn export<N: Network>(&self, model: &N, steps: u64) -> anyhow::Result<PathBuf> {
-        let adapter = adapter_file(model, self.lora)?;
+    pub(crate) fn export<F: Family>(
+        &self,
+        model: &Prompted<F>,
+        steps: u64,
+    ) -> anyhow::Result<PathBuf> {
+        let adapter = RunAdapter::of_model(model, self.loras)?;
         let path = self.run.lora_path();
         let (set, lycoris, report) = self.write_lora(&adapter, model, steps, &path)?;
         if let Some(report) = report {
@@ -222,7 +229,9 @@ impl<'a> Saver<'a> {
             };
             let out = crate::convert::beside(&path, format);
             if let (LoraFormat::Peft, Some(lycoris)) = (format, &lycoris) {
-                lycoris.save_peft(&out)?;
+                for file in lycoris.0.values() {
+                    file.save_peft(&out)?; // of the transformer alone
+                }
                 continue;
             }
             let report = write(&set, format, &out, &WriteOptions::default())

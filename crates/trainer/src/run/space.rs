@@ -1,6 +1,6 @@
 //! Whether the disk has room for a run, before it begins.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
@@ -9,6 +9,7 @@ use flux_model::family::Family;
 use lora_core::training::optimizers::OptimizerConfig;
 
 use crate::config::RunConfig;
+use crate::data::cache::has_texts;
 use crate::data::sample::Sample;
 use crate::progress::shown;
 use crate::run::folder::RunDir;
@@ -22,7 +23,7 @@ pub(crate) struct Need {
     pub(crate) checkpoints: u64,
 }
 
-/// Refuses a run that surely does not fit on its disk; `layers` are those that get adapters, with inputs and outputs.
+/// Refuses a run that surely does not fit on its disk; `trained` numbers are.
 ///
 /// # Errors
 /// Too little room; the error says how much is free and what for it is needed.
@@ -31,9 +32,9 @@ pub(crate) fn check<F: Family>(
     family: &F,
     run: &RunDir,
     samples: &[Sample],
-    layers: &BTreeMap<String, [usize; 2]>,
+    trained: usize,
 ) -> anyhow::Result<()> {
-    let (need, free) = need(config, family, run, samples, layers)?;
+    let (need, free) = need(config, family, run, samples, trained)?;
     judge(need, free, run.path())
 }
 
@@ -46,11 +47,11 @@ pub(crate) fn need<F: Family>(
     family: &F,
     run: &RunDir,
     samples: &[Sample],
-    layers: &BTreeMap<String, [usize; 2]>,
+    trained: usize,
 ) -> anyhow::Result<(Need, u64)> {
     let mut need = Need {
         cache: cache(config, family, samples)?,
-        checkpoints: checkpoints(config, layers),
+        checkpoints: checkpoints(config, trained as u64),
     };
     let cache = run.cache_path();
     need.cache = need.cache.saturating_sub(size_of(&cache));
@@ -100,6 +101,7 @@ fn cache<F: Family>(config: &RunConfig, family: &F, samples: &[Sample]) -> anyho
         of_image + beside + sample.mask.as_ref().map_or(0, |_| masked)
     });
     let texts = match config.dataset.varies_captions() {
+        _ if !has_texts::<F>(config) => 0,
         true => captions.len() * config.dataset.caption_variants,
         false => captions.len(),
     };
@@ -107,18 +109,14 @@ fn cache<F: Family>(config: &RunConfig, family: &F, samples: &[Sample]) -> anyho
 }
 
 /// Adapters and what the optimizer keeps of them, as often as checkpoints are there at once.
-fn checkpoints(config: &RunConfig, layers: &BTreeMap<String, [usize; 2]>) -> u64 {
-    let parameters: u64 = layers
-        .values()
-        .map(|[inputs, outputs]| (config.lora.r * (inputs + outputs)) as u64)
-        .sum();
+fn checkpoints(config: &RunConfig, trained: u64) -> u64 {
     let saves = config.train.steps.div_ceil(config.checkpoint.every);
     // One more while a save is under way.
     let at_once = saves.min(config.checkpoint.keep as u64 + 1);
     let rule = &config.optimizer.rule;
     let averages = config.ema.is_some() || matches!(rule, OptimizerConfig::ScheduleFreeAdamw(_));
     let adapters = 1 + u64::from(averages) + u64::from(config.validation.is_some());
-    (4 * adapters + rule.state_bytes()) * parameters * at_once
+    (4 * adapters + rule.state_bytes()) * trained * at_once
 }
 
 fn size_of(folder: &Path) -> u64 {
@@ -135,16 +133,15 @@ mod tests {
     #[test]
     fn a_run_that_surely_does_not_fit_is_refused_with_what_it_needs() {
         let mut config = RunConfig::default();
-        config.lora.r = 16;
         config.train.steps = 1000;
         config.checkpoint.every = 100;
         config.checkpoint.keep = 2;
-        let layers = BTreeMap::from([("to_q".to_string(), [3072, 3072])]);
+        let trained = 16 * (3072 + 3072);
         // Three at once, of factors and two moments in f32.
-        let size = 16 * (3072 + 3072) * 4 * 3;
-        assert_eq!(checkpoints(&config, &layers), 3 * size);
+        let size = trained * 4 * 3;
+        assert_eq!(checkpoints(&config, trained), 3 * size);
         config.train.steps = 150;
-        assert_eq!(checkpoints(&config, &layers), 2 * size);
+        assert_eq!(checkpoints(&config, trained), 2 * size);
 
         let need = Need {
             cache: 2_000_000_000,

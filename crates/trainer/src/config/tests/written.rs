@@ -109,6 +109,8 @@ fn every_default_is_written_out() {
                 "reference",
                 "mask",
                 "target_modules", // the family's
+                "text_encoder",
+                "text_encoder_2",
                 "reference",
                 "mask",
                 "folders",

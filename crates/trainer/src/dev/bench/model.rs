@@ -4,7 +4,7 @@
 
 use burn::optim::AdamWConfig;
 use burn::tensor::{Device, Tensor, TensorData};
-use flux_model::family::{Condition, Family, Network};
+use flux_model::family::{Condition, Family, Velocity};
 use lora_core::files::host::HostTensor;
 use lora_core::peft::{InitLoraWeights, Targets};
 use lora_core::random::Stream;
@@ -123,7 +123,7 @@ pub(super) fn rule(recomputed: usize, lr: f64) -> Rule {
 }
 
 /// The `nth` micro-batch of the baseline: latents of a square image, halfway to noise, and a text.
-pub(super) fn draw<F: Family>(nth: u64, device: &Device) -> Drawn<<F::Network as Network>::Input> {
+pub(super) fn draw<F: Family>(nth: u64, device: &Device) -> Drawn<<F::Network as Velocity>::Input> {
     draw_of::<F>(BASELINE, nth, device)
 }
 
@@ -132,7 +132,7 @@ pub(super) fn draw_of<F: Family>(
     size: Size,
     nth: u64,
     device: &Device,
-) -> Drawn<<F::Network as Network>::Input> {
+) -> Drawn<<F::Network as Velocity>::Input> {
     let batch = size.batch;
     let normals = |name: &str, shape: &[usize]| {
         let values = Stream::new(1234, name, nth, 0).normals(shape.iter().product());

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use burn::tensor::Device;
 use flux_model::families::{self, Visitor};
-use flux_model::family::{Family, Network};
+use flux_model::family::{Family, Network, Velocity};
 use flux_model::weights::{change_parameters, tensors_of};
 use lora_core::files::host::{Dtype, HostTensor};
 use lora_core::files::quantised::Quantised;

@@ -19,12 +19,11 @@ use super::network;
 use super::report::Report;
 use super::text::{clip_tensors, id_rows};
 use crate::adapters::{self, LoadedLora};
-use crate::run::checkpoint::TRANSFORMER_PREFIX;
 
 /// The adapter file of a case; what its header does not say comes from case.json at `pointer`. What may be absent there is
 /// PEFT's default.
 pub(super) fn adapter(case: &Case, file: &Path, pointer: &str) -> anyhow::Result<AdapterFile> {
-    let adapter = AdapterFile::load(file, TRANSFORMER_PREFIX)
+    let adapter = AdapterFile::load(file, "transformer.")
         .with_context(|| format!("load {}", file.display()))?;
     if TensorFile::open(file)?
         .metadata()

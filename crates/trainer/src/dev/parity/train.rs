@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, bail};
 use burn::optim::AdamWConfig;
 use burn::tensor::{Device, Tensor, TensorData};
-use flux_model::family::{Family, Network};
+use flux_model::family::{Family, Network, Velocity};
 use flux_model::weights::BaseDtype;
 use lora_core::files::host::HostTensor;
 use lora_core::state::adapter_state;
@@ -258,7 +258,7 @@ impl<F: Family> Data<F> {
         &self,
         micro: u64,
         device: &Device,
-    ) -> anyhow::Result<Drawn<<F::Network as Network>::Input>> {
+    ) -> anyhow::Result<Drawn<<F::Network as Velocity>::Input>> {
         let (latents, noise) = (self.row("model_input", micro)?, self.row("noise", micro)?);
         let shape = <[usize; 4]>::try_from(latents.shape.clone());
         let Some(shape @ [batch, _, height, width]) = shape.ok() else {
