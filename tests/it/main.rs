@@ -20,5 +20,6 @@ mod runs;
 mod start;
 #[cfg(target_os = "linux")]
 mod terminal;
+mod text_encoders;
 mod tiny_vae;
 mod validation;
