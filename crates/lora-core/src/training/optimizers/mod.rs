@@ -4,6 +4,7 @@
 //! tested against it (`optimizer` reference cases).
 
 mod adafactor;
+mod adam;
 mod adamw8bit;
 pub(crate) mod prodigy;
 pub(crate) mod schedule_free;
@@ -17,6 +18,7 @@ use burn::optim::{AdamConfig, AdamWConfig, DynOptimizer, LionConfig, Optimizer, 
 use serde::{Deserialize, Serialize};
 
 use self::adafactor::Adafactor;
+use self::adam::{Adam, DEFAULT_BETAS};
 pub use self::adafactor::AdafactorOptions;
 use self::adamw8bit::AdamW8bit;
 pub use self::adamw8bit::AdamW8bitOptions;
@@ -192,6 +194,12 @@ impl<O: Optimizer> From<O> for UpdateRule {
 impl From<&OptimizerConfig> for UpdateRule {
     fn from(config: &OptimizerConfig) -> Self {
         match config {
+            OptimizerConfig::Adamw(options) if options.betas != DEFAULT_BETAS => {
+                Adam::from(*options).into()
+            }
+            OptimizerConfig::Adam(options) if options.betas != DEFAULT_BETAS => {
+                Adam::from(*options).into()
+            }
             OptimizerConfig::Adamw(options) => AdamWConfig::new()
                 .with_beta_1(options.betas[0] as f32)
                 .with_beta_2(options.betas[1] as f32)
