@@ -14,11 +14,10 @@ use flux_model::lora::Component;
 use flux_model::pipeline::PipelineFolder;
 use flux_model::prompted::Prompted;
 use flux_model::weights::Checkpoint;
-use lora_core::peft::Targets;
 use lora_core::state::{count_parameters, trainable_parameters};
 use lora_core::training::Ema;
 use lora_core::training::optimizers::UpdateRule;
-use lora_core::{LoraConfig, LoraError, PathOptimizer, Training};
+use lora_core::{LoraConfig, PathOptimizer, Training};
 use serde::Serialize;
 use tracing::{info, warn};
 
@@ -705,22 +704,13 @@ pub(crate) fn trained<F: Family>(
 ) -> anyhow::Result<usize> {
     let loras = config.lora.configs();
     let mut count = 0;
-    for (component, layers) in targets(outline, &loras)? {
+    for (component, layers) in targeted_all(outline, &loras)? {
         for (layer, [inputs, outputs]) in layers {
             let (rank, _) = loras[&component].resolve(&layer)?;
             count += rank * (inputs + outputs);
         }
     }
     Ok(count)
-}
-
-/// The layers that are adapted.
-fn targets<F: Family>(outline: &Prompted<F>, loras: &Loras) -> anyhow::Result<Layers> {
-    let modules = &loras[&Component::Transformer].target_modules;
-    targeted_all(outline, loras).map_err(|error| match error.downcast::<LoraError>() {
-        Ok(error) => explain_targets(error, modules),
-        Err(error) => error,
-    })
 }
 
 /// The same for what only a run that begins needs: layers and ranks, the file it continues from, room on the disk. (A
@@ -757,16 +747,6 @@ fn adapters<F: Family>(
         adapters.extend(found.stored(loras));
     }
     Ok(adapters)
-}
-
-/// Says what is meant by a string, where it names no layer.
-fn explain_targets(error: LoraError, targets: &Targets) -> anyhow::Error {
-    match targets {
-        Targets::Pattern(pattern) if matches!(error, LoraError::NoMatch { .. }) => anyhow!(
-            "{error}: `lora.target_modules` = \"{pattern}\" is a string, so a pattern for whole paths; for every layer whose path ends so, write a list: [\"{pattern}\"]"
-        ),
-        _ => error.into(),
-    }
 }
 
 /// A run that has made no step.

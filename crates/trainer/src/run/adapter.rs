@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::{anyhow, bail};
 use burn::module::Module;
 use burn::tensor::Device;
 use flux_model::family::{Adapt, Family, TextModules};
@@ -200,10 +200,25 @@ fn each<F: Family>(
 }
 
 /// Says of which text encoder an error is.
-fn of_component<T>(component: Component, result: Result<T, LoraError>) -> anyhow::Result<T> {
+fn of_component(component: Component, error: LoraError) -> anyhow::Error {
+    let error = anyhow::Error::from(error);
     match component {
-        Component::Transformer => Ok(result?),
-        component => result.with_context(|| format!("`lora.{component}`")),
+        Component::Transformer => error,
+        component => error.context(format!("`lora.{component}`")),
+    }
+}
+
+/// Says what is meant by a string, where it names no layer.
+fn explained(error: LoraError, component: Component, lora: &LoraConfig) -> anyhow::Error {
+    let key = match component {
+        Component::Transformer => "lora".to_string(),
+        component => format!("lora.{component}"),
+    };
+    match &lora.target_modules {
+        Targets::Pattern(pattern) if matches!(error, LoraError::NoMatch { .. }) => anyhow!(
+            "{error}: `{key}.target_modules` = \"{pattern}\" is a string, so a pattern for whole paths; for every layer whose path ends so, write a list: [\"{pattern}\"]"
+        ),
+        _ => of_component(component, error),
     }
 }
 
@@ -219,7 +234,9 @@ impl Adapt for Attached<'_> {
     fn adapt<M: Module>(&self, component: Component, module: M) -> anyhow::Result<M> {
         match self.0.get(&component) {
             None => Ok(module),
-            Some(adapter) => of_component(component, attach(module, adapter.clone())),
+            Some(adapter) => {
+                attach(module, adapter.clone()).map_err(|error| of_component(component, error))
+            }
         }
     }
 }
@@ -235,7 +252,8 @@ impl Adapt for Planned<'_> {
 
     fn adapt<M: Module>(&self, component: Component, module: M) -> anyhow::Result<M> {
         if let Some(adapter) = self.0.get(&component) {
-            of_component(component, Plan::new(&module, adapter.clone()))?;
+            let plan = Plan::new(&module, adapter.clone());
+            plan.map_err(|error| of_component(component, error))?;
         }
         Ok(module)
     }
@@ -252,7 +270,8 @@ impl Adapt for Targeted<'_> {
 
     fn adapt<M: Module>(&self, component: Component, module: M) -> anyhow::Result<M> {
         if let Some(lora) = self.0.get(&component) {
-            let layers = of_component(component, targeted(&module, lora))?;
+            let layers = targeted(&module, lora);
+            let layers = layers.map_err(|error| explained(error, component, lora))?;
             self.1.borrow_mut().insert(component, layers);
         }
         Ok(module)

@@ -1,4 +1,4 @@
-//! Adam and AdamW whose betas are not the defaults.
+//! The options of Adam and AdamW, and both for betas that are not the defaults.
 //!
 //! Burn's own keep the betas in f32, where `1 - 0.9999` is off by 2e-4 of itself: what 200 steps change is then off by more than
 //! f32 rounds. With the defaults it makes no difference that can be measured, and Burn's are used, whose bits every run has that
@@ -8,11 +8,63 @@
 
 use burn::optim::{AdamWState, AdaptiveMomentumState, Optimizer};
 use burn::tensor::{Device, Tensor};
+use serde::{Deserialize, Serialize};
 
-use super::{AdamOptions, AdamWOptions, lerp};
+use super::state::lerp;
 
 /// Betas that Burn's f32 is near enough to.
 pub(super) const DEFAULT_BETAS: [f64; 2] = [0.9, 0.999];
+
+/// Options of AdamW, torch's.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdamWOptions {
+    /// Decay of the two moments.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Each step takes `learning_rate * weight_decay` of every parameter off.
+    pub weight_decay: f64,
+    /// Divide by the largest second moment so far.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub amsgrad: bool,
+}
+
+impl Default for AdamWOptions {
+    fn default() -> Self {
+        Self {
+            betas: DEFAULT_BETAS,
+            eps: 1e-8,
+            weight_decay: 1e-2,
+            amsgrad: false,
+        }
+    }
+}
+
+/// Options of Adam, torch's.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdamOptions {
+    /// Decay of the two moments.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// This much of every parameter is added to its gradient.
+    pub weight_decay: f64,
+    /// Divide by the largest second moment so far.
+    pub amsgrad: bool,
+}
+
+impl Default for AdamOptions {
+    fn default() -> Self {
+        Self {
+            betas: DEFAULT_BETAS,
+            eps: 1e-8,
+            weight_decay: 0.0,
+            amsgrad: false,
+        }
+    }
+}
 
 /// Adam for one tensor.
 #[derive(Clone)]
@@ -68,9 +120,8 @@ impl Optimizer for Adam {
             }
         }
         let before = state.map(|state| state.momentum);
-        let before = before.unwrap_or_else(|| {
-            AdaptiveMomentumState::new(0, grad.zeros_like(), grad.zeros_like())
-        });
+        let before = before
+            .unwrap_or_else(|| AdaptiveMomentumState::new(0, grad.zeros_like(), grad.zeros_like()));
         let time = before.time + 1;
         let mut state = AdaptiveMomentumState::new(
             time,

@@ -18,8 +18,9 @@ use burn::optim::{AdamConfig, AdamWConfig, DynOptimizer, LionConfig, Optimizer, 
 use serde::{Deserialize, Serialize};
 
 use self::adafactor::Adafactor;
-use self::adam::{Adam, DEFAULT_BETAS};
 pub use self::adafactor::AdafactorOptions;
+use self::adam::{Adam, DEFAULT_BETAS};
+pub use self::adam::{AdamOptions, AdamWOptions};
 use self::adamw8bit::AdamW8bit;
 pub use self::adamw8bit::AdamW8bitOptions;
 use self::prodigy::Prodigy;
@@ -47,57 +48,6 @@ pub enum OptimizerConfig {
     Prodigy(ProdigyOptions),
     /// AdamW without a schedule, arXiv:2405.15682.
     ScheduleFreeAdamw(ScheduleFreeOptions),
-}
-
-/// Options of AdamW, torch's.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct AdamWOptions {
-    /// Decay of the two moments.
-    pub betas: [f64; 2],
-    /// Added to the root of the second moment.
-    pub eps: f64,
-    /// Each step takes `learning_rate * weight_decay` of every parameter off.
-    pub weight_decay: f64,
-    /// Divide by the largest second moment so far.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub amsgrad: bool,
-}
-
-impl Default for AdamWOptions {
-    fn default() -> Self {
-        Self {
-            betas: [0.9, 0.999],
-            eps: 1e-8,
-            weight_decay: 1e-2,
-            amsgrad: false,
-        }
-    }
-}
-
-/// Options of Adam, torch's.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct AdamOptions {
-    /// Decay of the two moments.
-    pub betas: [f64; 2],
-    /// Added to the root of the second moment.
-    pub eps: f64,
-    /// This much of every parameter is added to its gradient.
-    pub weight_decay: f64,
-    /// Divide by the largest second moment so far.
-    pub amsgrad: bool,
-}
-
-impl Default for AdamOptions {
-    fn default() -> Self {
-        Self {
-            betas: [0.9, 0.999],
-            eps: 1e-8,
-            weight_decay: 0.0,
-            amsgrad: false,
-        }
-    }
 }
 
 /// Options of gradient descent, torch's.

@@ -238,7 +238,7 @@ fn what_is_not_used_is_counted_and_named() {
     );
     assert_warned(
         &folder(&[("10_cat/a.png", &png()), ("10_cat/a.txt", b"a")]),
-        "the number in front of `10_cat` is not read as repeats: every image is seen once an epoch",
+        "the number in front of `10_cat` is not read as repeats: every image is seen once an epoch; `dataset.folders` gives each folder its `repeats`",
     );
 }
 

@@ -243,7 +243,7 @@ impl<'a> Tree<'a> {
             .collect();
         if !repeats.is_empty() {
             self.warnings.push(format!(
-                "the number in front of {} is not read as repeats: every image is seen once an epoch",
+                "the number in front of {} is not read as repeats: every image is seen once an epoch; `dataset.folders` gives each folder its `repeats`",
                 named(&repeats)
             ));
         }
