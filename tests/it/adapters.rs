@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use flux_lora_tests::{CONFIG, Workbench, root};
-use flux_model::family::{Network, Velocity};
+use flux_model::family::Velocity;
 use flux_model::flux1::config::FluxConfig;
 use flux_model::flux1::latent::{image_positions, text_positions};
 use flux_model::flux1::transformer::{FluxInput, FluxTransformer};

@@ -68,6 +68,20 @@ fn resumes_exactly_with(settings: &[&str], steps: &[u64]) -> RunResult {
 }
 
 #[test]
+fn trained_text_encoders_resume_exactly_from_every_step() {
+    let settings = [
+        "--set=lora.text_encoder.r=3",
+        "--set=lora.text_encoder_2.lora_alpha=2",
+        "--set=optimizer.text_encoder_lr=1e-3",
+        "--set=ema.decay=0.9",
+        "--set=validation.share=0.2",
+        "--set=validation.every=2",
+        "--set=train.steps=6",
+    ];
+    resumes_exactly_with(&settings, &[1, 2, 3, 4, 5]);
+}
+
+#[test]
 fn optimizers_with_more_than_moments_resume_exactly() {
     let constant = [
         "--set=lr_scheduler.name=constant",

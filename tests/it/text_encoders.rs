@@ -274,7 +274,8 @@ fn a_lora_with_text_encoders_is_shown_exported_and_continued() {
             "--max-sequence-length",
             "16",
         ]);
-        command.arg("--lora").arg(lora).arg("--output").arg(&out);
+        command.arg("--lora").arg(lora).arg("--out").arg(&out);
+        command.args(["--overwrite", "--guidance", "3.5", "--device", "flex"]);
         let output = command.output().unwrap();
         assert!(
             output.status.success(),

@@ -2,7 +2,8 @@
 
     python optimizers.py [OUT_DIR [CASE ...]]
 
-Expected is computed in f64 where the library can; the tolerance is 20 times what f32 differs from it. AdamW with moments of 8 bits is
+Expected is computed in f64 where the library can; the tolerance is 20 times what f32 differs from it, of long
+cases 3 times. AdamW with moments of 8 bits is
 computed by bitsandbytes' own map and quantiser in f32. torch 2.8.0, prodigyopt 1.1.2, schedulefree 1.4.1, lion-pytorch 0.2.5,
 bitsandbytes 0.50.2, CPU.
 """
@@ -160,7 +161,7 @@ def write(case, seed):
     inputs = {f"param.{k}": v for k, v in start.items()} | {f"grad.{k}": v for k, v in gradients.items()}
     save_file(inputs, folder / "inputs.safetensors")
     save_file({k: v.contiguous() for k, v in expected.items()}, folder / "expected.safetensors")
-    tolerance = {"rel": 1e-4 if difference is None else 20 * max(difference, 1e-7), "metric": METRIC}
+    tolerance = {"rel": 1e-4 if difference is None else (20 if steps == 30 else 3) * max(difference, 1e-7), "metric": METRIC}
     if difference is not None:
         tolerance["f32_vs_f64"] = difference
     case_json = {
