@@ -84,13 +84,14 @@ pub struct LoraSection {
     /// to the square root. Default -1.
     #[serde(skip_serializing_if = "is_minus_one")]
     pub decompose_factor: i64,
-    /// LoRA file to continue from instead of fresh weights. Default: none.
+    /// LoRA file to continue from instead of fresh weights; of the text encoders as well, where they are trained and it has them.
+    /// Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_from: Option<PathBuf>,
-    /// Adapts the CLIP text encoder as well; captions are then read in every step. Default: it stays as it is.
+    /// A section, `[lora.text_encoder]`, which may be empty: adapts the CLIP text encoder as well. Default: not adapted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text_encoder: Option<TextEncoderSection>,
-    /// Adapts the T5 text encoder as well, which then has to be in memory. Default: it stays as it is.
+    /// `[lora.text_encoder_2]`: the same for T5. Default: not adapted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text_encoder_2: Option<TextEncoderSection>,
 }
