@@ -368,7 +368,11 @@ fn what_cannot_be_trained_is_refused_in_words() {
     };
     let clip = "--set=lora.text_encoder.r=4";
     refused(
-        &[clip, "--set=lora.peft_type=LOHA"],
+        &[
+            clip,
+            "--set=lora.lora_dropout=0",
+            "--set=lora.peft_type=LOHA",
+        ],
         "no program loads such an adapter of a text encoder",
     );
     refused(
