@@ -8,7 +8,7 @@ use lora_core::{Gradients, LoraConfig};
 
 use super::tests_base::{fixture, input, load_on};
 use super::{Base, BaseDtype, Compute};
-use crate::network::Network;
+use crate::network::Velocity;
 
 /// Velocity, and the gradients of a LoRA on every linear layer of the blocks, in the order of their paths.
 fn computed(folder: &Path, base: Base) -> [Vec<f32>; 2] {
