@@ -419,8 +419,11 @@ fn train_family<F: Family>(
 
     peaks.end("load");
     let mut report = progress::TrainReport::new(training.progress.step, config.train.steps);
-    if training.progress.step == 0 && config.sample.as_ref().is_some_and(|sample| sample.at_start) {
-        previews.render_if_due(0, || training.model.clone(), &report, device)?;
+    if training.progress.step == 0
+        && config.sample.as_ref().is_some_and(|sample| sample.at_start)
+        && previews.render_if_due(0, || training.model.clone(), &report, device)?
+    {
+        peaks.end("preview");
     }
     let exhausted = |step, best: Option<&Best>| {
         let validation = validation.as_ref();
