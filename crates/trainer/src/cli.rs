@@ -458,6 +458,9 @@ pub struct FullSizeArgs {
     /// Memory that the run is made to fit into
     #[arg(long, default_value = "4GiB")]
     pub limit: String,
+    /// `model.base_dtype` of the run, such as nf4
+    #[arg(long, value_name = "TYPE", default_value = "as-stored")]
+    pub base_dtype: String,
     /// Leave everything where it is; the next run uses the weights that are there, as it does after an interruption
     #[arg(long)]
     pub keep: bool,

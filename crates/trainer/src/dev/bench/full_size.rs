@@ -71,8 +71,9 @@ pub fn run(args: &FullSizeArgs) -> anyhow::Result<()> {
         }
     }
     say!(
-        "\n{} at {} px, {} text tokens, limit {}",
+        "\n{} ({}) at {} px, {} text tokens, limit {}",
         args.model,
+        args.base_dtype,
         args.resolution,
         args.tokens,
         args.limit
@@ -359,6 +360,7 @@ fn write_run(args: &FullSizeArgs, work: &Path) -> anyhow::Result<PathBuf> {
     let text = format!(
         r#"[model]
 path = "pipeline"
+base_dtype = "{dtype}"
 [dataset]
 path = "data"
 resolution = {side}
@@ -382,6 +384,7 @@ width = {side}
         tokens = args.tokens,
         steps = args.steps,
         limit = args.limit,
+        dtype = args.base_dtype,
     );
     fs::write(&config, text).with_context(|| format!("write {}", config.display()))?;
     Ok(config)
