@@ -144,10 +144,8 @@ impl<F: FnMut(&str, [usize; 2], &Device) -> Option<Tensor<2>>> ModuleMapper for 
         };
         let device = param.lazy_device();
         match (self.with)(&self.path.join("."), [rows, columns], &device) {
-            Some(value) => {
-                let shape = std::array::from_fn(|axis| [rows, columns][axis]);
-                Param::initialized(param.id, value.reshape::<D, _>(shape))
-            }
+            // D is 2; a reshape would copy a placeholder into the memory that it saves.
+            Some(value) => Param::initialized(param.id, Tensor::from_bridge(value.into_bridge())),
             None => param,
         }
     }

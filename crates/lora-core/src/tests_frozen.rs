@@ -167,3 +167,33 @@ fn what_does_not_fit_is_refused() {
         );
     }
 }
+
+/// Of this process, in bytes.
+#[cfg(target_os = "linux")]
+fn resident_memory() -> usize {
+    let pages = std::fs::read_to_string("/proc/self/statm").expect("Linux has it");
+    let pages = pages.split_whitespace().nth(1).expect("the second number");
+    4096 * pages.parse::<usize>().expect("a number")
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_weight_in_few_bits_takes_no_more_memory_than_its_bits() {
+    const WIDTH: usize = 4096;
+    let device = Device::default();
+    let layer = || burn::nn::LinearConfig::new(WIDTH, WIDTH).init(&device);
+    let model: Vec<burn::nn::Linear> = (0..8).map(|_| layer()).collect();
+    let weight = Arc::new(Quantised::nf4([WIDTH, WIDTH], &vec![0.0; WIDTH * WIDTH]));
+    let weights = (0..8).map(|index| (format!("{index}.weight"), weight.clone()));
+    let before = resident_memory();
+    let model = hold(model, weights.collect()).expect("they fit");
+    let model =
+        attach(model, config(InitLoraWeights::default(), false).fresh(1)).expect("linear layers");
+    let grown = resident_memory().saturating_sub(before);
+    assert_eq!(held(&model).len(), 8);
+    let dense = 8 * 4 * WIDTH * WIDTH;
+    assert!(
+        grown < dense / 4,
+        "{grown} bytes for weights that are {dense} when dense"
+    );
+}
