@@ -1,6 +1,6 @@
 """Every form that `flux-lora convert --to all` writes, in the program that reads it: the same picture to 1e-4.
 
-    python written_forms.py FLUX_LORA_BINARY [FLUX.1 | FLUX.2]
+    python written_forms.py FLUX_LORA_BINARY [FLUX.1 | FLUX.2 | CLIP]
 
 FLUX.1: makes a transformer of FLUX.1-dev's width (3072; diffusers' kohya reader has that size built in) with one double and one
 single block, and a LoRA with alpha unlike its rank. diffusers loads the diffusers and kohya forms, PEFT the folder, and
@@ -11,7 +11,11 @@ FLUX.2: trains a LoRA of every linear layer on the tiny klein pipeline of the re
 which exports every form. Flux2KleinPipeline loads the diffusers, kohya and ComfyUI forms, PEFT the folder. Layers that
 the table of `flux-lora` says diffusers drops or takes for something else are left out of the comparison of that form, and
 are shown to be dropped: with all layers the output is another. At last our own output with the trained LoRA is compared with
-diffusers', as a case of kind `lora_forward`. torch 2.11.0, diffusers 0.38.0, peft 0.19.1.
+diffusers', as a case of kind `lora_forward`.
+
+CLIP: trains a LoRA of the transformer and of CLIP on the tiny FLUX.1 pipeline of the reference cases. FluxPipeline loads the run's
+file, and what its `encode_prompt` gives is compared with our CLIP and T5 after `flux-lora merge` of the same file, as cases of
+kind `clip_text` and `t5_encoder`. torch 2.11.0, diffusers 0.38.0, peft 0.19.1.
 """
 
 import copy
@@ -27,6 +31,7 @@ import torch
 from diffusers import Flux2KleinPipeline, FluxPipeline
 from peft import LoraConfig, PeftModel
 from PIL import Image
+from transformers import CLIPTextModel
 
 from common import (
     PARITY,
@@ -140,7 +145,7 @@ lora_alpha = 6
 target_modules = "all-linear"
 
 [optimizer]
-learning_rate = 0.05
+learning_rate = {rate}
 
 [train]
 steps = 4
@@ -173,15 +178,15 @@ def klein_inputs(config, seed):
     }
 
 
-def train_klein(program, model, folder):
-    """A LoRA of every linear layer of the tiny klein, in every form."""
+def train(program, model, folder, rate=0.05, more=""):
+    """A LoRA of every linear layer of the tiny pipeline, in every form."""
     pictures = folder / "pictures"
     pictures.mkdir()
     g = generator(304)
     for name in "ab":
         Image.fromarray(torch.randint(0, 256, (64, 64, 3), generator=g, dtype=torch.uint8).numpy()).save(pictures / f"{name}.png")
         (pictures / f"{name}.txt").write_text(f"a picture {name}")
-    (folder / "run.toml").write_text(RUN.format(folder=folder, model=model))
+    (folder / "run.toml").write_text(RUN.format(folder=folder, model=model, rate=rate) + more)
     subprocess.run([program, "train", folder / "run.toml", "--output", folder / "run", "--device", "flex"], check=True)
     return folder / "run" / "lora.safetensors"
 
@@ -204,7 +209,7 @@ def flux2(program):
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         folder = Path(folder)
         model = klein(folder / "klein")
-        lora = train_klein(program, model, folder)
+        lora = train(program, model, folder)
         forms = {form: lora.with_name(f"lora-{form}.safetensors") for form in ("kohya", "comfyui")}
         forms = {"diffusers": lora, "peft": lora.with_name("lora-peft"), **forms}
         untouched = Flux2KleinPipeline.from_pretrained(model, torch_dtype=torch.float32).transformer.eval()
@@ -236,16 +241,58 @@ def flux2(program):
     return relative(whole, base), errors
 
 
+# ---- FLUX.1 with CLIP -----------------------------------------------------------------------------------------------
+
+PROMPTS = ["a picture a", "", "a photograph of two lighthouses in the fog"]
+
+
+def clip(program):
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        folder = Path(folder)
+        model = PARITY / "pipeline_dev" / "model"
+        lora = train(program, model, folder, 0.01, "\n[lora.text_encoder]\nlora_alpha = 3\n")
+        pipeline = FluxPipeline.from_pretrained(model, torch_dtype=torch.float32)
+        ids = {
+            "clip": pipeline.tokenizer(PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids,
+            "t5": pipeline.tokenizer_2(PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids,
+        }
+
+        def encoded():
+            embeds, pooled, _ = pipeline.encode_prompt(PROMPTS, PROMPTS, max_sequence_length=16)
+            return pipeline.text_encoder(ids["clip"]).last_hidden_state, pooled, embeds
+
+        _, untouched, _ = encoded()
+        load_strictly(pipeline, lora)
+        last, pooled, embeds = encoded()
+        merged = folder / "merged"
+        subprocess.run([program, "merge", "--model", model, "--lora", lora, "--out", merged], check=True)
+        cases = {
+            "clip_text": ("text_encoder", "CLIPTextModel", ids["clip"], {"last_hidden_state": last, "pooled": pooled}),
+            "t5_encoder": ("text_encoder_2", "T5EncoderModel", ids["t5"], {"last_hidden_state": embeds}),
+        }
+        for kind, (encoder, name, tokens, expected) in cases.items():
+            case = folder / kind
+            case.mkdir()
+            write_case(
+                case, kind, "A prompt as FluxPipeline encodes it with a LoRA trained here.", {"rel": TOLERANCE},
+                {"input_ids": tokens}, expected, model={"path": str(merged / encoder), "class": name},
+            )
+            subprocess.run([program, "parity", case], check=True)
+        weights = CLIPTextModel.from_pretrained(merged / "text_encoder").eval()
+        errors = {"merged, in transformers": relative(weights(ids["clip"]).pooler_output, pooled)}
+    return relative(pooled, untouched), errors
+
+
 def main(program, *names):
     logging.disable(logging.INFO)
     torch.set_num_threads(2)
-    families = {"FLUX.1": flux1, "FLUX.2": flux2}
+    families = {"FLUX.1": flux1, "FLUX.2": flux2, "CLIP": clip}
     worst = 0.0
     for name in names or families:
         moved, errors = families[name](program)
         print(f"{name}: the LoRA moves the output by {moved:.3f}")
         for form, error in errors.items():
-            print(f"{name} {form:18s} {error:.3e} {'ok' if error < TOLERANCE else 'FAIL'}")
+            print(f"{name} {form:23s} {error:.3e} {'ok' if error < TOLERANCE else 'FAIL'}")
         worst = max(worst, *errors.values())
     sys.exit(worst >= TOLERANCE)
 
