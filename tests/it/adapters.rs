@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
+use flux_lora::adapters::{LoadedLora, attach};
 use flux_lora_tests::{CONFIG, Workbench, root};
 use flux_model::family::Velocity;
 use flux_model::flux1::config::FluxConfig;
@@ -12,6 +13,7 @@ use flux_model::lora::{Component, ModelShape, delta, read};
 use flux_model::network_config::NetworkConfig;
 use flux_model::weights::Base;
 use lora_core::AdapterFile;
+use lora_core::files::safetensors::TensorFile;
 use lora_core::peft::PeftType;
 use lora_core::random::Stream;
 
@@ -187,6 +189,134 @@ fn factors_split_off_the_base_resume_exactly_and_are_exported_as_plain_loras() {
             );
             assert!(found < 1e-5, "{init}: {file} is off by {found}");
         }
+    }
+}
+
+#[test]
+fn biases_and_modules_trained_in_full_resume_exactly_alone_move_and_are_exported() {
+    let path = root().join("tests/fixtures/parity/pipeline_dev/model/transformer");
+    let stored = TensorFile::open(&path.join("diffusion_pytorch_model.safetensors")).expect("base");
+    let targets = ["attn.to_q", "proj_mlp"];
+    let modules = ["x_embedder", "norm_out.linear", "attn.norm_k"];
+    let adapted = |key: &str| {
+        let layer = key.strip_suffix(".bias");
+        layer.is_some_and(|layer| targets.iter().any(|target| layer.ends_with(target)))
+    };
+    let saved = |key: &str| {
+        let module = key.rsplit_once('.').map_or("", |(module, _)| module);
+        modules.iter().any(|name| module.ends_with(name))
+    };
+    type Expected<'a> = &'a dyn Fn(&str) -> bool;
+    let cases: [(&str, String, Expected<'_>); 3] = [
+        ("lora_only", "bias = \"lora_only\"".into(), &adapted),
+        ("modules", format!("modules_to_save = {modules:?}"), &saved),
+        (
+            "both",
+            format!("modules_to_save = {modules:?}\nbias = \"all\""),
+            &|key| saved(key) || key.ends_with(".bias"),
+        ),
+    ];
+    for (case, settings, is_expected) in cases {
+        let bench = Workbench::new();
+        let section = format!("[lora]\n{settings}\ntarget_modules = {targets:?}\n");
+        let config = CONFIG
+            .replace("[lora]\n", &section)
+            .replace("steps = 40", "steps = 6");
+        bench
+            .write_config(&(config + "\n[export]\nformats = [\"comfyui\", \"kohya\", \"peft\"]\n"));
+        let log = bench.train("straight", "flex", &[]).stderr;
+        let log = String::from_utf8_lossy(&log).to_string();
+        let expected = bench.result("straight");
+        for step in [1, 4] {
+            let run = format!("resumed-{step}");
+            let checkpoint = format!("ckpt-{step:010}");
+            bench.copy_run("straight", &run, |name| {
+                name == "cache" || name == "metrics.jsonl" || name == checkpoint
+            });
+            let again = ["--resume", "--set", "memory.recompute=\"all\""];
+            bench.train_ok(&run, "flex", &again);
+            let what = format!("{case}, resumed after step {step}");
+            bench.result(&run).assert_same(&expected, &what);
+        }
+
+        // What was to be trained in full has moved, and nothing else is in the checkpoint.
+        let checkpoint = bench.path("straight/ckpt-0000000006/lora.safetensors");
+        let trained = AdapterFile::load(&checkpoint, "transformer.").expect("a checkpoint");
+        let wanted: Vec<&str> = stored.names().filter(|key| is_expected(key)).collect();
+        assert!(wanted.len() >= 8, "{case}: {wanted:?}");
+        let found: Vec<&String> = trained.whole().keys().collect();
+        assert_eq!(found, wanted, "{case}");
+        for (key, value) in trained.whole() {
+            let before = stored.read(key).expect("a parameter");
+            assert_eq!(value.shape, before.shape, "{case}: {key}");
+            assert_ne!(
+                value.to_f32(),
+                before.to_f32(),
+                "{case}: {key} has not moved"
+            );
+        }
+        let folder = AdapterFile::load_peft(&bench.path("straight/lora-peft")).expect("a folder");
+        assert!(folder.whole() == trained.whole(), "{case}: PEFT's folder");
+
+        // The LoRA of the run is all that was trained; the other formats say what they have not.
+        let exact = output(&with(trained));
+        for file in [
+            "lora.safetensors",
+            "lora-peft",
+            "ckpt-0000000006/lora.safetensors",
+        ] {
+            let path = bench.path(&format!("straight/{file}"));
+            let set = read(&path, &ModelShape::default()).expect("readable");
+            assert_eq!(set.report.ignored, [], "{case}: {file}");
+            let lora = LoadedLora {
+                name: "lora".into(),
+                set,
+                strength: 1.0,
+            };
+            let model = attach(base(), Component::Transformer, &[lora]).expect("fits");
+            let found = difference(&output(&model), &exact);
+            assert!(found < 1e-5, "{case}: {file} is off by {found}");
+        }
+        for file in ["lora-comfyui.safetensors", "lora-kohya.safetensors"] {
+            let said = format!("{file}: cannot hold what is trained of");
+            assert!(log.contains(&said), "{case}: {log}");
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_trained_in_full_is_said_before_training() {
+    let bench = Workbench::new();
+    bench.write_config(CONFIG);
+    let saves = "lora.modules_to_save=[\"x_embedder\"]";
+    for (settings, message, status) in [
+        (&["lora.bias=\"both\""][..], "lora_only", 2),
+        (
+            &["lora.modules_to_save=[\"head\"]"],
+            "`head` of `modules_to_save` names no module",
+            1,
+        ),
+        (&[saves, "memory.base=\"stream\""], "use \"resident\"", 2),
+        (
+            &[saves, "model.base_dtype=\"nf4\""],
+            "model.base_dtype = \"nf4\"",
+            2,
+        ),
+        (
+            &[saves, "lora.init_from=\"x.safetensors\""],
+            "remove one of the two",
+            2,
+        ),
+    ] {
+        let set = settings.iter().flat_map(|setting| ["--set", setting]);
+        let output = bench.train("refused", "flex", &set.collect::<Vec<_>>());
+        let text = String::from_utf8_lossy(&output.stderr).to_string();
+        assert_eq!(output.status.code(), Some(status), "{settings:?}: {text}");
+        assert!(text.contains(message), "{settings:?}: {text}");
+        assert!(
+            !bench.path("refused").exists(),
+            "{settings:?} started a run"
+        );
     }
 }
 

@@ -127,6 +127,24 @@ pub fn targeted<M: Module>(
     Ok(layers)
 }
 
+/// The parameters that `config` trains in full on `model` (`modules_to_save`, `bias`), by path, each with how many numbers it has.
+/// No weight is read.
+///
+/// # Errors
+/// As [`targeted`]; an entry of `modules_to_save` that names no module, or a layer that is adapted as well.
+pub fn trained_in_full<M: Module>(
+    model: &M,
+    config: &LoraConfig,
+) -> Result<BTreeMap<String, usize>, LoraError> {
+    config.validate()?;
+    let scan = Scan::of(model);
+    let whole = scan.whole(config)?.into_iter();
+    let count = |parameter: &Parameter| parameter.whole_site().shape.iter().product();
+    Ok(whole
+        .map(|(path, parameter)| (path.to_string(), count(parameter)))
+        .collect())
+}
+
 /// A checked decision which layers of a model get which factors: [`attach`] in two steps.
 #[derive(Debug)]
 pub struct Plan {

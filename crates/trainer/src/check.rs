@@ -13,7 +13,7 @@ use flux_model::lora::{Component, LoraFormat, Reading, WriteOptions, write};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::prompted::Prompted;
 use lora_core::LoraConfig;
-use lora_core::peft::{InitLoraWeights, PeftType};
+use lora_core::peft::{InitLoraWeights, PeftType, TrainBias};
 use lora_core::state::count_parameters;
 
 use crate::config::{Loras, RunConfig};
@@ -28,7 +28,7 @@ use crate::memory;
 use crate::nearest::sentence;
 use crate::previews::prompts_of;
 use crate::progress;
-use crate::run::adapter::{RunAdapter, attach_all, targeted_all};
+use crate::run::adapter::{RunAdapter, attach_all, targeted_all, whole_of};
 use crate::run::folder::RunDir;
 use crate::run::resume::{Resume, find_checkpoint};
 use crate::run::space;
@@ -283,6 +283,8 @@ fn adapter<F: Family>(
     // Splitting the base weight and DoRA's magnitudes read weights, of which there are none here; the first doubles the rank in
     // files only.
     let plain = |lora: &LoraConfig| LoraConfig {
+        modules_to_save: Vec::new(),
+        bias: TrainBias::None,
         use_dora: false,
         lora_dropout: 0.0,
         init_lora_weights: match lora.init_lora_weights.splits_base() {
@@ -295,7 +297,19 @@ fn adapter<F: Family>(
         .iter()
         .map(|(&component, lora)| (component, plain(lora).fresh(0)));
     let attached = count_parameters(&attach_all(outline.clone(), &fresh.collect())?);
-    let mut trainable = attached.total - total;
+    let whole = whole_of(outline, &loras)?;
+    let in_full = whole.values().sum::<usize>();
+    let mut trainable = attached.total - total + in_full;
+    if !whole.is_empty() {
+        report.row(
+            "trained in full",
+            format!(
+                "{} parameters, {:.3} million numbers: in checkpoints, PEFT's folder and, of FLUX.1, the run's LoRA",
+                whole.len(),
+                in_full as f64 / 1e6
+            ),
+        );
+    }
     if config.lora.use_dora {
         let layers = layers.values().flat_map(BTreeMap::values);
         trainable += layers.map(|[_, outputs]| outputs).sum::<usize>();
@@ -398,6 +412,8 @@ fn formats<F: Family>(
 ) -> anyhow::Result<Vec<(&'static str, String)>> {
     let small = |lora: &LoraConfig| LoraConfig {
         r: 1,
+        modules_to_save: Vec::new(),
+        bias: TrainBias::None,
         rank_pattern: Default::default(),
         alpha_pattern: Default::default(),
         use_dora: false,

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use flux_model::lora::{LoraFormat, LoraSet, ModelShape, WriteOptions, read, write};
+use flux_model::lora::{LoraFormat, LoraSet, ModelShape, read, write};
 use lora_core::files::safetensors::TensorFile;
 use lora_core::training::optimizers::OptimizerConfig;
 use tracing::warn;
@@ -74,14 +74,11 @@ pub(crate) fn export(args: &ExportArgs) -> anyhow::Result<Exported> {
             LoraFormat::Peft => format!("{name}-peft"),
             other => format!("{name}-{other}.safetensors"),
         };
-        let written = write(&set, format, &folder.join(&file), &WriteOptions::default())
+        let written = write(&set, format, &folder.join(&file), &config.write_options())
             .with_context(|| format!("write {file}"))?;
-        notes.extend(
-            written
-                .notes
-                .into_iter()
-                .map(|note| format!("{file}: {note}")),
-        );
+        let lost = written.lost_lines().into_iter();
+        let said = lost.chain(written.notes);
+        notes.extend(said.map(|note| format!("{file}: {note}")));
         files.push(file.clone());
         weights.insert(format.name(), file);
     }

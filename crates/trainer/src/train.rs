@@ -42,7 +42,7 @@ use crate::models::open_pipeline;
 use crate::previews::{Previews, prompts_of};
 use crate::progress;
 use crate::rule::Rule;
-use crate::run::adapter::{NewAdapters, attach_all, plan_all, targeted_all};
+use crate::run::adapter::{NewAdapters, attach_all, plan_all, targeted_all, whole_of};
 use crate::run::checkpoint::{Best, Event, Opened, Progress, RunTraining, State, restore};
 use crate::run::folder::{RunDir, RunLock};
 use crate::run::resume::{Accepted, Resume, check_resume, find_checkpoint};
@@ -700,13 +700,13 @@ pub(crate) fn check_start<F: Family>(
     })
 }
 
-/// How many numbers the adapter trains, by the layers it is for.
+/// How many numbers are trained, by the layers that are adapted and what is trained in full.
 pub(crate) fn trained<F: Family>(
     outline: &Prompted<F>,
     config: &RunConfig,
 ) -> anyhow::Result<usize> {
     let loras = config.lora.configs();
-    let mut count = 0;
+    let mut count = whole_of(outline, &loras)?.values().sum();
     for (component, layers) in targeted_all(outline, &loras)? {
         for (layer, [inputs, outputs]) in layers {
             let (rank, _) = loras[&component].resolve(&layer)?;

@@ -152,7 +152,19 @@ impl LoraSet {
             };
             (path.clone(), update)
         });
-        *self.modules_mut(component) = modules.collect();
+        let mut modules: BTreeMap<String, ModuleUpdate> = modules.collect();
+        for (key, value) in adapter.whole() {
+            // Every parameter is a `weight` or a `bias`, as in PyTorch.
+            let (path, name) = key.rsplit_once('.').unwrap_or(("", key));
+            let update = modules.entry(path.into());
+            let update = update.or_insert_with(|| ModuleUpdate::of(None, 1.0));
+            let value = TensorRef::host(key, value.clone());
+            match name {
+                "bias" => update.bias = Some(Bias::Replaced(value)),
+                _ => update.factors = Some(lora_core::kinds::Factors::whole(value)),
+            }
+        }
+        *self.modules_mut(component) = modules;
         self
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! | | scale | biases | DoRA | other |
 //! |---|---|---|---|---|
-//! | diffusers, PEFT | folded, or in the configuration | `lora_B.bias` | `lora_magnitude_vector [out]` | replaced q/k norms (diffusers) |
+//! | diffusers, PEFT | folded, or in the configuration | `lora_B.bias`, or whole | `lora_magnitude_vector [out]` | whole weights |
 //! | kohya, ComfyUI | alpha on every module | `diff_b`, scale folded | `dora_scale [out, 1]` or `[1, in]` | LoKr, LoHa, `diff`; `set_weight` (ComfyUI) |
 //! | ComfyUI for FLUX.2 | folded | as above | as above | as above |
 
@@ -129,6 +129,7 @@ pub(super) fn fused(
     style: Style,
     emitted: &mut Emitted,
 ) -> Result<(), LoraFormatError> {
+    let set = &without_whole(set, style != Style::Kohya, emitted);
     let names = Names::new(&set.shape);
     let mut left: BTreeSet<&String> = set.transformer.keys().collect();
     for target in names.bfl() {
@@ -151,10 +152,33 @@ pub(super) fn fused(
     for component in [Component::ClipL, Component::T5] {
         for (path, update) in set.modules(component) {
             let module = style.module(component, path);
-            emit(update, &module, (component, path), style, emitted);
+            emit(update, &module, style, emitted);
         }
     }
     Ok(())
+}
+
+/// The set without new values of biases, and without those of weights unless they are held.
+pub(super) fn without_whole(
+    set: &LoraSet,
+    weights_are_held: bool,
+    emitted: &mut Emitted,
+) -> LoraSet {
+    let mut kept = set.clone();
+    for component in Component::ALL {
+        kept.modules_mut(component).retain(|path, update| {
+            if let Some(Bias::Replaced(_)) = update.bias {
+                update.bias = None;
+                emitted.lose(component, path, "it replaces the bias");
+            }
+            if update.replacement().is_some() && !weights_are_held {
+                update.factors = None;
+                emitted.lose(component, path, "it replaces the weight");
+            }
+            update.factors.is_some() || update.bias.is_some()
+        });
+    }
+    kept
 }
 
 fn fused_target(
@@ -170,11 +194,11 @@ fn fused_target(
         .map(|place| set.transformer.get(&place.path))
         .collect();
     let module = style.module(component, &target.name);
-    if let ([place], [part]) = (target.places.as_slice(), parts.as_slice()) {
+    if let ([_], [part]) = (target.places.as_slice(), parts.as_slice()) {
         if let Some(update) = part {
             // Exchanging halves is its own inverse.
             for update in split(update, &target.places) {
-                emit(&update, &module, (component, &place.path), style, emitted);
+                emit(&update, &module, style, emitted);
                 emitted.describe(style, &update, target);
                 emit_reshape(target, &update, set, &module, style, emitted);
             }
@@ -194,7 +218,7 @@ fn fused_target(
     let obstacle = match fuse(&parts, &rows, &paths) {
         Ok(None) => return Ok(()),
         Ok(Some(update)) => {
-            emit(&update, &module, (component, &target.name), style, emitted);
+            emit(&update, &module, style, emitted);
             emitted.describe(style, &update, target);
             return Ok(());
         }
@@ -221,13 +245,7 @@ fn fused_target(
             Some(reason) => emitted.lose(component, path, reason),
             None => {
                 // ComfyUI patches the rows of the fused weight that this name stands for.
-                emit(
-                    update,
-                    &format!("transformer.{path}"),
-                    (component, path),
-                    style,
-                    emitted,
-                );
+                emit(update, &format!("transformer.{path}"), style, emitted);
                 emitted.notes.insert("modules that cannot be fused are named as in diffusers, which ComfyUI loads as well");
             }
         }
@@ -261,18 +279,8 @@ fn emit_reshape(
 }
 
 /// One module with kohya's parameters.
-fn emit(
-    update: &ModuleUpdate,
-    module: &str,
-    (component, path): (Component, &str),
-    style: Style,
-    emitted: &mut Emitted,
-) {
+fn emit(update: &ModuleUpdate, module: &str, style: Style, emitted: &mut Emitted) {
     let key = |suffix: &str| format!("{module}.{suffix}");
-    if let Some(reason) = obstacle(update, style) {
-        emitted.lose(component, path, reason);
-        return;
-    }
     emitted.modules += 1;
     let whole = match update.rows {
         Some(_) => to_low_rank(update).or_else(|| to_full(update)),
@@ -357,14 +365,5 @@ fn emit_factors(
         };
         let value = HostTensor::from_f32([], &[alpha as f32]);
         emitted.outputs.push(Output::fixed(key("alpha"), value));
-    }
-}
-
-/// Why the format cannot hold an update, if it cannot.
-fn obstacle(update: &ModuleUpdate, style: Style) -> Option<&'static str> {
-    match (update.replacement(), &update.bias) {
-        (_, Some(Bias::Replaced(_))) => Some("it replaces a bias"),
-        (Some(_), _) if style == Style::Kohya => Some("it replaces a weight"),
-        _ => None,
     }
 }

@@ -2,7 +2,7 @@
 
 use lora_core::LoraConfig;
 use lora_core::kinds::AdapterSpec;
-use lora_core::peft::Targets;
+use lora_core::peft::{Targets, TrainBias};
 
 use super::emit::{Emitted, Output, alpha};
 use super::lycoris::to_low_rank;
@@ -15,6 +15,10 @@ pub(super) struct Described {
     pub layers: Vec<(String, AdapterSpec)>,
     use_dora: bool,
     lora_bias: bool,
+    /// Modules whose weight is there as a whole.
+    saved: Vec<String>,
+    /// Modules of which only the bias is, and whether each has low-rank factors.
+    biases: Vec<bool>,
 }
 
 impl Described {
@@ -41,6 +45,12 @@ impl Described {
             target_modules: self.targets(),
             use_dora: self.use_dora,
             lora_bias: self.lora_bias,
+            modules_to_save: self.saved.clone(),
+            bias: match self.biases.iter().all(|is_adapted| *is_adapted) {
+                _ if self.biases.is_empty() => TrainBias::None,
+                true => TrainBias::LoraOnly,
+                false => TrainBias::All,
+            },
             ..config
         }
     }
@@ -97,6 +107,27 @@ pub(super) fn peft(
             emitted.modules += 1;
             continue;
         }
+        let replaced = match &update.bias {
+            Some(Bias::Replaced(bias)) => Some(bias.clone()),
+            _ => None,
+        };
+        let whole = update.replacement();
+        if whole.is_some() || (replaced.is_some() && update.factors.is_none()) {
+            let values = [(".weight", whole.cloned()), (".bias", replaced)].into_iter();
+            let values = values.filter_map(|(suffix, value)| Some((suffix, value?)));
+            let outputs = values.map(|(suffix, value)| Output::new(key(suffix), value));
+            emitted.outputs.extend(outputs);
+            emitted.modules += 1;
+            match whole {
+                Some(_) => described.saved.push(path.clone()),
+                None => described.biases.push(false),
+            }
+            continue;
+        }
+        let update = &ModuleUpdate {
+            bias: update.bias.clone().filter(|_| replaced.is_none()),
+            ..update.clone()
+        };
         let low_rank = match peft_form(update, any_dora) {
             Ok(low_rank) => low_rank,
             Err(reason) => {
@@ -135,6 +166,11 @@ pub(super) fn peft(
                 magnitude.values.clone(),
             ));
         }
+        if let Some(bias) = replaced {
+            let bias = Output::new(key(".base_layer.bias"), bias);
+            emitted.outputs.push(bias);
+            described.biases.push(true);
+        }
         emitted.modules += 1;
         described.use_dora |= low_rank.magnitude.is_some();
         described.lora_bias |= low_rank.bias.is_some();
@@ -152,7 +188,6 @@ pub(super) fn peft(
 /// The update in the form PEFT can hold, or why there is none.
 fn peft_form(update: &ModuleUpdate, any_dora: bool) -> Result<ModuleUpdate, &'static str> {
     match (&update.factors, &update.magnitude, &update.bias) {
-        (_, _, Some(Bias::Replaced(_))) => return Err("it replaces a bias"),
         (None, ..) => return Err("it changes a bias without a low-rank change"),
         (_, Some(magnitude), _) if magnitude.axis != Axis::Output => {
             return Err("its DoRA magnitude counts inputs; PEFT's counts outputs");

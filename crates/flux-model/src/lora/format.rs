@@ -1,5 +1,6 @@
 //! The formats that can be written, how, and what writing one says.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -71,7 +72,27 @@ pub struct WriteReport {
     pub readings: Vec<Reading>,
 }
 
-/// A module that a format cannot hold.
+impl WriteReport {
+    /// What the format could not hold, one line a reason: of how many modules, and the first by name.
+    pub fn lost_lines(&self) -> Vec<String> {
+        let mut reasons: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for loss in &self.losses {
+            reasons.entry(&loss.reason).or_default().push(&loss.module);
+        }
+        let line = |(reason, modules): (&str, Vec<&str>)| {
+            let noun = if modules.len() == 1 {
+                "module"
+            } else {
+                "modules"
+            };
+            let (count, first) = (modules.len(), modules[0]);
+            format!("cannot hold what is trained of {count} {noun}, first {first}: {reason}")
+        };
+        reasons.into_iter().map(line).collect()
+    }
+}
+
+/// A module that a format cannot hold, or not with its bias.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Loss {
     /// Component and module path.

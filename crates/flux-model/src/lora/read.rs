@@ -16,7 +16,7 @@ use std::path::Path;
 
 use lora_core::LoraConfig;
 use lora_core::kinds::parts::Kind;
-use lora_core::peft::TrainBias;
+use lora_core::peft::{TrainBias, is_saved};
 
 use super::compare::{same_bias, same_weight};
 use super::error::{KeyProblem, LoraFormatError};
@@ -502,9 +502,8 @@ fn unused_value(
 ) -> Option<&'static str> {
     let saved = || {
         let saved = config.map_or(&[][..], |config| &config.modules_to_save);
-        saved
-            .iter()
-            .any(|name| target.name == *name || target.name.ends_with(&format!(".{name}")))
+        let parameter = format!("{}.weight", target.name);
+        saved.iter().any(|entry| is_saved(&parameter, entry))
     };
     let linear = target.spelling == Spelling::Text
         || !matches!(target.shape, super::ModuleShape::Norm { .. });

@@ -123,6 +123,7 @@ const NO_PREFIX: &str = "it does not know names without a prefix";
 const NO_NAMES: &str = "it does not know these names";
 const NOT_LYCORIS: &str = "it has neither LoKr, LoHa nor full changes";
 const OUTSIDE: &str = "of a kohya file it ignores what is outside the blocks";
+const NO_WHOLE: &str = "it loads no whole weights and biases";
 const AS_PLAIN: &str = "it plays a DoRA as a plain LoRA";
 
 /// Whether the path is spelled as in diffusers, dotted or flattened.
@@ -197,7 +198,13 @@ fn diffusers(facts: &Facts<'_>, key: &str, parsed: &ParsedKey) -> Verdict {
             true => Loads,
             false => Drops(NO_NAMES),
         },
-        ("transformer.", Param::SET) if !facts.file.flux2 && module.contains(".norm_") => Loads,
+        ("transformer.", Param::SET | Param::SetBias) if !facts.file.flux2 => {
+            match is_diffusers(module) {
+                true => Loads, // as the header's `modules_to_save` and `bias` say
+                false => Drops(NO_NAMES),
+            }
+        }
+        (_, Param::SET | Param::SetBias) if !facts.control => Drops(NO_WHOLE),
         ("text_encoder", _) => Loads,
         _ if parsed.component == Some(Component::T5) => Drops("it loads no LoRA of T5"),
         (prefix, Param::DOWN | Param::UP | Param::Alpha) if prefix.starts_with("lora_te") => Loads,
@@ -266,7 +273,7 @@ fn comfyui(facts: &Facts<'_>, key: &str, parsed: &ParsedKey) -> Verdict {
         Param::UpBias if !facts.control => Drops("it does not load `lora_B.bias`"),
         Param::Magnitude if !key.ends_with(".dora_scale") => Drops(AS_PLAIN),
         Param::SET | Param::SetBias if !key.contains(".set_weight") && !facts.control => {
-            Drops("it loads no whole weights")
+            Drops(NO_WHOLE)
         }
         Param::UP if facts.file.scale_beside => Differs("it does not read the alpha of a header"),
         _ => Loads,

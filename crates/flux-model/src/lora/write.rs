@@ -22,7 +22,7 @@ use lora_core::kinds::parts::Kind;
 use lora_core::peft::{METADATA_KEY, folder};
 use serde_json::{Map, Value, json};
 
-use super::emit::{Emitted, Output, Style, fused};
+use super::emit::{Emitted, Output, Style, fused, without_whole};
 use super::emit_peft::{Described, PeftStyle, peft};
 use super::error::{KeyProblem, LoraFormatError};
 use super::format::{LoraFormat, WriteOptions, WriteReport};
@@ -56,6 +56,9 @@ pub fn write(
     match format {
         LoraFormat::Diffusers => {
             let mut header = Map::new();
+            // diffusers refuses a file for FLUX.2 with a key that is not of a LoRA.
+            let held = flux2.then(|| without_whole(set, false, &mut emitted));
+            let set = held.as_ref().unwrap_or(set);
             for component in Component::ALL {
                 let prefix = format!("{component}.");
                 let style = PeftStyle {

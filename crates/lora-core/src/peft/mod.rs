@@ -12,5 +12,5 @@ pub use config::{InitLoraWeights, LoraConfig};
 pub use file::AdapterFile;
 pub use form::METADATA_KEY;
 pub use pattern::{Matcher, Patterns, Targets};
-pub use selection::{OneOrMany, PeftType, TrainBias};
+pub use selection::{OneOrMany, PeftType, TrainBias, is_saved};
 pub use together::{load_together, write_together};

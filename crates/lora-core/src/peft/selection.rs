@@ -107,7 +107,7 @@ impl<'a> LayerFilter<'a> {
 
 /// Whether the parameter `key` (`head.0.weight`) belongs to a module that `entry` of `modules_to_save` names: PEFT compares
 /// the end of the module's path, without asking for a dot before it.
-pub(crate) fn is_saved(key: &str, entry: &str) -> bool {
+pub fn is_saved(key: &str, entry: &str) -> bool {
     key.match_indices('.')
         .any(|(end, _)| key[..end].ends_with(entry))
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use flux_model::family::Family;
 use flux_model::lora::Component;
 use lora_core::LoraConfig;
-use lora_core::peft::{InitLoraWeights, OneOrMany, Patterns, PeftType, Targets};
+use lora_core::peft::{InitLoraWeights, OneOrMany, Patterns, PeftType, Targets, TrainBias};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -57,6 +57,16 @@ pub struct LoraSection {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "one_or_many::<String>")]
     pub layers_pattern: Option<OneOrMany<String>>,
+    /// Modules of the transformer to train in full beside the adapter, each by the end of its path, as in PEFT ("proj_out" is the
+    /// last layer and one of every single-stream block). What holds them, and who loads them, is in [formats.md](formats.md).
+    /// Default: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub modules_to_save: Vec<String>,
+    /// Biases of the transformer to train: "none", "all", or "lora_only", those of the adapted layers. FLUX.2 has none. Default
+    /// "none".
+    #[serde(skip_serializing_if = "is_none")]
+    #[schemars(with = "String")]
+    pub bias: TrainBias,
     /// Other ranks for the layers whose path matches the key. Default: none.
     #[serde(skip_serializing_if = "Patterns::is_empty")]
     #[schemars(with = "BTreeMap<String, usize>")]
@@ -108,6 +118,8 @@ impl Default for LoraSection {
             exclude_modules: None,
             layers_to_transform: None,
             layers_pattern: None,
+            modules_to_save: Vec::new(),
+            bias: TrainBias::None,
             rank_pattern: Patterns::default(),
             alpha_pattern: Patterns::default(),
             use_rslora: false,
@@ -137,7 +149,12 @@ impl LoraSection {
         let splits = self
             .init_lora_weights
             .is_some_and(|init| init.splits_base());
-        self.use_dora || splits
+        self.use_dora || splits || self.trains_in_full()
+    }
+
+    /// Whether more is trained than factors.
+    pub fn trains_in_full(&self) -> bool {
+        !self.modules_to_save.is_empty() || self.bias != TrainBias::None
     }
 
     /// The same as PEFT's configuration; no target if none is named.
@@ -146,6 +163,8 @@ impl LoraSection {
             peft_type: self.peft_type,
             layers_to_transform: self.layers_to_transform.clone(),
             layers_pattern: self.layers_pattern.clone(),
+            modules_to_save: self.modules_to_save.clone(),
+            bias: self.bias,
             decompose_both: self.decompose_both,
             decompose_factor: self.decompose_factor,
             r: self.r,
@@ -165,7 +184,6 @@ impl LoraSection {
                 PeftType::Lora => InitLoraWeights::Gaussian,
                 PeftType::Loha | PeftType::Lokr => InitLoraWeights::Default,
             }),
-            ..LoraConfig::default()
         }
     }
 
@@ -243,6 +261,10 @@ impl LoraSection {
             );
             return Err(("lora.init_from", problem));
         }
+        if self.trains_in_full() && self.init_from.is_some() {
+            let problem = "continues low-rank factors alone, and `lora.modules_to_save` and `lora.bias` train more: remove one of the two";
+            return Err(("lora.init_from", problem.into()));
+        }
         if let Some(init) = self.init_lora_weights.filter(|init| init.splits_base())
             && self.init_from.is_some()
         {
@@ -270,6 +292,10 @@ impl LoraSection {
         }
         check_path("lora.init_from", self.init_from.as_deref())
     }
+}
+
+fn is_none(bias: &TrainBias) -> bool {
+    *bias == TrainBias::None
 }
 
 fn is_lora(kind: &PeftType) -> bool {

@@ -146,9 +146,8 @@ impl OptimizerSection {
         let mut unused: BTreeSet<&str> = self.lr_pattern.iter().map(|(key, _)| key).collect();
         let mut factors = BTreeMap::new();
         for path in parameters {
-            let layer = path
-                .split_once(".weight.adapter.")
-                .map_or(path.as_str(), |(l, _)| l);
+            let parameter = path.split_once(".adapter.").map_or(&**path, |(p, _)| p);
+            let layer = parameter.rsplit_once('.').map_or(parameter, |(l, _)| l);
             let mut factor = 1.0;
             if let Some((pattern, of_layer)) = self.lr_pattern.matching(layer)? {
                 unused.remove(pattern);

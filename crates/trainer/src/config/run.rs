@@ -4,6 +4,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use flux_model::lora::WriteOptions;
+use flux_model::weights::BaseDtype;
 use lora_core::files::digest::sha256_hex;
 use lora_core::files::strict_json::read_file;
 use schemars::JsonSchema;
@@ -201,6 +203,14 @@ impl RunConfig {
         self.ema.as_ref().is_some_and(|ema| ema.export)
     }
 
+    /// How the finished LoRA is written: of a run that trains more than factors, what a format cannot hold is left out, and said.
+    pub(crate) fn write_options(&self) -> WriteOptions {
+        WriteOptions {
+            lossy: self.lora.trains_in_full(),
+            ..WriteOptions::default()
+        }
+    }
+
     /// What is allowed and hardly meant, a sentence each.
     pub fn warnings(&self) -> Vec<String> {
         let (warmup, steps) = (self.lr_scheduler.warmup_steps, self.train.steps);
@@ -258,6 +268,14 @@ impl RunConfig {
         self.model.check()?;
         self.dataset.check()?;
         self.lora.check()?;
+        let few_bits = matches!(self.model.base_dtype, BaseDtype::Q8 | BaseDtype::Nf4);
+        if few_bits && !self.lora.modules_to_save.is_empty() {
+            let problem = format!(
+                "cannot be together with model.base_dtype = \"{}\": what is trained in full starts from the weights as the file has them; use \"as-stored\" or \"bf16\"",
+                self.model.base_dtype
+            );
+            return Err(("lora.modules_to_save", problem));
+        }
         self.optimizer.check()?;
         if self.optimizer.text_encoder_lr.is_some() && self.lora.text_encoders().is_empty() {
             let problem =

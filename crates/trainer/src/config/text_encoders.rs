@@ -2,7 +2,7 @@
 
 use flux_model::lora::Component;
 use lora_core::LoraConfig;
-use lora_core::peft::{Patterns, Targets};
+use lora_core::peft::{Patterns, Targets, TrainBias};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -41,6 +41,8 @@ impl TextEncoderSection {
             exclude_modules: None,
             layers_to_transform: None,
             layers_pattern: None,
+            modules_to_save: Vec::new(),
+            bias: TrainBias::None,
             rank_pattern: Patterns::default(),
             alpha_pattern: Patterns::default(),
             ..transformer

@@ -12,8 +12,8 @@ use burn::tensor::Device;
 use flux_model::family::{Adapt, Family, TextModules};
 use flux_model::lora::{Component, LoraSet, ModelShape};
 use flux_model::prompted::{Prompted, component_of};
-use lora_core::attach::{DEFAULT_ADAPTER, NewAdapter, Plan, attach, targeted};
-use lora_core::peft::{PeftType, Targets, load_together, write_together};
+use lora_core::attach::{DEFAULT_ADAPTER, NewAdapter, Plan, attach, targeted, trained_in_full};
+use lora_core::peft::{PeftType, Targets, TrainBias, load_together, write_together};
 use lora_core::{AdapterFile, LoraConfig, LoraError};
 
 use crate::config::Loras;
@@ -160,6 +160,35 @@ pub(crate) fn targeted_all<F: Family>(
     let found = Targeted(loras, RefCell::default());
     each(outline.clone(), &found)?;
     Ok(found.1.into_inner())
+}
+
+/// The parameters of the velocity network that `loras` train in full, see [`trained_in_full`].
+///
+/// # Errors
+/// `modules_to_save` that name nothing; `bias` where no layer has one.
+pub(crate) fn whole_of<F: Family>(
+    outline: &Prompted<F>,
+    loras: &Loras,
+) -> anyhow::Result<BTreeMap<String, usize>> {
+    let component = Component::Transformer;
+    let Some(lora) = loras.get(&component) else {
+        return Ok(BTreeMap::new());
+    };
+    let found = |lora| {
+        let whole = trained_in_full(&outline.network, lora);
+        whole.map_err(|error| explained(error, component, lora))
+    };
+    let biases = LoraConfig {
+        modules_to_save: Vec::new(),
+        ..lora.clone()
+    };
+    if lora.bias != TrainBias::None && found(&biases)?.is_empty() {
+        bail!(
+            "`lora.bias`: {} has no such biases, so nothing would be trained: remove the key",
+            F::NAME
+        );
+    }
+    found(lora)
 }
 
 /// The linear layers of these text encoders.

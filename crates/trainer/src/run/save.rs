@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use burn::module::Module;
 use flux_model::family::Family;
-use flux_model::lora::{LoraFormat, LoraSet, WriteOptions, WriteReport, write};
+use flux_model::lora::{LoraFormat, LoraSet, WriteReport, write};
 use flux_model::prompted::Prompted;
 use lora_core::peft::PeftType;
 use serde::Serialize;
@@ -201,7 +201,7 @@ impl<'a> Saver<'a> {
                     &set,
                     LoraFormat::Diffusers,
                     path,
-                    &WriteOptions::default(),
+                    &self.config.write_options(),
                 )?);
             }
         }
@@ -234,7 +234,7 @@ impl<'a> Saver<'a> {
                 }
                 continue;
             }
-            let report = write(&set, format, &out, &WriteOptions::default())
+            let report = write(&set, format, &out, &self.config.write_options())
                 .with_context(|| format!("write {}", out.display()))?;
             tell(&out, &report);
         }
@@ -244,6 +244,9 @@ impl<'a> Saver<'a> {
 
 /// Says what programs make of an export.
 fn tell(path: &Path, report: &WriteReport) {
+    for line in report.lost_lines() {
+        warn!("{}: {line}", path.display());
+    }
     for line in report.notes.iter().cloned().chain(table(&report.readings)) {
         info!("{}: {line}", path.display());
     }
