@@ -14,6 +14,8 @@ mod logs;
 mod nano;
 mod parity;
 mod pictures;
+#[cfg(target_os = "linux")]
+mod real_size;
 mod replay;
 mod resume;
 mod runs;

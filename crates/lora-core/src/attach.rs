@@ -13,7 +13,7 @@ use crate::adapters::{Adapters, edit};
 use crate::edit::{active_replacements, adapter_names};
 use crate::error::LoraError;
 use crate::files::host::HostTensor;
-use crate::kinds::dense::Whole;
+use crate::kinds::dense::{self, Whole};
 use crate::kinds::factors::{Factor, Factors};
 use crate::kinds::module::ModuleAdapter;
 use crate::kinds::parts::{INITIAL_A, INITIAL_B, LORA_A, LORA_B, MAGNITUDE, Part};
@@ -245,6 +245,27 @@ impl Plan {
         self.layers
             .keys()
             .map(|path| path.strip_suffix(".weight").unwrap_or(path))
+    }
+
+    /// The adapter as a file has it right after it was attached; `config` is the one it was made with, where known.
+    pub fn file(&self, config: Option<&LoraConfig>) -> AdapterFile {
+        let modules = self.layers.iter().map(|(path, layer)| {
+            let mut module = layer.module.clone();
+            if let Some(magnitude) = self.magnitudes.get(path) {
+                let shape = layer.site.file_shape(MAGNITUDE, &magnitude.shape);
+                let magnitude = HostTensor {
+                    shape,
+                    ..magnitude.clone()
+                };
+                module.factors = module.factors.with(MAGNITUDE, magnitude);
+            }
+            (layer.site.key.clone(), module)
+        });
+        let whole = self.whole.values().map(|whole| {
+            let values = HostTensor::from_f32([whole.values.len()], &whole.values);
+            (whole.site.key.clone(), dense::to_file(&whole.site, &values))
+        });
+        AdapterFile::of_parts(modules.collect(), whole.collect(), config)
     }
 
     /// Attaches what was decided; `model` is the one that it was decided for.

@@ -8,9 +8,9 @@ use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, LinearLayout};
 use burn::optim::{AdafactorConfig, AdamWConfig, SgdConfig, momentum::MomentumConfig};
 use burn::tensor::{Device, Tensor};
 
-use crate::attach::Plan;
+use crate::attach::{DEFAULT_ADAPTER, Plan};
 use crate::edit::adapter_names;
-use crate::peft::{InitLoraWeights, Targets};
+use crate::peft::{InitLoraWeights, PeftType, Targets};
 use crate::state::{adapter_state, check_finite, count_parameters, trainable_parameters};
 use crate::test_model::{Mlp, input, values};
 use crate::training::OptimizerState;
@@ -138,6 +138,42 @@ fn only_layers_whose_weight_can_be_read_are_adapted() {
     };
     let plan = Plan::new(&model, everything.fresh(1)).expect("two layers");
     assert_eq!(plan.layers().collect::<Vec<_>>(), ["known", "table"]);
+}
+
+#[test]
+fn a_plan_tells_what_it_would_attach_and_makes_no_weight() {
+    let model = OwnLayers {
+        known: LinearConfig::new(4, 6).init(&autodiff()),
+        table: EmbeddingConfig::new(5, 4).init(&autodiff()),
+        own: Projection {
+            weight: Param::from_tensor(Tensor::zeros([6, 4], &autodiff())),
+        },
+    };
+    let plan = Plan::new(&model, config("known").fresh(1)).expect("fits");
+    assert_eq!(plan.file(None).numel(), 2 * (4 + 6));
+    assert!(!model.known.weight.is_initialized(), "lazy");
+
+    let whole = LoraConfig {
+        modules_to_save: vec!["table".into()],
+        ..config("known")
+    };
+    let dora = LoraConfig {
+        use_dora: true,
+        ..config("known")
+    };
+    let of_kind = |peft_type| LoraConfig {
+        peft_type,
+        ..config("known")
+    };
+    let (loha, lokr) = (of_kind(PeftType::Loha), of_kind(PeftType::Lokr));
+    for config in [config("known"), config("table"), dora, loha, lokr, whole] {
+        let plan = Plan::new(&model, config.clone().fresh(1)).expect("fits");
+        let told = plan.file(Some(&config));
+        let attached = plan.apply(model.clone()).expect("fits");
+        let file = AdapterFile::from_model(&attached, DEFAULT_ADAPTER, Some(&config));
+        assert_eq!(told, file.expect("attached"), "{config:?}");
+        assert_eq!(told.numel(), count_parameters(&attached).trainable);
+    }
 }
 
 #[test]

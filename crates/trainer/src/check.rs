@@ -12,9 +12,9 @@ use flux_model::family::Family;
 use flux_model::lora::{Component, LoraFormat, Reading, WriteOptions, write};
 use flux_model::pipeline::PipelineFolder;
 use flux_model::prompted::Prompted;
-use lora_core::LoraConfig;
 use lora_core::peft::{InitLoraWeights, PeftType, TrainBias};
 use lora_core::state::count_parameters;
+use lora_core::{AdapterFile, LoraConfig};
 
 use crate::config::{Loras, RunConfig};
 use crate::data::bucket::{Bucket, buckets, nearest_bucket};
@@ -28,7 +28,7 @@ use crate::memory;
 use crate::nearest::sentence;
 use crate::previews::prompts_of;
 use crate::progress;
-use crate::run::adapter::{RunAdapter, attach_all, targeted_all, whole_of};
+use crate::run::adapter::{RunAdapter, plan_all, targeted_all, whole_of};
 use crate::run::folder::RunDir;
 use crate::run::resume::{Resume, find_checkpoint};
 use crate::run::space;
@@ -162,7 +162,7 @@ fn check_family<F: Family>(
             cost(&mut report, config, family, &samples, &outline, devices)?;
         }
         if config.lora.peft_type == PeftType::Lora {
-            let formats = formats(outline, &config.lora.configs());
+            let formats = formats(&outline, &config.lora.configs());
             if let Some(formats) = report.take(formats.context("the formats it can be written in"))
             {
                 report.rows.extend(formats);
@@ -296,10 +296,11 @@ fn adapter<F: Family>(
     let fresh = loras
         .iter()
         .map(|(&component, lora)| (component, plain(lora).fresh(0)));
-    let attached = count_parameters(&attach_all(outline.clone(), &fresh.collect())?);
+    let planned = RunAdapter::planned(&plan_all(outline, &fresh.collect())?, &loras);
+    let factors: usize = planned.0.values().map(AdapterFile::numel).sum();
     let whole = whole_of(outline, &loras)?;
     let in_full = whole.values().sum::<usize>();
-    let mut trainable = attached.total - total + in_full;
+    let mut trainable = factors + in_full;
     if !whole.is_empty() {
         report.row(
             "trained in full",
@@ -407,7 +408,7 @@ fn loads(reading: &Reading) -> String {
 
 /// How much of the LoRA each format holds, and who reads how much of that: it is written in each, at rank 1.
 fn formats<F: Family>(
-    outline: Prompted<F>,
+    outline: &Prompted<F>,
     loras: &Loras,
 ) -> anyhow::Result<Vec<(&'static str, String)>> {
     let small = |lora: &LoraConfig| LoraConfig {
@@ -429,8 +430,8 @@ fn formats<F: Family>(
     let fresh = small
         .iter()
         .map(|(&component, lora)| (component, lora.clone().fresh(0)));
-    let model = attach_all(outline, &fresh.collect())?;
-    let set = RunAdapter::of_model(&model, &small)?.set(shape);
+    let plans = plan_all(outline, &fresh.collect())?;
+    let set = RunAdapter::planned(&plans, &small).set(shape);
     let folder = tempfile::tempdir().context("make a temporary folder")?;
     let options = WriteOptions {
         lossy: true,

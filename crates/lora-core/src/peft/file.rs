@@ -66,6 +66,28 @@ impl AdapterFile {
         }
     }
 
+    /// An adapter of `config` from factors per layer and parameters that are trained in full.
+    pub(crate) fn of_parts(
+        modules: BTreeMap<String, ModuleAdapter>,
+        whole: BTreeMap<String, HostTensor>,
+        config: Option<&LoraConfig>,
+    ) -> Self {
+        Self {
+            modules,
+            whole,
+            selection: config.map(selection).map(Box::new),
+        }
+    }
+
+    /// How many numbers it has.
+    pub fn numel(&self) -> usize {
+        let factors = self.modules.values().flat_map(|module| {
+            let factors = module.factors.iter();
+            factors.map(|(_, tensor)| tensor.numel())
+        });
+        factors.sum::<usize>() + self.whole.values().map(HostTensor::numel).sum::<usize>()
+    }
+
     /// Layer path to factors.
     pub fn modules(&self) -> &BTreeMap<String, ModuleAdapter> {
         &self.modules

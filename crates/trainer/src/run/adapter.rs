@@ -50,6 +50,14 @@ impl RunAdapter {
         Ok(Self(adapters.collect::<anyhow::Result<_>>()?))
     }
 
+    /// The adapter that these plans, made of `loras`, would attach.
+    pub(crate) fn planned(plans: &BTreeMap<Component, Plan>, loras: &Loras) -> Self {
+        let files = plans
+            .iter()
+            .map(|(component, plan)| (*component, plan.file(loras.get(component))));
+        Self(files.collect())
+    }
+
     /// Reads what [`write`](Self::write) has written.
     ///
     /// # Errors
@@ -138,15 +146,17 @@ pub fn attach_all<F: Family>(
     each(model, &Attached(adapters))
 }
 
-/// Refuses what [`attach_all`] would refuse, on a model that may be an outline.
+/// What [`attach_all`] would attach to every network, on a model that may be an outline: attaching to one would make its weights.
 ///
 /// # Errors
 /// As [`Plan::new`].
 pub(crate) fn plan_all<F: Family>(
     outline: &Prompted<F>,
     adapters: &NewAdapters,
-) -> anyhow::Result<()> {
-    each(outline.clone(), &Planned(adapters)).map(drop)
+) -> anyhow::Result<BTreeMap<Component, Plan>> {
+    let planned = Planned(adapters, RefCell::default());
+    each(outline.clone(), &planned)?;
+    Ok(planned.1.into_inner())
 }
 
 /// The layers of every network that `loras` adapt, see [`targeted`].
@@ -270,7 +280,7 @@ impl Adapt for Attached<'_> {
     }
 }
 
-struct Planned<'a>(&'a NewAdapters);
+struct Planned<'a>(&'a NewAdapters, RefCell<BTreeMap<Component, Plan>>);
 
 impl Adapt for Planned<'_> {
     type Error = anyhow::Error;
@@ -282,7 +292,8 @@ impl Adapt for Planned<'_> {
     fn adapt<M: Module>(&self, component: Component, module: M) -> anyhow::Result<M> {
         if let Some(adapter) = self.0.get(&component) {
             let plan = Plan::new(&module, adapter.clone());
-            plan.map_err(|error| of_component(component, error))?;
+            let plan = plan.map_err(|error| of_component(component, error))?;
+            self.1.borrow_mut().insert(component, plan);
         }
         Ok(module)
     }
