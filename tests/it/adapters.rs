@@ -1,10 +1,13 @@
 //! Runs that train other adapters than LoRA, or start LoRA as a part of the base weights.
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use flux_lora::adapters::{LoadedLora, attach};
-use flux_lora_tests::{CONFIG, Workbench, root};
+use flux_lora_tests::{CONFIG, Workbench, program, root};
 use flux_model::family::Velocity;
 use flux_model::flux1::config::FluxConfig;
 use flux_model::flux1::latent::{image_positions, text_positions};
@@ -28,6 +31,44 @@ fn bench(kind: &str) -> Workbench {
         .replace("steps = 40", "steps = 8");
     bench.write_config(&(config + "\n[export]\nformats = [\"comfyui\", \"peft\"]\n"));
     bench
+}
+
+#[test]
+fn a_format_that_cannot_hold_an_adapter_is_refused_before_it_is_written() {
+    let bench = bench("LOKR");
+    bench.train_ok("run", "flex", &[]);
+    let export = |to: &str, more: &[&str]| {
+        let mut command = Command::new(program());
+        command.arg("export").arg(bench.path("run"));
+        command.arg("--out").arg(bench.path("out")).args(more);
+        let out = command.args(["--to", to]).output().unwrap();
+        let said = [out.stderr, out.stdout].concat();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        (out.status.code(), said)
+    };
+    let files = || {
+        let entries = fs::read_dir(bench.path("out")).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.collect::<BTreeSet<_>>()
+    };
+    // ComfyUI's file comes first and would be there alone.
+    let (code, said) = export("comfyui,kohya", &[]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("kohya cannot hold"), "{said}");
+    assert!(!bench.path("out").exists(), "half a folder");
+
+    let (code, said) = export("all", &[]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("left out: kohya cannot hold"), "{said}");
+    let written = ["README.md", "run-comfyui.safetensors"];
+    assert_eq!(files(), BTreeSet::from(written.map(String::from)));
+
+    fs::write(bench.path("out/README.md"), "mine").unwrap();
+    let (code, said) = export("comfyui,kohya", &["--overwrite"]);
+    assert_eq!(code, Some(1), "{said}");
+    assert_eq!(files(), BTreeSet::from(written.map(String::from)));
+    let readme = fs::read_to_string(bench.path("out/README.md")).unwrap();
+    assert_eq!(readme, "mine", "as it was");
 }
 
 #[test]

@@ -1,11 +1,13 @@
 //! `flux-lora export`: a finished LoRA as a folder to upload: the formats that are asked for, samples, and a model card.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use anyhow::{Context, bail};
-use flux_model::lora::{LoraFormat, LoraSet, ModelShape, read, write};
+use flux_model::lora::{
+    LoraFormat, LoraFormatError, LoraSet, ModelShape, WriteOptions, read, write,
+};
 use lora_core::files::safetensors::TensorFile;
 use lora_core::training::optimizers::OptimizerConfig;
 use tracing::warn;
@@ -66,55 +68,117 @@ pub(crate) fn export(args: &ExportArgs) -> anyhow::Result<Exported> {
     let formats = formats(&args.to)?;
     let config = run_config(&run)?;
     let set = chosen.read()?;
-    fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
-    let (mut notes, mut weights, mut files) = (Vec::new(), BTreeMap::new(), Vec::new());
-    for format in formats {
-        let file = match format {
-            LoraFormat::Diffusers => format!("{name}.safetensors"),
-            LoraFormat::Peft => format!("{name}-peft"),
-            other => format!("{name}-{other}.safetensors"),
-        };
-        let written = write(&set, format, &folder.join(&file), &config.write_options())
-            .with_context(|| format!("write {file}"))?;
-        let lost = written.lost_lines().into_iter();
-        let said = lost.chain(written.notes);
-        notes.extend(said.map(|note| format!("{file}: {note}")));
-        files.push(file.clone());
-        weights.insert(format.name(), file);
-    }
     let shown = last_samples(&run, chosen.step);
-    let pictures = copy_samples(&shown, &folder)?;
-    files.extend(pictures.iter().map(|(_, file)| file.clone()));
-    let card = Card {
-        name: &name,
-        base: base(args.base.as_deref(), &config)?,
-        trigger: args
-            .trigger
-            .as_deref()
-            .or(config.dataset.trigger_word.as_deref()),
-        set: &set,
-        config: &config,
-        weights,
-        pictures: &pictures,
-    };
-    if card.base.is_none() {
+    let base = base(args.base.as_deref(), &config)?;
+    let trigger = args.trigger.as_deref();
+    let trigger = trigger.or(config.dataset.trigger_word.as_deref());
+    let (files, mut notes) = whole_or_nothing(&folder, |part| {
+        let (weights, notes) = write_weights(&set, &formats, &config.write_options(), &name, part)?;
+        let pictures = copy_samples(&shown, part)?;
+        let mut files: Vec<String> = weights.values().cloned().collect();
+        files.extend(pictures.iter().map(|(_, file)| file.clone()));
+        files.push("README.md".into());
+        let card = Card {
+            name: &name,
+            base: base.clone(),
+            trigger,
+            set: &set,
+            config: &config,
+            weights,
+            pictures: &pictures,
+        };
+        fs::write(part.join("README.md"), card.text()?).context("write README.md")?;
+        Ok((files, notes))
+    })?;
+    if base.is_none() {
         notes.push("which base model this is for is not known here: name it with --base OWNER/NAME, and state the licence in README.md".into());
     }
-    if card.trigger.is_none() {
+    if trigger.is_none() {
         notes.push(
             "no trigger word is told: if the captions have one, name it with --trigger".into(),
         );
     }
     let shown = shown.values().map(|sample| sample.step).max();
     notes.extend(other_samples(args.which, chosen.step, shown, &config));
-    let readme = folder.join("README.md");
-    fs::write(&readme, card.text()?).with_context(|| format!("write {}", readme.display()))?;
-    files.push("README.md".into());
     Ok(Exported {
         folder,
         files,
         notes,
     })
+}
+
+/// Writes the LoRA in each of `formats` into `folder`; back come the files by format, and what is to be said of them. A format
+/// that was not asked for by its name and cannot hold the LoRA is left out.
+fn write_weights(
+    set: &LoraSet,
+    formats: &[Asked],
+    options: &WriteOptions,
+    name: &str,
+    folder: &Path,
+) -> anyhow::Result<(BTreeMap<&'static str, String>, Vec<String>)> {
+    let (mut weights, mut notes) = (BTreeMap::new(), Vec::new());
+    for &Asked { format, by_name } in formats {
+        let file = match format {
+            LoraFormat::Diffusers => format!("{name}.safetensors"),
+            LoraFormat::Peft => format!("{name}-peft"),
+            other => format!("{name}-{other}.safetensors"),
+        };
+        match write(set, format, &folder.join(&file), options) {
+            Ok(written) => {
+                let said = written.lost_lines().into_iter().chain(written.notes);
+                notes.extend(said.map(|note| format!("{file}: {note}")));
+                weights.insert(format.name(), file);
+            }
+            Err(error @ LoraFormatError::Unrepresentable { .. }) if !by_name => {
+                notes.push(format!("left out: {error}"));
+            }
+            Err(error @ LoraFormatError::Unrepresentable { .. }) => {
+                bail!("{error}; --to all leaves out what cannot hold it");
+            }
+            Err(error) => return Err(error).with_context(|| format!("write {file}")),
+        }
+    }
+    if weights.is_empty() {
+        bail!("no format can hold this LoRA: {}", notes.join("; "));
+    }
+    Ok((weights, notes))
+}
+
+/// Has `fill` write into a folder of its own in `folder`, and moves what is there up: what fails leaves `folder` as it was.
+fn whole_or_nothing<T>(
+    folder: &Path,
+    fill: impl FnOnce(&Path) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let existed = folder.exists();
+    fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+    let filled = || {
+        let part = tempfile::Builder::new().prefix(".part-").tempdir_in(folder);
+        let part = part.with_context(|| format!("write to {}", folder.display()))?;
+        let filled = fill(part.path())?;
+        move_files(part.path(), folder)
+            .with_context(|| format!("write to {}", folder.display()))?;
+        Ok(filled)
+    };
+    let filled = filled();
+    if filled.is_err() && !existed {
+        let _ = fs::remove_dir(folder); // it is empty, or somebody else's by now
+    }
+    filled
+}
+
+fn move_files(from: &Path, to: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        match entry.file_type()?.is_dir() {
+            true => {
+                fs::create_dir_all(&target)?;
+                move_files(&entry.path(), &target)?;
+            }
+            false => fs::rename(entry.path(), target)?,
+        }
+    }
+    Ok(())
 }
 
 /// The weights that are exported.
@@ -189,25 +253,35 @@ fn name_of(run: &RunDir) -> String {
     name.to_string_lossy().replace(' ', "-")
 }
 
-fn formats(to: &[String]) -> anyhow::Result<Vec<LoraFormat>> {
-    let mut formats = Vec::new();
+/// A format to write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Asked {
+    format: LoraFormat,
+    /// Whether it was named, and not only meant by `all`.
+    by_name: bool,
+}
+
+fn formats(to: &[String]) -> anyhow::Result<Vec<Asked>> {
+    let mut formats: Vec<Asked> = Vec::new();
+    let mut add = |format: LoraFormat, by_name: bool| match formats
+        .iter_mut()
+        .find(|asked| asked.format == format)
+    {
+        Some(asked) => asked.by_name |= by_name,
+        None => formats.push(Asked { format, by_name }),
+    };
     for name in to {
         match (name.as_str(), LoraFormat::parse(name)) {
-            ("all", _) => formats.extend(LoraFormat::ALL),
-            (_, Some(format)) => formats.push(format),
+            ("all", _) => LoraFormat::ALL
+                .into_iter()
+                .for_each(|format| add(format, false)),
+            (_, Some(format)) => add(format, true),
             _ => bail!(UsageError(format!(
                 "--to {}: diffusers, peft, kohya, comfyui or all",
                 one_line(name)
             ))),
         }
     }
-    let mut seen = Vec::new();
-    formats.retain(|format| {
-        !seen.contains(format) && {
-            seen.push(*format);
-            true
-        }
-    });
     Ok(formats)
 }
 
@@ -332,7 +406,11 @@ mod tests {
         let parse =
             |names: &[&str]| formats(&names.iter().map(ToString::to_string).collect::<Vec<_>>());
         assert_eq!(parse(&["kohya", "all"]).unwrap().len(), 4);
-        assert_eq!(parse(&["kohya", "kohya"]).unwrap(), [LoraFormat::Kohya]);
+        let kohya = [Asked {
+            format: LoraFormat::Kohya,
+            by_name: true,
+        }];
+        assert_eq!(parse(&["kohya", "kohya"]).unwrap(), kohya);
         assert!(parse(&["a1111"]).is_err());
     }
 }
