@@ -208,6 +208,11 @@ fn dev_trains_resumes_exactly_and_its_lora_is_converted_merged_and_sampled() {
     ok(&[&as_kohya[..], &["--model", model]].concat());
     let text = ok(&["inspect", converted]);
     assert!(text.contains("flux_2_dev"), "{text}");
+    let without = bench.path("without.safetensors");
+    let without = without.to_str().unwrap();
+    ok(&["convert", lora, without, "--to", "kohya"]);
+    let text = ok(&["inspect", without]);
+    assert!(!text.contains("klein") && !text.contains("Klein"), "{text}");
     let text = ok(&["inspect", model]);
     assert!(
         text.contains("Mistral, 4 layers") && text.contains("projector are not read"),

@@ -55,19 +55,24 @@ impl ModelShape {
         flux2.or(flux1).unwrap_or(0)
     }
 
-    /// What kohya's programs and the Stability model specification call the model, as entries of a header.
+    /// What kohya's programs and the Stability model specification call the model, as entries of a header. Which FLUX.2 it is
+    /// shows in its guidance, which dev alone has, or its width; without either it is FLUX.2 and no more.
     ///
     /// Source: sd-scripts 48d368fa for FLUX.1; musubi-tuner `dataset/architectures.py`, `utils/sai_model_spec.py` for FLUX.2.
     pub fn header(&self) -> [(&'static str, &'static str); 3] {
         let schnell = |config: &FluxConfig| !config.guidance_embeds;
         let (base, architecture, implementation) = match &self.flux2 {
             Some(config) => {
-                let (base, architecture) = if config.guidance_embeds {
+                let width = config.hidden_size();
+                let is = |published: Flux2Config| published.hidden_size() == width;
+                let (base, architecture) = if config.guidance_embeds || is(Flux2Config::dev()) {
                     ("flux_2_dev", "Flux.2-dev/lora")
-                } else if config.hidden_size() < Flux2Config::klein_9b().hidden_size() {
+                } else if is(Flux2Config::klein_9b()) {
+                    ("flux_2_klein_9b", "Flux.2-klein-9b/lora")
+                } else if is(Flux2Config::klein_4b()) {
                     ("flux_2_klein_4b", "Flux.2-klein-4b/lora")
                 } else {
-                    ("flux_2_klein_9b", "Flux.2-klein-9b/lora")
+                    ("flux_2", "Flux.2/lora")
                 };
                 let implementation = "https://github.com/black-forest-labs/flux2";
                 (base, architecture, implementation)
@@ -311,6 +316,30 @@ mod tests {
     fn dev_has_504_linear_layers_and_schnell_502() {
         assert_eq!(linears(FluxConfig::dev()), 504);
         assert_eq!(linears(FluxConfig::schnell()), 502);
+    }
+
+    #[test]
+    fn a_header_names_a_flux2_by_its_guidance_or_width_alone() {
+        let named = |config: Flux2Config| {
+            let shape = ModelShape {
+                flux2: Some(config),
+                ..ModelShape::default()
+            };
+            let [base, architecture, _] = shape.header();
+            (base.1, architecture.1)
+        };
+        assert_eq!(named(Flux2Config::dev()), ("flux_2_dev", "Flux.2-dev/lora"));
+        let klein = ("flux_2_klein_9b", "Flux.2-klein-9b/lora");
+        assert_eq!(named(Flux2Config::klein_9b()), klein);
+        let klein = ("flux_2_klein_4b", "Flux.2-klein-4b/lora");
+        assert_eq!(named(Flux2Config::klein_4b()), klein);
+        let tiny = |guidance_embeds| Flux2Config {
+            num_attention_heads: 2,
+            guidance_embeds,
+            ..Flux2Config::dev()
+        };
+        assert_eq!(named(tiny(true)), ("flux_2_dev", "Flux.2-dev/lora"));
+        assert_eq!(named(tiny(false)), ("flux_2", "Flux.2/lora"));
     }
 
     #[test]
