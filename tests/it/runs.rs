@@ -36,7 +36,7 @@ fn bench() -> Workbench {
 fn output_that_nobody_reads_ends_the_program_quietly() {
     let model = root().join("tests/fixtures/parity/pipeline_dev/model");
     let inspect = ["inspect", model.to_str().unwrap()];
-    for args in [&inspect[..], &["devices"], &["completions", "bash"]] {
+    for args in [&inspect[..], &["schema"], &["completions", "bash"]] {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         let mut command = Command::new(program());
@@ -46,7 +46,7 @@ fn output_that_nobody_reads_ends_the_program_quietly() {
     }
     if let Ok(full) = fs::File::options().write(true).open("/dev/full") {
         let mut command = Command::new(program());
-        let out = command.arg("devices").stdout(full).output().unwrap();
+        let out = command.arg("schema").stdout(full).output().unwrap();
         assert_eq!(out.status.code(), Some(1));
         let said = text(&out.stderr);
         assert!(
