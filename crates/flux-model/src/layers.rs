@@ -1,6 +1,6 @@
 //! Pieces the networks share: norms, rotary positions, the sinusoidal embedding.
 //!
-//! Everything here runs in f32 but for what comes and goes through [`in_f32`], and reductions see contiguous input only (see [`packed`]).
+//! Everything here runs in f32 but for what comes and goes through `in_f32`, and reductions see contiguous input only (see [`packed`]).
 
 use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig};

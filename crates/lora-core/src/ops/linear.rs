@@ -9,7 +9,7 @@
 //!
 //! Kept for the backward pass are `x`, `u`, the mask and the weights, by reference. `W` is f32, bf16, f16 or in few bits; a
 //! panel of its columns is f32 at a time. `W` and `b` get gradients too where they are trained (`dW = xᵀ g`, `db` the sum of
-//! `g`). The composition casts or decodes `W` as a whole, in both passes, and keeps it as it is ([`decoded`](super::decoded)).
+//! `g`). The composition casts or decodes `W` as a whole, in both passes, and keeps it as it is (`ops::decoded`).
 //!
 //! Source: Hu et al. 2021, arXiv:2106.09685; PEFT `lora.Linear.forward` (dropout on the adapter's input alone).
 
