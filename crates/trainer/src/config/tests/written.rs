@@ -133,6 +133,8 @@ fn every_default_is_written_out() {
                 "peft_type",
                 "layers_to_transform",
                 "layers_pattern",
+                "modules_to_save",
+                "bias",
                 "init_lora_weights",
                 "decompose_both",
                 "decompose_factor",
