@@ -25,7 +25,7 @@ pub struct Sizes {
 pub struct BlockSize {
     /// Bytes of its base weights.
     pub weights: u64,
-    /// Numbers that its linear layers read and write for a token: about what an autodiff graph keeps.
+    /// Numbers that an autodiff graph keeps for a token, about: what its linear layers read and write.
     pub activations: u64,
 }
 
@@ -46,6 +46,8 @@ impl Checkpoint {
             paths: Vec<String>,
             walk: Walk,
             sizes: Sizes,
+            /// Linear layers of each block.
+            linears: Vec<usize>,
         }
         impl ModuleVisitor for Measure<'_> {
             fn enter_module(&mut self, name: &str, container: &str) {
@@ -75,6 +77,7 @@ impl Checkpoint {
                         block.weights += bytes;
                         if is_linear {
                             block.activations += shape.iter().sum::<usize>() as u64;
+                            self.linears[index] += 1;
                         }
                     }
                 }
@@ -92,11 +95,17 @@ impl Checkpoint {
                 rest: 0,
                 width: network.width() as u64,
             },
+            linears: vec![0; network.count()],
         };
         network.visit(&mut measure);
         let mut sizes = measure.sizes;
         for (index, block) in sizes.blocks.iter_mut().enumerate() {
             block.activations /= network.streams(index) as u64; // each layer sees the tokens of its stream
+            // What attention reads and what the residual adds is kept too. Separate layers for q, k and v count their input three
+            // times, which is about as much; a block of two fused layers (FLUX.2) counts it once.
+            if measure.linears[index] == 2 {
+                block.activations += 4 * sizes.width;
+            }
         }
         sizes
     }
