@@ -1,9 +1,11 @@
 //! What the whole-program tests share: a tiny run to train, the program to train it with, and comparisons.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
+use lora_core::files::safetensors::TensorFile;
 use tempfile::TempDir;
 
 /// The repository.
@@ -251,4 +253,16 @@ pub fn copy(from: &Path, to: &Path, keep: &dyn Fn(&str) -> bool) {
             fs::copy(entry.path(), to.join(&name)).expect("copy file");
         }
     }
+}
+
+/// The tensors of a file, in f32, by name.
+pub fn tensors(path: &Path) -> BTreeMap<String, Vec<f32>> {
+    let file = TensorFile::open(path).expect("a safetensors file");
+    let read = |name: &str| {
+        (
+            name.to_string(),
+            file.read(name).expect("named there").to_f32(),
+        )
+    };
+    file.names().map(read).collect()
 }

@@ -1,12 +1,9 @@
 //! What is made of runs: checks before, pages, comparisons, folders to upload.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 use std::process::{Command, Output};
 
-use flux_lora_tests::{CONFIG, Workbench, program, root};
-use lora_core::files::safetensors::TensorFile;
+use flux_lora_tests::{CONFIG, Workbench, program, root, tensors};
 use serde_json::Value;
 
 fn flux_lora(args: &[&str]) -> Output {
@@ -294,14 +291,6 @@ fn a_run_becomes_a_page_a_comparison_and_a_folder_to_upload() {
             "{shown}"
         );
     }
-}
-
-fn tensors(path: &Path) -> BTreeMap<String, Vec<f32>> {
-    let file = TensorFile::open(path).unwrap();
-    let names = file.names();
-    names
-        .map(|name| (name.to_string(), file.read(name).unwrap().to_f32()))
-        .collect()
 }
 
 #[test]

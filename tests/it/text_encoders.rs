@@ -8,7 +8,7 @@ use burn::tensor::{Device, Tensor};
 use flux_lora::backward::{MicroBatch, loss_and_gradients};
 use flux_lora::loss::Penalty;
 use flux_lora::run::adapter::{NewAdapters, attach_all};
-use flux_lora_tests::{Workbench, program, root};
+use flux_lora_tests::{Workbench, program, root, tensors};
 use flux_model::family::{Condition, Family};
 use flux_model::flux1::Flux1;
 use flux_model::lora::Component;
@@ -143,12 +143,6 @@ const BOTH: [&str; 8] = [
 
 fn with<'a>(more: &[&'a str]) -> Vec<&'a str> {
     [&BOTH, more].concat()
-}
-
-fn tensors(path: &Path) -> BTreeMap<String, Vec<f32>> {
-    let file = TensorFile::open(path).unwrap();
-    let read = |name: &str| (name.to_string(), file.read(name).unwrap().to_f32());
-    file.names().map(read).collect()
 }
 
 /// The tensors of one network.

@@ -1,10 +1,6 @@
 //! Held-out pictures and averages of the weights: they look on, and resume with the run.
 
-use std::collections::BTreeMap;
-use std::path::Path;
-
-use flux_lora_tests::{CONFIG, Workbench, checkpoints};
-use lora_core::files::safetensors::TensorFile;
+use flux_lora_tests::{CONFIG, Workbench, checkpoints, tensors};
 use serde_json::Value;
 
 const STEPS: &str = "--set=train.steps=12";
@@ -29,14 +25,6 @@ fn lines(metrics: &str) -> Vec<Value> {
     let lines = metrics.lines();
     lines
         .map(|line| serde_json::from_str(line).unwrap())
-        .collect()
-}
-
-fn tensors(path: &Path) -> BTreeMap<String, Vec<f32>> {
-    let file = TensorFile::open(path).unwrap();
-    let names = file.names();
-    names
-        .map(|name| (name.to_string(), file.read(name).unwrap().to_f32()))
         .collect()
 }
 

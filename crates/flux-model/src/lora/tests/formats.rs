@@ -79,16 +79,9 @@ impl Net {
         (down, up): (&str, &str),
         alpha: bool,
     ) -> Builder {
-        let mut file = Builder::default();
-        for (name, (a, b, value)) in self.reference() {
-            let module = spell(&name);
-            file.put(&format!("{module}{down}"), a)
-                .put(&format!("{module}{up}"), b);
-            if alpha {
-                file.scalar(&format!("{module}.alpha"), value);
-            }
-        }
-        file
+        let modules = self.reference().into_iter();
+        let modules = modules.map(|(name, (a, b, value))| (spell(&name), a, b, value));
+        low_rank(modules, (down, up), alpha)
     }
 
     /// The parts of BFL's modules, each with its own copy of the down projection.
@@ -118,22 +111,15 @@ impl Net {
         (down, up): (&str, &str),
         alpha: bool,
     ) -> Builder {
-        let mut file = Builder::default();
-        for (path, _, a, b, value) in self.split_modules() {
-            let module = spell(&path);
-            file.put(&format!("{module}{down}"), a)
-                .put(&format!("{module}{up}"), b);
-            if alpha {
-                file.scalar(&format!("{module}.alpha"), value);
-            }
-        }
-        file
+        let modules = self.split_modules().into_iter();
+        let modules = modules.map(|(path, _, a, b, value)| (spell(&path), a, b, value));
+        low_rank(modules, (down, up), alpha)
     }
 
     /// OneTrainer's OMI form: the parts of fused modules have numbers.
     pub(super) fn numbered(&self) -> Builder {
-        let mut file = Builder::default();
-        for (path, numbered, a, b, alpha) in self.split_modules() {
+        let modules = self.split_modules().into_iter();
+        let modules = modules.map(|(path, numbered, a, b, alpha)| {
             let is_fused = self.modules.iter().any(|(_, _, parts)| {
                 parts.len() > 1 && parts.iter().any(|(part, _)| *part == path)
             });
@@ -141,12 +127,27 @@ impl Net {
                 true => format!("transformer.{numbered}"),
                 false => format!("transformer.{path}"),
             };
-            file.put(&format!("{name}.lora_down.weight"), a)
-                .put(&format!("{name}.lora_up.weight"), b);
-            file.scalar(&format!("{name}.alpha"), alpha);
-        }
-        file
+            (name, a, b, alpha)
+        });
+        low_rank(modules, (".lora_down.weight", ".lora_up.weight"), true)
     }
+}
+
+/// A file with down and up projections and, if wanted, alphas, by the fronts of their keys.
+fn low_rank(
+    modules: impl Iterator<Item = (String, HostTensor, HostTensor, f32)>,
+    (down, up): (&str, &str),
+    alpha: bool,
+) -> Builder {
+    let mut file = Builder::default();
+    for (module, a, b, value) in modules {
+        file.put(&format!("{module}{down}"), a)
+            .put(&format!("{module}{up}"), b);
+        if alpha {
+            file.scalar(&format!("{module}.alpha"), value);
+        }
+    }
+    file
 }
 
 #[track_caller]
