@@ -100,10 +100,31 @@ pub fn train(rig: &Rig, run: &Path, args: &[&str], inject: Option<&str>) -> Resu
     command.arg(program.get_program()).args(program.get_args());
     rig.dress(&mut command);
     let ended = Process::start(command)?.wait()?;
-    let log = fs::read_to_string(&log).context("strace left no log")?;
+    let log = whole_calls(&fs::read_to_string(&log).context("strace left no log")?);
     let calls = calls(&log, run);
     ensure!(!log.is_empty(), "strace traced nothing: {}", ended.err);
     Ok(Traced { ended, calls, log })
+}
+
+/// The log with each call on one line, at its beginning: strace cuts those that a call of another thread came into.
+fn whole_calls(log: &str) -> String {
+    const CUT: &str = " <unfinished ...>";
+    let mut lines: Vec<String> = Vec::new();
+    let mut begun = std::collections::BTreeMap::new();
+    for line in log.lines() {
+        let (pid, rest) = line.split_once(' ').unwrap_or_default();
+        if let Some(start) = line.strip_suffix(CUT) {
+            begun.insert(pid, lines.len());
+            lines.push(start.into());
+        } else if rest.trim_start().starts_with("<... ")
+            && let (Some(at), Some((_, end))) = (begun.remove(pid), rest.split_once(" resumed>"))
+        {
+            lines[at] += end;
+        } else {
+            lines.push(line.into());
+        }
+    }
+    lines.join("\n")
 }
 
 fn calls(log: &str, run: &Path) -> Vec<Call> {
@@ -133,4 +154,32 @@ fn calls(log: &str, run: &Path) -> Vec<Call> {
         }
     }
     calls
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_that_another_thread_came_into_is_one_call_with_its_result() {
+        let log = "7  openat(AT_FDCWD, \"/run/a\", O_RDONLY) = 3</run/a>\n\
+                   7  openat(AT_FDCWD, \"/run/b\", O_WRONLY <unfinished ...>\n\
+                   8  openat(AT_FDCWD, \"/run/c\", O_RDONLY <unfinished ...>\n\
+                   7  <... openat resumed>) = -1 EIO (Input/output error) (INJECTED)\n\
+                   8  <... openat resumed>) = 4</run/c>\n\
+                   7  write(3</run/a>, \"\", 1 <unfinished ...>\n\
+                   7  +++ killed by SIGKILL +++";
+        let whole = whole_calls(log);
+        let lines: Vec<&str> = whole.lines().collect();
+        assert_eq!(
+            lines[1],
+            "7  openat(AT_FDCWD, \"/run/b\", O_WRONLY) = -1 EIO (Input/output error) (INJECTED)"
+        );
+        let found = calls(&whole, Path::new("/run"));
+        let found: Vec<_> = found
+            .iter()
+            .map(|call| (call.name.as_str(), call.nth))
+            .collect();
+        assert_eq!(found, [("openat", 1), ("openat", 2), ("write", 1)]);
+    }
 }

@@ -75,7 +75,7 @@ pub trait TextModules: Module {
 }
 
 /// Reads a prompt as tokens, of which `max_sequence_length` are kept; an error if a tokenizer refuses it.
-pub type Tokenizer<T> = Box<dyn Fn(&str, usize) -> Result<T, WeightsError>>;
+pub type Tokenizer<T> = Box<dyn Fn(&str, usize) -> Result<T, WeightsError> + Send + Sync>;
 
 /// How long a prompt is for the text encoders when nothing of it is cut, the tokens put around it included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -171,7 +171,7 @@ pub type ComponentFile = (&'static str, BTreeMap<String, Vec<usize>>);
 ///
 /// *Model space* is where the network sees latents, `[batch, channels, height, width]`; a *grid* is the height and width
 /// there.
-pub trait Family: Sized + Debug {
+pub trait Family: Sized + Debug + Sync {
     /// The velocity network.
     type Network: Network;
     /// Its configuration.

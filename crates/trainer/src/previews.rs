@@ -79,6 +79,11 @@ impl<'a, F: Family> Previews<'a, F> {
         })
     }
 
+    /// Whether this step is one to make pictures at.
+    pub fn is_due(&self, step: u64) -> bool {
+        (self.section).is_some_and(|section| step.is_multiple_of(section.every))
+    }
+
     /// Renders every prompt if this step is one to do so, with the model that `model` gives; says whether it was.
     ///
     /// # Errors
@@ -90,10 +95,7 @@ impl<'a, F: Family> Previews<'a, F> {
         report: &TrainReport,
         device: &NamedDevice,
     ) -> anyhow::Result<bool> {
-        let Some(section) = self
-            .section
-            .filter(|section| step.is_multiple_of(section.every))
-        else {
+        let Some(section) = self.section.filter(|_| self.is_due(step)) else {
             return Ok(false);
         };
         report.doing("making samples");

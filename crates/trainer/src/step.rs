@@ -26,6 +26,18 @@ pub struct Drawn<I> {
     pub loss_of_zero: f64,
 }
 
+/// The first part of a step, which changes nothing: the micro-batches.
+#[derive(Debug)]
+pub struct Computed {
+    losses: Vec<f32>,
+    gradients: Gradients,
+    grad_norm: f64,
+    /// Samples of the micro-batches, for people.
+    drawn_from: Vec<String>,
+    waited: Duration,
+    took: Duration,
+}
+
 /// What a step did.
 #[derive(Debug)]
 pub struct Stepped {
@@ -37,74 +49,109 @@ pub struct Stepped {
     pub grad_norm: f64,
     /// Time until the norm was known; the rest of the step is the optimizer's.
     pub backward: Duration,
+    /// The part of it in which nothing was computed: micro-batches had to be drawn.
+    pub waited: Duration,
 }
 
-/// One optimizer step; `draw` gives the micro-batch of a micro step on the autodiff device it is asked for. The micro-batches are shared
-/// among `workers`, and added up in their order, so the bits do not depend on how many there are.
+/// One optimizer step: [`compute`], then [`update`].
 ///
 /// # Errors
-/// A micro-batch that cannot be had, a loss or gradient that is not finite, a run that has diverged or collapsed, an update
-/// that is not finite. The model may be updated then, and is not to be saved.
+/// Those of both.
 pub fn step<N: Velocity>(
     training: &mut Training<N, Progress>,
     rule: &Rule,
     workers: &mut Workers<N>,
-    mut draw: impl FnMut(u64, &Device) -> anyhow::Result<Drawn<N::Input>>,
+    draw: impl FnMut(u64, &Device) -> anyhow::Result<Drawn<N::Input>>,
 ) -> anyhow::Result<Stepped> {
-    let started = Instant::now();
     let step = training.progress.step;
+    let computed = compute(&training.model, step, rule, workers, draw)?;
+    update(training, rule, computed)
+}
+
+/// Losses and gradients of the step after `step` steps; `draw` gives the micro-batch of a micro step on the autodiff device it is asked
+/// for. The micro-batches are shared among `workers`, and added up in their order, so the bits do not depend on how many there are.
+///
+/// # Errors
+/// A micro-batch that cannot be had, a loss or gradient that is not finite, a run that has diverged or collapsed.
+pub fn compute<N: Velocity>(
+    model: &N,
+    step: u64,
+    rule: &Rule,
+    workers: &mut Workers<N>,
+    mut draw: impl FnMut(u64, &Device) -> anyhow::Result<Drawn<N::Input>>,
+) -> anyhow::Result<Computed> {
+    let started = Instant::now();
+    let mut waited = Duration::ZERO;
     let mut gradients = Gradients::default();
     let (mut losses, mut drawn_from) = (Vec::with_capacity(rule.accumulation), Vec::new());
-    workers.follow(&training.model);
+    workers.follow(model);
     let first = step * rule.accumulation as u64;
     let micro_steps: Vec<u64> = (first..first + rule.accumulation as u64).collect();
     for round in micro_steps.chunks(workers.count()) {
         let (mut work, mut said) = (Vec::new(), Vec::new());
         for (&micro_step, device) in round.iter().zip(workers.devices()) {
+            let asked = Instant::now();
             let drawn = draw(micro_step, device)?;
+            waited += asked.elapsed();
             said.push((drawn.about, drawn.loss_of_zero));
             work.push(Work {
                 micro_step,
                 batch: drawn.batch,
             });
         }
-        let computed = workers.compute(&training.model, rule, work);
+        let computed = workers.compute(model, rule, work);
         for ((about, loss_of_zero), computed) in said.into_iter().zip(computed) {
             drawn_from.extend(about);
             let (loss, micro_gradients) = computed?;
             #[cfg(feature = "canary")]
             let loss = crate::canary::poison("loss", step + 1).map_or(loss, |v| v as f32);
             if let Some(fault) = fault_of(loss, loss_of_zero, rule.divergence_factor) {
-                bail!(
-                    "{fault} at step {}, for {}; the last checkpoint is untouched",
-                    step + 1,
-                    drawn_from.join(", ")
-                );
+                bail!("{fault} {}", place(step, &drawn_from));
             }
             losses.push(loss);
             gradients.accumulate(micro_gradients);
         }
     }
-    let place = || {
-        format!(
-            "at step {}, for {}; the last checkpoint is untouched",
-            step + 1,
-            drawn_from.join(", ")
-        )
-    };
     #[cfg(feature = "canary")]
     let gradients = match crate::canary::poison("gradient", step + 1) {
         Some(factor) => gradients.clip(0.0, factor),
         None => gradients,
     };
-    let grad_norm = gradients.norm().with_context(place)?;
-    let backward = started.elapsed();
+    let grad_norm = (gradients.norm()).with_context(|| place(step, &drawn_from))?;
     if grad_norm == 0.0 && rule.divergence_factor.is_some() {
         bail!(
             "the run has collapsed (every gradient is 0, so nothing is learned; a lower `optimizer.learning_rate` may help) {}",
-            place()
+            place(step, &drawn_from)
         );
     }
+    Ok(Computed {
+        losses,
+        gradients,
+        grad_norm,
+        drawn_from,
+        waited,
+        took: started.elapsed(),
+    })
+}
+
+/// Clips, and updates what is trained.
+///
+/// # Errors
+/// An update that is not finite. The model is updated then, and is not to be saved.
+pub fn update<N: Velocity>(
+    training: &mut Training<N, Progress>,
+    rule: &Rule,
+    computed: Computed,
+) -> anyhow::Result<Stepped> {
+    let Computed {
+        losses,
+        gradients,
+        grad_norm,
+        drawn_from,
+        waited,
+        took,
+    } = computed;
+    let step = training.progress.step;
     let clipped = match rule.max_grad_norm {
         Some(max_norm) => gradients.clone().clip(grad_norm, max_norm),
         None => gradients.clone(),
@@ -115,19 +162,29 @@ pub fn step<N: Velocity>(
     let lr = rule.lr;
     (training.optimizer)
         .step(lr, &mut training.model, clipped)
-        .with_context(place)?;
-    check_finite(&training.model).with_context(place)?;
+        .with_context(|| place(step, &drawn_from))?;
+    check_finite(&training.model).with_context(|| place(step, &drawn_from))?;
     training.progress.step += 1;
     Ok(Stepped {
         losses,
         gradients,
         grad_norm,
-        backward,
+        backward: took,
+        waited,
     })
 }
 
+/// Where the step after `step` steps went wrong.
+fn place(step: u64, drawn_from: &[String]) -> String {
+    format!(
+        "at step {}, for {}; the last checkpoint is untouched",
+        step + 1,
+        drawn_from.join(", ")
+    )
+}
+
 /// Tries an update that is about to be saved on the last micro-batch it was made from, on the plain device: one too large
-/// shows in a loss, and that of the next step would come after the save.
+/// shows in a loss. Where a step follows, [`compute`] of that step tries it without a forward pass of its own.
 ///
 /// # Errors
 /// A loss that is not finite, or has diverged.

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use burn::module::Module;
@@ -25,6 +26,7 @@ use crate::adapters::to_train_on;
 use crate::cli::UsageError;
 use crate::condition::Pictures;
 use crate::config::{Loras, RunConfig};
+use crate::data::ahead::Ahead;
 use crate::data::batch::{Data, Order};
 use crate::data::cache::Cache;
 use crate::data::degradation::{cropped_and_enlarged, cut_texts};
@@ -50,7 +52,7 @@ use crate::run::save::Saver;
 use crate::run::space;
 use crate::run::timings::Timing;
 use crate::run::vfs::{RealFs, create_dir_durably};
-use crate::step::{check_update, step};
+use crate::step::{check_update, compute, update};
 use crate::validation::{Validated, Validation};
 use crate::workers::{Workers, check_shares};
 
@@ -429,78 +431,104 @@ fn train_family<F: Family>(
         let validation = validation.as_ref();
         validation.is_some_and(|validation| validation.is_exhausted(step, best))
     };
-    while training.progress.step < config.train.steps
-        && !exhausted(training.progress.step, saver.best())
-    {
-        let started = Instant::now();
-        let rule = rule(config, &plan, training.progress.step);
-        let draw = |micro_step, device: &Device| data.draw(config, micro_step, device);
-        let stepped = step(&mut training, &rule, &mut workers, draw)?;
-        let step = training.progress.step;
-        let timing = Timing::of_step(step, started.elapsed());
-        if let Some(ema) = &mut ema {
-            ema.update(&training.model, step);
-        }
-        let due = validation
-            .as_ref()
-            .filter(|validation| validation.is_due(step));
-        let validated = match due {
-            None => None,
-            Some(validation) => {
-                report.doing("validating");
-                let model = to_use(&training, ema.as_ref(), config.exports_ema());
-                let (plain, device) = (model.valid(), &device.device);
-                let found = validation.measure(&plain, saver.best(), device)?;
-                if found.best {
-                    let (loss, of) = (found.loss, validation.of.clone());
-                    saver.new_best(&model, Best { step, loss, of })?;
+    let try_update = |model: &Prompted<F>, step| {
+        let drawn = data.draw(config, first_micro_step(config, step) - 1, &device.device)?;
+        check_update(model, step, drawn, config.train.divergence_factor)
+    };
+    let [first, last] =
+        [training.progress.step, config.train.steps].map(|step| first_micro_step(config, step));
+    let stopped = thread::scope(|scope| -> anyhow::Result<bool> {
+        let ahead = Ahead::start(scope, &data, config, first..last, workers.count())
+            .context("start the thread that reads data")?;
+        // A step is saved once the next one's micro-batches have shown that its update can be, and an error there does not lose it.
+        let mut is_unsaved = false;
+        while training.progress.step < config.train.steps
+            && !exhausted(training.progress.step, saver.best())
+        {
+            let started = Instant::now();
+            let step = training.progress.step;
+            let rule = rule(config, &plan, step);
+            let draw = |micro_step, device: &Device| ahead.draw(micro_step, device);
+            let computed = compute(&training.model, step, &rule, &mut workers, draw);
+            let mut saving = Duration::ZERO;
+            if is_unsaved {
+                let began = Instant::now();
+                report.doing("saving");
+                if computed.is_err() {
+                    try_update(&training.model, step)?;
                 }
-                found.say(step);
-                Some(found)
+                saver.save(&training, averaged(&training, ema.as_ref()).as_ref())?;
+                saving = began.elapsed();
             }
-        };
-        let accumulation = rule.accumulation as f64;
-        let losses = stepped.losses.iter();
-        let metrics = StepMetrics {
-            step,
-            epoch: data
-                .order
-                .epoch(first_micro_step(config, training.progress.step - 1)),
-            loss: losses.fold(0.0, |sum, &loss| sum + f64::from(loss) / accumulation),
-            grad_norm: stepped.grad_norm,
-            lr: rule.lr,
-            d: training.optimizer.found_step_size(),
-            validation: validated,
-        };
-        drop(stepped);
-        saver.log(&metrics, Some(&timing))?;
-        report.step(metrics.loss, metrics.grad_norm, metrics.lr, &timing);
+            let stepped = update(&mut training, &rule, computed?)?;
+            let step = training.progress.step;
+            let timing = Timing::of_step(step, started.elapsed() - saving, stepped.waited);
+            if let Some(ema) = &mut ema {
+                ema.update(&training.model, step);
+            }
+            let due = validation
+                .as_ref()
+                .filter(|validation| validation.is_due(step));
+            let validated = match due {
+                None => None,
+                Some(validation) => {
+                    report.doing("validating");
+                    let model = to_use(&training, ema.as_ref(), config.exports_ema());
+                    let (plain, device) = (model.valid(), &device.device);
+                    let found = validation.measure(&plain, saver.best(), device)?;
+                    if found.best {
+                        let (loss, of) = (found.loss, validation.of.clone());
+                        saver.new_best(&model, Best { step, loss, of })?;
+                    }
+                    found.say(step);
+                    Some(found)
+                }
+            };
+            let accumulation = rule.accumulation as f64;
+            let losses = stepped.losses.iter();
+            let metrics = StepMetrics {
+                step,
+                epoch: data
+                    .order
+                    .epoch(first_micro_step(config, training.progress.step - 1)),
+                loss: losses.fold(0.0, |sum, &loss| sum + f64::from(loss) / accumulation),
+                grad_norm: stepped.grad_norm,
+                lr: rule.lr,
+                d: training.optimizer.found_step_size(),
+                validation: validated,
+            };
+            drop(stepped);
+            saver.log(&metrics, Some(&timing))?;
+            report.step(metrics.loss, metrics.grad_norm, metrics.lr, &timing);
 
-        let stopped = options.stop.load(Ordering::SeqCst);
-        let last = step == config.train.steps || exhausted(step, saver.best());
-        if stopped || last || step.is_multiple_of(config.checkpoint.every) {
-            let last_micro_step = first_micro_step(config, step) - 1;
-            let drawn = data.draw(config, last_micro_step, &device.device)?;
-            report.doing("saving");
-            check_update(&training.model, step, drawn, rule.divergence_factor)?;
-            saver.save(&training, averaged(&training, ema.as_ref()).as_ref())?;
+            let stopped = options.stop.load(Ordering::SeqCst);
+            let last = step == config.train.steps || exhausted(step, saver.best());
+            is_unsaved = stopped || last || step.is_multiple_of(config.checkpoint.every);
+            if is_unsaved && (stopped || last || previews.is_due(step)) {
+                report.doing("saving");
+                try_update(&training.model, step)?;
+                saver.save(&training, averaged(&training, ema.as_ref()).as_ref())?;
+                is_unsaved = false;
+            }
+            peaks.end("train");
+            let sample_ema = config.ema.as_ref().is_some_and(|ema| ema.sample);
+            let model = || to_use(&training, ema.as_ref(), sample_ema);
+            if previews.render_if_due(step, model, &report, device)? {
+                peaks.end("preview");
+            }
+            if stopped && !last {
+                return Ok(true);
+            }
         }
-        peaks.end("train");
-        let sample_ema = config.ema.as_ref().is_some_and(|ema| ema.sample);
-        let model = || to_use(&training, ema.as_ref(), sample_ema);
-        if previews.render_if_due(step, model, &report, device)? {
-            peaks.end("preview");
-        }
-        if stopped && !last {
-            report.finish();
-            saver.finish_logs();
-            peaks.say();
-            return Ok(Outcome::Stopped { step });
-        }
-    }
+        Ok(false)
+    })?;
     report.finish();
     saver.finish_logs();
     let step = training.progress.step;
+    if stopped {
+        peaks.say();
+        return Ok(Outcome::Stopped { step });
+    }
     if let Some(validation) = &validation
         && step < config.train.steps
     {

@@ -56,8 +56,8 @@ pub struct TrainSection {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_snr_gamma: Option<f64>,
     /// The run is stopped as diverged when a loss exceeds this many times the loss of predicting 0 for the same samples, or every
-    /// gradient is 0; "none" stops only where a number is not finite. An update about to be saved is tried on its last
-    /// micro-batch first, which costs one forward pass a save. Default 10.
+    /// gradient is 0; "none" stops only where a number is not finite. An update is saved once the micro-batches of
+    /// the next step have passed this; where no step follows, it is tried on its last one. Default 10.
     #[serde(with = "number_or_none")]
     #[schemars(schema_with = "word_or::<f64>")]
     pub divergence_factor: Option<f64>,

@@ -98,9 +98,7 @@ pub struct Data<'a, F: Family> {
 }
 
 impl<F: Family> Data<'_, F> {
-    /// The micro-batch of `micro_step` on `device`.
-    ///
-    /// Noise and interpolation are computed on the host, so that every backend trains on the same numbers.
+    /// The micro-batch of `micro_step` on `device`: [`read`](Self::read), then [`place`](Self::place).
     ///
     /// # Errors
     /// A cache entry that has vanished.
@@ -110,6 +108,14 @@ impl<F: Family> Data<'_, F> {
         micro_step: u64,
         device: &Device,
     ) -> anyhow::Result<Drawn<PromptedInput<F>>> {
+        self.place(config, self.read(config, micro_step)?, device)
+    }
+
+    /// The samples of `micro_step` with their noise, on the host, so that every backend trains on the same numbers.
+    ///
+    /// # Errors
+    /// A cache entry that has vanished.
+    pub(crate) fn read(&self, config: &RunConfig, micro_step: u64) -> anyhow::Result<Read<F>> {
         let seed = config.train.seed;
         #[cfg(feature = "canary")]
         let (micro_step, data_step) = crate::canary::steps(micro_step);
@@ -156,11 +162,30 @@ impl<F: Family> Data<'_, F> {
                 format!("{name} (sigma {})", shot.sigma)
             })
             .collect();
+        Ok(Read { shots, about })
+    }
+
+    /// What was read, as a micro-batch on `device`.
+    ///
+    /// # Errors
+    /// Samples whose pictures beside them differ in number or size.
+    pub(crate) fn place(
+        &self,
+        config: &RunConfig,
+        read: Read<F>,
+        device: &Device,
+    ) -> anyhow::Result<Drawn<PromptedInput<F>>> {
         Ok(Drawn {
-            about,
-            ..micro_batch(self.family, shots, &config.train, device)?
+            about: read.about,
+            ..micro_batch(self.family, read.shots, &config.train, device)?
         })
     }
+}
+
+/// A micro-batch on the host, and what is said of its samples.
+pub(crate) struct Read<F: Family> {
+    shots: Vec<Shot<F>>,
+    about: Vec<String>,
 }
 
 /// One sample of a micro-batch, on the host.

@@ -1,5 +1,6 @@
 //! From a folder of pictures to micro-batches.
 
+pub mod ahead;
 pub mod batch;
 pub mod beside;
 pub mod bucket;

@@ -29,12 +29,13 @@
 //!   is never seen.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use fs4::{FileExt, TryLockError};
 use lora_core::files::digest::sha256_hex;
@@ -88,7 +89,12 @@ pub struct RunLock {
     file: File,
     /// What the lock file said before, to be put back by a start that is refused.
     before: RefCell<Option<Vec<u8>>>,
+    /// Checkpoints that this process has verified, as they were then.
+    whole: RefCell<BTreeMap<PathBuf, Stamp>>,
 }
+
+/// Name, length and time of change of every file of a folder.
+type Stamp = BTreeMap<OsString, (u64, SystemTime)>;
 
 impl RunDir {
     /// Opens the folder, creating it and its parents if need be.
@@ -290,6 +296,7 @@ impl RunDir {
             run: self.clone(),
             file,
             before: RefCell::new(before),
+            whole: RefCell::default(),
         })
     }
 
@@ -548,6 +555,27 @@ impl RunLock {
         Ok(aside)
     }
 
+    /// Notes that a checkpoint has just been verified.
+    pub(crate) fn note_whole(&self, dir: &Path) {
+        if let Some(stamp) = stamp(dir) {
+            self.whole.borrow_mut().insert(dir.into(), stamp);
+        }
+    }
+
+    /// Verifies a checkpoint, unless it was before and its files have not changed since: reading all that are kept after every save
+    /// would take longer than the save.
+    fn check_whole(&self, dir: &Path) -> Result<(), CheckpointError> {
+        let stamp = stamp(dir);
+        if stamp.is_some() && self.whole.borrow().get(dir) == stamp.as_ref() {
+            return Ok(());
+        }
+        verify(dir)?;
+        if let Some(stamp) = stamp {
+            self.whole.borrow_mut().insert(dir.into(), stamp);
+        }
+        Ok(())
+    }
+
     /// Deletes all but the newest `keep` checkpoints, and never leaves fewer than 2. A damaged one does not
     /// count as kept, and goes only once enough later ones are whole.
     pub fn prune(&self, vfs: &dyn Vfs, keep: usize) -> Result<(), CheckpointError> {
@@ -567,8 +595,8 @@ impl RunLock {
             if superseded || (enough && latest.as_ref() != Some(&dir)) {
                 victims.push(dir);
             } else if !enough {
-                match verify(&dir) {
-                    Ok(_) => drop(whole.insert(step)),
+                match self.check_whole(&dir) {
+                    Ok(()) => drop(whole.insert(step)),
                     Err(reason) => {
                         warn!(reason = %Rejected { path: dir, reason }, "a damaged checkpoint is not counted")
                     }
@@ -577,6 +605,19 @@ impl RunLock {
         }
         discard(vfs, self.run.path(), &victims)
     }
+}
+
+/// `None` where the system does not tell.
+fn stamp(dir: &Path) -> Option<Stamp> {
+    let entries = fs::read_dir(dir).ok()?.map(|entry| {
+        let entry = entry.ok()?;
+        let metadata = entry.metadata().ok()?;
+        Some((
+            entry.file_name(),
+            (metadata.len(), metadata.modified().ok()?),
+        ))
+    });
+    entries.collect()
 }
 
 #[derive(Default)]

@@ -252,6 +252,7 @@ mod tests {
             step,
             time: 1e9 + step as f64,
             seconds: Some(0.5),
+            waited: Some(0.0),
             memory_mb: Some(100.0),
             started_on: None,
         }

@@ -23,6 +23,9 @@ pub struct Timing {
     /// What the step took, in seconds, saving and previews aside; `None` in a start's line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
+    /// In how many of them it waited for its data.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waited: Option<f64>,
     /// Memory of the program after the step, in megabytes, where the system tells.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_mb: Option<f64>,
@@ -32,12 +35,13 @@ pub struct Timing {
 }
 
 impl Timing {
-    /// A step that is just done.
-    pub fn of_step(step: u64, took: Duration) -> Self {
+    /// A step that is just done, in which nothing was computed while it `waited`.
+    pub fn of_step(step: u64, took: Duration, waited: Duration) -> Self {
         Self {
             step,
             time: unix_time(),
             seconds: Some(took.as_secs_f64()),
+            waited: Some(waited.as_secs_f64()),
             memory_mb: memory_mb(),
             started_on: None,
         }
@@ -49,6 +53,7 @@ impl Timing {
             step,
             time: unix_time(),
             seconds: None,
+            waited: None,
             memory_mb: None,
             started_on: Some(device.into()),
         }
@@ -130,11 +135,19 @@ mod tests {
         let mut log = TimingLog::open(&RealFs, path.clone(), None);
         log.append(&Timing::of_start(0, "flex"));
         for step in 1..=4 {
-            log.append(&Timing::of_step(step, Duration::from_millis(250)));
+            log.append(&Timing::of_step(
+                step,
+                Duration::from_millis(250),
+                Duration::ZERO,
+            ));
         }
         let mut log = TimingLog::open(&RealFs, path.clone(), Some(2));
         log.append(&Timing::of_start(2, "flex"));
-        log.append(&Timing::of_step(3, Duration::from_millis(500)));
+        log.append(&Timing::of_step(
+            3,
+            Duration::from_millis(500),
+            Duration::ZERO,
+        ));
         let lines = read_timings(&path);
         let steps: Vec<u64> = lines.iter().map(|line| line.step).collect();
         assert_eq!(steps, [0, 1, 2, 2, 3]);
@@ -149,7 +162,7 @@ mod tests {
         let path = folder.path().join("timings.jsonl");
         fs::write(&path, "nonsense\n{\"step\":1,\"time\":1.0}\n").expect("writable");
         let mut log = TimingLog::open(&RealFs, path.clone(), Some(5));
-        log.append(&Timing::of_step(6, Duration::ZERO));
+        log.append(&Timing::of_step(6, Duration::ZERO, Duration::ZERO));
         assert_eq!(read_timings(&path).len(), 1);
     }
 

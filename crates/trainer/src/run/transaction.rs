@@ -98,6 +98,7 @@ pub fn write_checkpoint(
             published?
         }
     };
+    lock.note_whole(&dir);
     run.write_latest(vfs, &dir, &manifest_sha256)?;
     if let Some(old) = replaced {
         discard(vfs, run.path(), &[old])?;
