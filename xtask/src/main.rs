@@ -13,7 +13,7 @@ cargo xtask <command>
   train [CONFIG.toml] [flags of `flux-lora train`]   no configuration: the bundled quickstart, and what it has learned
   sample [flags of `flux-lora sample`]
   parity [CASE...] [flags of `flux-lora parity`]     no case: all bundled cases
-  bench step|ops|lora|lora-core|quality|sample|scaling|full-size [flags of `flux-lora bench`]
+  bench step|ops|lora|lora-core|quality|sample|scaling|trainer|full-size [flags of `flux-lora bench`]
   run COMMAND...                                     any other command of `flux-lora`
   test [--wgpu]                                      every test; --wgpu adds those that need a GPU or Mesa's llvmpipe
   faults [--quick] [--wgpu] [FAULT...]               kills, full disks, flipped bits ...: what survives, bit for bit

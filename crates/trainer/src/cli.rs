@@ -406,6 +406,22 @@ pub enum BenchCommand {
     Sample(SampleBenchArgs),
     /// How time and memory of a step grow with blocks, batch and tokens
     Scaling(ScalingBenchArgs),
+    /// What a run costs beside forward pass, backward pass and update: data, logs, saves, its start
+    Trainer(TrainerBenchArgs),
+}
+
+/// `flux-lora bench trainer`
+#[derive(Debug, Args)]
+pub struct TrainerBenchArgs {
+    /// Steps of the run, every second of which is saved
+    #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u64).range(4..))]
+    pub steps: u64,
+    /// Where to write 0.4 GB; removed at the end
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub dir: PathBuf,
+    /// Leave everything where it is; the next run uses the weights that are there
+    #[arg(long)]
+    pub keep: bool,
 }
 
 /// `flux-lora bench step`
@@ -421,6 +437,16 @@ pub struct StepBenchArgs {
     /// in a process of its own, if absent
     #[arg(long)]
     pub variant: Option<String>,
+    /// In turns with the same step in torch with PEFT, which this Python has (with diffusers); plain and recompute, each with every number of
+    /// --threads
+    #[arg(long, value_name = "PYTHON", conflicts_with_all = ["variant", "device"])]
+    pub torch: Option<PathBuf>,
+    /// Threads, beside torch
+    #[arg(long, value_delimiter = ',', default_values_t = [2, 1], requires = "torch")]
+    pub threads: Vec<usize>,
+    /// Times that each is run, beside torch
+    #[arg(long, default_value_t = 3, requires = "torch")]
+    pub rounds: usize,
 }
 
 /// `flux-lora bench ops`
@@ -546,6 +572,24 @@ pub struct QualityBenchArgs {
     /// Steps of each training
     #[arg(long, default_value_t = 200)]
     pub steps: u64,
+    /// The storages to measure; f32, which the others are compared with, always is
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Storage::Bf16, Storage::Fp8, Storage::Q8, Storage::Nf4])]
+    pub dtypes: Vec<Storage>,
+}
+
+/// How `bench quality` stores the weights of linear layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Storage {
+    /// As they are.
+    F32,
+    /// Rounded.
+    Bf16,
+    /// E4M3 with one factor for a weight.
+    Fp8,
+    /// Integers of 8 bits.
+    Q8,
+    /// bitsandbytes' NF4.
+    Nf4,
 }
 
 /// `flux-lora bench scaling`

@@ -6,31 +6,25 @@
 //! right after the steps, on the shapes of the largest layers.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use burn::tensor::{Tensor, TensorData};
 use flux_model::autoencoder::AutoencoderConfig;
-use flux_model::family::ComponentFile;
 use flux_model::flux1::config::FluxConfig;
 use flux_model::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
 use flux_model::text::clip::ClipConfig;
 use flux_model::text::decoder::DecoderConfig;
 use flux_model::text::t5::T5Config;
-use image::RgbImage;
-use lora_core::files::host::{Dtype, HostTensor};
-use lora_core::files::safetensors::write_streaming;
-use lora_core::random::{Stream, name_hash};
+use lora_core::random::Stream;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::pipeline::{Scratch, Training, write_pictures, write_pipeline};
 use crate::cli::{FullSizeArgs, FullSizeModel};
-use crate::dev::random_weights::{Fill, copy_folder, files_of, fill_of};
+use crate::dev::random_weights::copy_folder;
 use crate::device;
 use crate::output::say;
 
@@ -47,20 +41,7 @@ pub fn run(args: &FullSizeArgs) -> anyhow::Result<()> {
         folder: work.clone(),
         is_kept: args.keep,
     };
-    model.write_configurations(&pipeline)?;
-    let mut files = files_of(&pipeline)?;
-    files.retain(|(file, _)| !pipeline.join(file).is_file()); // written by a run before that was kept or interrupted
-    if !files.is_empty() {
-        check_room(&work, &files)?;
-        let started = Instant::now();
-        for (file, tensors) in files {
-            write_weights(&pipeline.join(file), tensors)?;
-        }
-        say!(
-            "pipeline written in {:.0} s",
-            started.elapsed().as_secs_f64()
-        )?;
-    }
+    write_pipeline(model.template, &model.configs, &pipeline)?;
     let config = write_run(args, &work)?;
 
     let straight = work.join("straight");
@@ -78,7 +59,7 @@ pub fn run(args: &FullSizeArgs) -> anyhow::Result<()> {
         args.tokens,
         args.limit
     )?;
-    let said = Training::start(&config, &straight, false)?.finish()?;
+    let said = Training::start(&config, &straight, false)?.finish()?.text;
     let steps = numbers_after(&said, "s_per_step=\"");
     for line in said.lines().filter(|line| line.contains("memory")) {
         say!("{}", line.trim())?;
@@ -115,20 +96,6 @@ pub fn run(args: &FullSizeArgs) -> anyhow::Result<()> {
     say!("killed after step 1, resumed: the same bits")?;
     drop(scratch);
     Ok(())
-}
-
-/// Removed at the end, whatever the end is.
-struct Scratch {
-    folder: PathBuf,
-    is_kept: bool,
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if !self.is_kept {
-            let _ = fs::remove_dir_all(&self.folder); // what is left is seen
-        }
-    }
 }
 
 /// Configurations of the parts, by the files that they are in.
@@ -200,37 +167,6 @@ impl Model {
         }
     }
 
-    /// The pipeline without weights: tokenizers and scheduler are those of a small bundled one.
-    fn write_configurations(&self, folder: &Path) -> anyhow::Result<()> {
-        let template = Path::new(self.template);
-        if !template.is_dir() {
-            bail!(
-                "{} is not here: run this in the repository, with `cargo xtask bench full-size`",
-                template.display()
-            );
-        }
-        if !folder.is_dir() {
-            let copy = folder.with_extension("part");
-            copy_folder(template, &copy)?;
-            for (file, _) in files_of(&copy)? {
-                fs::remove_file(copy.join(file))?;
-            }
-            fs::rename(copy, folder)?;
-        }
-        for (file, config) in &self.configs {
-            let path = folder.join(file);
-            fs::write(&path, config.to_string())
-                .with_context(|| format!("write {}", path.display()))?;
-        }
-        let index = folder.join("model_index.json");
-        let text = fs::read_to_string(&index)?;
-        fs::write(
-            &index,
-            text.replace(r#""is_distilled": true"#, r#""is_distilled": false"#),
-        )?;
-        Ok(())
-    }
-
     /// Seconds of the fastest step beside what a GEMM of the same shape takes for the same work.
     fn print_rate(&self, args: &FullSizeArgs, steps: &[f64]) -> anyhow::Result<()> {
         let side = f64::from(args.resolution) / 16.0;
@@ -278,84 +214,10 @@ fn gemm_rate(tokens: usize, width: usize) -> anyhow::Result<f64> {
     Ok(8.0 * (tokens * width * width) as f64 / fastest.as_secs_f64())
 }
 
-fn check_room(work: &Path, files: &[ComponentFile]) -> anyhow::Result<()> {
-    let numbers = files.iter().flat_map(|(_, tensors)| tensors.values());
-    let numbers: usize = numbers.map(|shape| shape.iter().product::<usize>()).sum();
-    let needed = 2 * numbers as u64 + (2 << 30); // and two runs
-    let free = fs4::available_space(work)
-        .with_context(|| format!("ask for the free space of {}", work.display()))?;
-    if needed > free {
-        bail!(
-            "{} has {:.1} GB free, and {:.1} GB are needed: choose another --dir",
-            work.display(),
-            free as f64 / 1e9,
-            needed as f64 / 1e9
-        );
-    }
-    say!(
-        "writing {:.1} GB to {}",
-        2.0 * numbers as f64 / 1e9,
-        work.display()
-    )?;
-    Ok(())
-}
-
-/// A file of random weights in bf16, one tensor in memory at a time. The numbers of a tensor repeat after a prime number of
-/// them: drawing twelve thousand million would take longer than what is measured.
-fn write_weights(path: &Path, shapes: BTreeMap<String, Vec<usize>>) -> anyhow::Result<()> {
-    const PERIOD: usize = 1_048_573;
-    let normals = Stream::new(1, "full-size", 0, 0).normals(PERIOD);
-    let layout: Vec<_> = shapes
-        .iter()
-        .map(|(name, shape)| (name.clone(), Dtype::Bf16, shape.clone()))
-        .collect();
-    let tensor = |name: &str| -> std::io::Result<HostTensor> {
-        let shape = &shapes[name];
-        let (std, constant) = match fill_of(name, shape) {
-            Fill::Normal(std) => (std, 0.0),
-            Fill::Constant(value) => (0.0, value),
-        };
-        let values: Vec<f32> = normals.iter().map(|v| v * std + constant).collect();
-        let period = HostTensor::from_f32([PERIOD], &values)
-            .cast(Dtype::Bf16)
-            .bytes;
-        let len = 2 * shape.iter().product::<usize>();
-        let start = 2 * (name_hash(name) as usize % PERIOD);
-        let mut bytes = Vec::with_capacity(len + period.len());
-        bytes.extend_from_slice(&period[start..]);
-        while bytes.len() < len {
-            bytes.extend_from_slice(&period);
-        }
-        bytes.truncate(len);
-        Ok(HostTensor {
-            dtype: Dtype::Bf16,
-            shape: shape.clone(),
-            bytes,
-        })
-    };
-    let write = || -> std::io::Result<()> {
-        let part = path.with_extension("part");
-        let mut out = BufWriter::new(File::create(&part)?);
-        let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-        write_streaming(&mut out, &layout, &metadata, tensor)?;
-        out.flush()?;
-        fs::rename(part, path)
-    };
-    write().with_context(|| format!("write {}", path.display()))
-}
-
 /// Two pictures with captions, and the configuration of the run.
 fn write_run(args: &FullSizeArgs, work: &Path) -> anyhow::Result<PathBuf> {
-    let data = work.join("data");
-    fs::create_dir_all(&data)?;
-    for (name, caption, tint) in [("a", "a red hill", 200), ("b", "a blue lake", 40)] {
-        let side = args.resolution;
-        let picture = RgbImage::from_fn(side, side, |x, y| {
-            image::Rgb([tint, (x * 255 / side) as u8, (y * 255 / side) as u8])
-        });
-        picture.save(data.join(format!("{name}.png")))?;
-        fs::write(data.join(format!("{name}.txt")), caption)?;
-    }
+    let pictures = [("a", "a red hill", 200), ("b", "a blue lake", 40)];
+    write_pictures(&work.join("data"), args.resolution, &pictures)?;
     let config = work.join("run.toml");
     let text = format!(
         r#"[model]
@@ -396,68 +258,4 @@ fn numbers_after(text: &str, before: &str) -> Vec<f64> {
     parts
         .filter_map(|rest| rest.split('"').next()?.parse().ok())
         .collect()
-}
-
-/// `flux-lora train` in a process of its own.
-struct Training {
-    child: std::process::Child,
-    run: PathBuf,
-}
-
-impl Training {
-    fn start(config: &Path, run: &Path, resume: bool) -> anyhow::Result<Self> {
-        let mut command = Command::new(std::env::current_exe()?);
-        command.arg("train").arg(config).arg("--output").arg(run);
-        if resume {
-            command.arg("--resume");
-        }
-        let child = command
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("start the training")?;
-        Ok(Self {
-            child,
-            run: run.into(),
-        })
-    }
-
-    /// Waits for the end; returns what was said, which is passed on line by line.
-    fn finish(mut self) -> anyhow::Result<String> {
-        let mut said = String::new();
-        if let Some(lines) = self.child.stderr.take() {
-            for line in BufReader::new(lines).lines() {
-                let line = line?;
-                eprintln!("  {line}");
-                said += &line;
-                said.push('\n');
-            }
-        }
-        match self.child.wait()?.success() {
-            true => Ok(said),
-            false => bail!("the training in {} failed", self.run.display()),
-        }
-    }
-
-    /// Kills it `after` it has begun to make steps.
-    fn kill_inside_a_step(mut self, after: Duration) -> anyhow::Result<()> {
-        if let Some(lines) = self.child.stderr.take() {
-            for line in BufReader::new(lines).lines() {
-                let line = line?;
-                if line.contains("steps_per_epoch=") {
-                    break;
-                }
-            }
-        }
-        sleep(after);
-        if self.child.try_wait()?.is_some() {
-            bail!(
-                "the training in {} ended before it was killed",
-                self.run.display()
-            );
-        }
-        self.child.kill()?;
-        self.child.wait()?;
-        Ok(())
-    }
 }

@@ -5,11 +5,13 @@ mod lora;
 mod lora_core;
 mod model;
 mod ops;
+mod pipeline;
 mod plot;
 mod quality;
 mod sample;
 mod scaling;
 mod step;
+mod trainer;
 
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -32,19 +34,25 @@ pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Quality(args) => quality::run(args),
         BenchCommand::Sample(args) => sample::run(args),
         BenchCommand::Scaling(args) => scaling::run(args),
+        BenchCommand::Trainer(args) => trainer::run(args),
     }
 }
 
 /// What `flux-lora bench` with these arguments prints, run in a process of its own so that peak memory belongs to it.
 fn in_own_process(args: &[&str]) -> anyhow::Result<String> {
-    let output = Command::new(std::env::current_exe()?)
-        .arg("bench")
-        .args(args)
-        .stderr(Stdio::inherit())
-        .output()
-        .context("start the benchmark process")?;
+    printed(
+        Command::new(std::env::current_exe()?)
+            .arg("bench")
+            .args(args),
+    )
+}
+
+/// What a command prints.
+fn printed(command: &mut Command) -> anyhow::Result<String> {
+    let output = command.stderr(Stdio::inherit()).output();
+    let output = output.with_context(|| format!("start {:?}", command.get_program()))?;
     if !output.status.success() {
-        bail!("bench {} failed", args.join(" "));
+        bail!("{command:?} failed");
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -56,6 +64,19 @@ fn median(times: &[Duration]) -> f64 {
     times
         .get(times.len() / 2)
         .map_or(0.0, Duration::as_secs_f64)
+}
+
+/// Time that this process has computed, all threads together, in hundredths of a second.
+fn cpu_seconds() -> anyhow::Result<f64> {
+    let stat =
+        std::fs::read_to_string("/proc/self/stat").context("this system tells no CPU time")?;
+    let (_, fields) = stat.rsplit_once(')').unwrap_or_default();
+    let fields: Vec<f64> = fields
+        .split_whitespace()
+        .map(|field| field.parse().unwrap_or(0.0))
+        .collect();
+    let [user, system] = [11, 12].map(|at| fields.get(at).copied().unwrap_or(0.0));
+    Ok((user + system) / 100.0)
 }
 
 /// Largest resident memory of this process, where the system tells it.

@@ -17,8 +17,11 @@ use crate::rule::Rule;
 use crate::run::checkpoint::Progress;
 use crate::step::Drawn;
 
+/// Of the adapter.
+pub(super) const RANK: usize = 16;
+/// Of a sample.
+pub(super) const TEXT_TOKENS: usize = 128;
 const IMAGE_SIDE: usize = 16;
-const TEXT_TOKENS: usize = 128;
 const HIDDEN: usize = 768;
 const BLOCKS: [usize; 2] = [3, 6];
 const TEXT_WIDTH: usize = 1024;
@@ -62,7 +65,8 @@ pub(super) const BASELINE: Size = Size {
     image_side: IMAGE_SIDE,
 };
 
-fn config(size: Size) -> Value {
+/// `config.json` of a transformer of this size.
+pub(super) fn config(size: Size) -> Value {
     json!({
         "num_layers": size.blocks[0],
         "num_single_layers": size.blocks[1],
@@ -88,15 +92,20 @@ pub(super) fn network_of<F: Family>(size: Size, device: &Device) -> anyhow::Resu
     ))
 }
 
-/// About to train a LoRA of rank 16.
+/// Path endings of the layers that the LoRA adapts.
+pub(super) fn targets<F: Family>() -> Vec<String> {
+    let targets = F::TARGETS.iter().chain(&["proj_mlp"]);
+    targets.map(|ending| String::from(*ending)).collect()
+}
+
+/// About to train a LoRA of rank [`RANK`].
 pub(super) fn training<F: Family>(
     network: F::Network,
 ) -> anyhow::Result<Training<F::Network, Progress>> {
-    let targets = F::TARGETS.iter().chain(&["proj_mlp"]);
     let lora = LoraConfig {
-        r: 16,
-        lora_alpha: 16.0,
-        target_modules: Targets::List(targets.map(|ending| String::from(*ending)).collect()),
+        r: RANK,
+        lora_alpha: RANK as f64,
+        target_modules: Targets::List(targets::<F>()),
         init_lora_weights: InitLoraWeights::Gaussian,
         ..LoraConfig::default()
     };

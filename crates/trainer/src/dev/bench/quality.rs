@@ -18,38 +18,28 @@ use lora_core::frozen::hold;
 use lora_core::state::host_tensor;
 
 use super::model;
-use crate::cli::QualityBenchArgs;
+use crate::cli::{QualityBenchArgs, Storage};
 use crate::device::{self, NamedDevice};
 use crate::output::say;
 use crate::step::step;
 use crate::workers::Workers;
 
-/// How the weights of linear layers are stored.
-#[derive(Clone, Copy)]
-enum Storage {
-    F32,
-    Bf16,
-    FewBits(fn(Vec<usize>, &[f32]) -> Quantised),
-}
-
-/// By their names.
-const STORAGES: [(&str, Storage); 5] = [
-    ("f32", Storage::F32),
-    ("bf16", Storage::Bf16),
-    ("fp8, scaled", Storage::FewBits(Quantised::fp8)),
-    ("q8", Storage::FewBits(Quantised::int8)),
-    ("nf4", Storage::FewBits(Quantised::nf4)),
-];
-
-/// Measures every storage.
+/// Measures every storage that is asked for, each after f32.
 ///
 /// # Errors
 /// No device; a training that fails.
 pub fn run(args: &QualityBenchArgs) -> anyhow::Result<()> {
     let device = device::open(args.device.as_deref().unwrap_or(device::default_name()))?;
+    let mut storages = vec![Storage::F32];
+    for storage in &args.dtypes {
+        if !storages.contains(storage) {
+            storages.push(*storage);
+        }
+    }
     let measure = Measure {
         device: &device,
         steps: args.steps.max(1),
+        storages,
     };
     families::named("flux1", measure).context("no FLUX.1")?
 }
@@ -57,6 +47,7 @@ pub fn run(args: &QualityBenchArgs) -> anyhow::Result<()> {
 struct Measure<'a> {
     device: &'a NamedDevice,
     steps: u64,
+    storages: Vec<Storage>,
 }
 
 impl Visitor for Measure<'_> {
@@ -75,13 +66,20 @@ impl Visitor for Measure<'_> {
             "gap"
         )?;
         let mut exact: Option<(Vec<f32>, f64)> = None;
-        for (name, storage) in STORAGES {
+        for storage in self.storages {
+            let name = match storage {
+                Storage::F32 => "f32",
+                Storage::Bf16 => "bf16",
+                Storage::Fp8 => "fp8, scaled",
+                Storage::Q8 => "q8",
+                Storage::Nf4 => "nf4",
+            };
             let network = model::network::<F>(&device)?;
             let (network, bits, weights) = stored(network, storage)?;
             let input = model::draw::<F>(u64::MAX, &device).batch.input;
             let velocity = host_tensor(network.forward(input)?.inner()).to_f32();
             let mut training = model::training::<F>(network)?;
-            let rule = model::rule(usize::MAX, 1e-3);
+            let rule = model::rule(0, 1e-3);
             let mut workers = Workers::alone(&device);
             let mut losses = Vec::new();
             for _ in 0..self.steps {
@@ -120,8 +118,11 @@ fn stored<N: Network>(network: N, storage: Storage) -> anyhow::Result<(N, f64, f
             });
         (difference / norm).sqrt()
     };
-    match storage {
-        Storage::F32 => Ok((network, 32.0, 0.0)),
+    let encode: fn(Vec<usize>, &[f32]) -> Quantised = match storage {
+        Storage::Fp8 => Quantised::fp8,
+        Storage::Q8 => Quantised::int8,
+        Storage::Nf4 => Quantised::nf4,
+        Storage::F32 => return Ok((network, 32.0, 0.0)),
         Storage::Bf16 => {
             // f32 of the same values: what is computed is the same
             let rounded = |tensor: &HostTensor| tensor.cast(Dtype::Bf16).cast(Dtype::F32);
@@ -129,21 +130,19 @@ fn stored<N: Network>(network: N, storage: Storage) -> anyhow::Result<(N, f64, f
             let changes = matrices.iter();
             let changes = changes.map(|(key, tensor)| (key.clone(), (true, rounded(tensor))));
             let (network, _) = change_parameters(network, changes.collect(), 1.0);
-            Ok((network, 16.0, error))
+            return Ok((network, 16.0, error));
         }
-        Storage::FewBits(encode) => {
-            let encode = |tensor: &HostTensor| encode(tensor.shape.clone(), &tensor.to_f32());
-            let few = matrices.iter();
-            let few = few.map(|(key, tensor)| (key.clone(), Arc::new(encode(tensor))));
-            let few: BTreeMap<String, Arc<Quantised>> = few.collect();
-            let error = error(&|key| few[key].to_f32());
-            let [bytes, numel] = few.values().fold([0, 0], |[bytes, numel], weight| {
-                [bytes + weight.bytes(), numel + weight.numel()]
-            });
-            let bits = 8.0 * bytes as f64 / numel as f64;
-            Ok((hold(network, few)?, bits, error))
-        }
-    }
+    };
+    let encode = |tensor: &HostTensor| encode(tensor.shape.clone(), &tensor.to_f32());
+    let few = matrices.iter();
+    let few = few.map(|(key, tensor)| (key.clone(), Arc::new(encode(tensor))));
+    let few: BTreeMap<String, Arc<Quantised>> = few.collect();
+    let error = error(&|key| few[key].to_f32());
+    let [bytes, numel] = few.values().fold([0, 0], |[bytes, numel], weight| {
+        [bytes + weight.bytes(), numel + weight.numel()]
+    });
+    let bits = 8.0 * bytes as f64 / numel as f64;
+    Ok((hold(network, few)?, bits, error))
 }
 
 /// `|a - b| / |b|`.

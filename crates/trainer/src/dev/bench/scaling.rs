@@ -14,7 +14,7 @@ use flux_model::family::Family;
 
 use super::model::{self, BASELINE, Size};
 use super::plot::{Panel, figure};
-use super::{in_own_process, peak_rss_mib};
+use super::{cpu_seconds, in_own_process, peak_rss_mib};
 use crate::cli::ScalingBenchArgs;
 use crate::device;
 use crate::output::{print, say};
@@ -163,16 +163,4 @@ impl Visitor for TimeSteps {
         let mib = peak_rss_mib().context("this system does not tell peak memory")?;
         Ok((seconds, mib))
     }
-}
-
-/// Time that this process has computed, all threads together, in hundredths of a second.
-fn cpu_seconds() -> anyhow::Result<f64> {
-    let stat = fs::read_to_string("/proc/self/stat").context("this system tells no CPU time")?;
-    let (_, fields) = stat.rsplit_once(')').unwrap_or_default();
-    let fields: Vec<f64> = fields
-        .split_whitespace()
-        .map(|field| field.parse().unwrap_or(0.0))
-        .collect();
-    let [user, system] = [11, 12].map(|at| fields.get(at).copied().unwrap_or(0.0));
-    Ok((user + system) / 100.0)
 }
