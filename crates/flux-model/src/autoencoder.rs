@@ -7,13 +7,13 @@
 use burn::module::Module;
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::{GroupNorm, GroupNormConfig, Linear, PaddingConfig2d};
-use burn::tensor::ops::PadMode;
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::layers::{linear_layer, packed};
 use crate::ops::attention::attention;
-use crate::ops::silu::silu;
+use crate::ops::conv::{Then, conv2d, conv2d_of_doubled, conv2d_then};
+use crate::ops::group_norm::{group_norm, group_norm_silu};
 use crate::sizes::out_of_range;
 use crate::tiles::{TILE_PX, by_tiles};
 
@@ -221,7 +221,7 @@ pub(crate) fn moments(
     by_tiles(image, TILE_PX, TILE_PX / downscale, |tile| {
         let moments = encoder.forward(tile);
         match quant_conv {
-            Some(conv) => conv.forward(moments),
+            Some(conv) => conv2d(conv, moments),
             None => moments,
         }
     })
@@ -236,7 +236,7 @@ pub(crate) fn decoded(
 ) -> Tensor<4> {
     by_tiles(z, TILE_PX / downscale, TILE_PX, |tile| {
         let tile = match post_quant_conv {
-            Some(conv) => conv.forward(tile),
+            Some(conv) => conv2d(conv, tile),
             None => tile,
         };
         decoder.forward(tile)
@@ -277,12 +277,17 @@ impl ResnetBlock {
     }
 
     fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let hidden = self.conv1.forward(silu(self.norm1.forward(x.clone())));
-        let hidden = self.conv2.forward(silu(self.norm2.forward(hidden)));
-        match &self.conv_shortcut {
-            Some(shortcut) => shortcut.forward(x) + hidden,
-            None => x + hidden,
-        }
+        let hidden = conv2d(&self.conv1, group_norm_silu(&self.norm1, x.clone()));
+        let hidden = group_norm_silu(&self.norm2, hidden);
+        let plus = match &self.conv_shortcut {
+            Some(shortcut) => conv2d(shortcut, x),
+            None => x,
+        };
+        let then = Then {
+            plus: Some(plus),
+            relu: false,
+        };
+        conv2d_then(&self.conv2, hidden, then)
     }
 }
 
@@ -310,9 +315,7 @@ impl AttentionBlock {
 
     fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         let [batch, channels, height, width] = x.dims();
-        let tokens = self
-            .group_norm
-            .forward(x.clone())
+        let tokens = group_norm(&self.group_norm, x.clone())
             .reshape([batch, channels, height * width])
             .swap_dims(1, 2);
         let head = |layer: &Linear| layer.forward(tokens.clone()).unsqueeze_dim::<4>(1); // (b, 1 head, tokens, c)
@@ -356,7 +359,7 @@ impl MidBlock {
     }
 }
 
-/// Halves the sides: zeros on the right and at the bottom, then a convolution of stride 2 without padding.
+/// Halves the sides: a convolution of stride 2, with zeros on the right and at the bottom.
 #[derive(Module, Debug)]
 struct Downsample {
     conv: Conv2d,
@@ -366,13 +369,13 @@ impl Downsample {
     fn new(channels: usize, device: &Device) -> Self {
         let conv = Conv2dConfig::new([channels, channels], [3, 3])
             .with_stride([2, 2])
+            .with_padding(PaddingConfig2d::Explicit(0, 0, 1, 1))
             .init(device);
         Self { conv }
     }
 
     fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        self.conv
-            .forward(x.pad([(0, 1), (0, 1)], PadMode::Constant(0.0)))
+        conv2d(&self.conv, x)
     }
 }
 
@@ -384,16 +387,8 @@ struct Upsample {
 
 impl Upsample {
     fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        self.conv.forward(doubled(x))
+        conv2d_of_doubled(&self.conv, x)
     }
-}
-
-/// Every pixel as four of them.
-pub(crate) fn doubled(x: Tensor<4>) -> Tensor<4> {
-    let [batch, channels, height, width] = x.dims();
-    x.reshape([batch * channels, height, 1, width, 1])
-        .expand([batch * channels, height, 2, width, 2])
-        .reshape([batch, channels, 2 * height, 2 * width])
 }
 
 #[derive(Module, Debug)]
@@ -468,13 +463,13 @@ impl Encoder {
     }
 
     pub(crate) fn forward(&self, image: Tensor<4>) -> Tensor<4> {
-        let mut x = self.conv_in.forward(image);
+        let mut x = conv2d(&self.conv_in, image);
         for block in &self.down_blocks {
             x = block.resnets.iter().fold(x, |x, resnet| resnet.forward(x));
             x = block.downsamplers.iter().fold(x, |x, down| down.forward(x));
         }
         let x = self.mid_block.forward(x);
-        self.conv_out.forward(silu(self.conv_norm_out.forward(x)))
+        conv2d(&self.conv_out, group_norm_silu(&self.conv_norm_out, x))
     }
 }
 
@@ -521,11 +516,11 @@ impl Decoder {
     }
 
     pub(crate) fn forward(&self, z: Tensor<4>) -> Tensor<4> {
-        let mut x = self.mid_block.forward(self.conv_in.forward(z));
+        let mut x = self.mid_block.forward(conv2d(&self.conv_in, z));
         for block in &self.up_blocks {
             x = block.resnets.iter().fold(x, |x, resnet| resnet.forward(x));
             x = block.upsamplers.iter().fold(x, |x, up| up.forward(x));
         }
-        self.conv_out.forward(silu(self.conv_norm_out.forward(x)))
+        conv2d(&self.conv_out, group_norm_silu(&self.conv_norm_out, x))
     }
 }

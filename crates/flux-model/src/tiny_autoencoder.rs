@@ -11,7 +11,8 @@ use burn::tensor::activation::relu;
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::autoencoder::{conv, doubled};
+use crate::autoencoder::conv;
+use crate::ops::conv::{Then, conv2d, conv2d_of_doubled, conv2d_then, doubled};
 use crate::sizes::out_of_range;
 
 /// Latents are clamped softly to this before they are decoded.
@@ -257,13 +258,28 @@ impl Layers {
     }
 
     fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        self.layers.iter().fold(x, |x, layer| match layer {
-            Layer::Conv(conv) => conv.forward(x),
-            Layer::Block(block) => block.forward(x),
-            Layer::Relu(_) => relu(x),
-            Layer::Double(_) => doubled(x),
-        })
+        forward(&self.layers, x)
     }
+}
+
+/// One layer after the other, or two where one operation does both.
+fn forward(layers: &[Layer], x: Tensor<4>) -> Tensor<4> {
+    let (x, rest) = match layers {
+        [] => return x,
+        [Layer::Conv(conv), Layer::Relu(_), rest @ ..] => {
+            let then = Then {
+                relu: true,
+                ..Then::default()
+            };
+            (conv2d_then(conv, x, then), rest)
+        }
+        [Layer::Double(_), Layer::Conv(conv), rest @ ..] => (conv2d_of_doubled(conv, x), rest),
+        [Layer::Conv(conv), rest @ ..] => (conv2d(conv, x), rest),
+        [Layer::Block(block), rest @ ..] => (block.forward(x), rest),
+        [Layer::Relu(_), rest @ ..] => (relu(x), rest),
+        [Layer::Double(_), rest @ ..] => (doubled(x), rest),
+    };
+    forward(rest, x)
 }
 
 /// A convolution between levels, without bias.
@@ -291,10 +307,15 @@ impl TinyBlock {
     }
 
     fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let hidden = self.conv.iter().fold(x.clone(), |x, layer| match layer {
-            Layer::Conv(conv) => conv.forward(x),
-            _ => relu(x),
-        });
-        relu(hidden + x)
+        match &self.conv[..] {
+            [first @ .., Layer::Conv(last)] => {
+                let then = Then {
+                    plus: Some(x.clone()),
+                    relu: true,
+                };
+                conv2d_then(last, forward(first, x), then)
+            }
+            layers => relu(forward(layers, x.clone()) + x),
+        }
     }
 }

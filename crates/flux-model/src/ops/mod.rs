@@ -1,11 +1,13 @@
-//! The operations that FLUX's blocks spend their time in, besides linear layers: see [`lora_core::ops`].
+//! The operations that FLUX's blocks and autoencoders spend their time in, besides linear layers: see [`lora_core::ops`].
 //!
 //! | file | operation |
 //! |---|---|
 //! | `activation` | what GELU and SiLU have in common |
 //! | `attention` | `softmax(scale q kᵀ) v`, never holding the scores of all tokens |
+//! | `conv` | convolutions, of images that are doubled first too; no gradients |
 //! | `gate` | `x + gate * y` |
 //! | `gelu` | GELU by tanh, alone and behind another tensor |
+//! | `group_norm` | group norm, alone and before SiLU; no gradients |
 //! | `heads` | tokens to heads: RMS norm, rotary positions and layout |
 //! | `layer_norm` | layer norm and modulation |
 //! | `silu` | SiLU, alone and as a gate |
@@ -13,8 +15,10 @@
 #[cfg(feature = "flex")]
 mod activation;
 pub mod attention;
+pub mod conv;
 pub mod gate;
 pub mod gelu;
+pub mod group_norm;
 pub mod heads;
 pub mod layer_norm;
 pub mod silu;

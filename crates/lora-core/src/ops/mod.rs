@@ -42,7 +42,7 @@ pub use node::{Operation, apply};
 
 /// Names the kernels in the fingerprint of a run: it changes with every change of their bits.
 pub const KERNELS: &str = if cfg!(feature = "flex") {
-    "flex 1"
+    "flex 2"
 } else {
     "none"
 };

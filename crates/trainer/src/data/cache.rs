@@ -32,7 +32,7 @@ use crate::progress;
 
 /// Version of the code between a file and an entry: decoding, colours, cropping, resizing, tokens, encoders, what is stored.
 /// Raise it with any change after which the same file gives other numbers, so that an upgrade never mixes old entries with new.
-const ENCODING: &str = "2";
+const ENCODING: &str = "3";
 
 /// Name of the mask in the entry of a masked image.
 const MASK: &str = "mask";
