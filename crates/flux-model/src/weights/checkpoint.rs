@@ -112,6 +112,16 @@ impl Checkpoint {
         }))
     }
 
+    /// The bytes of a tensor that is not in few bits, to where they are wanted.
+    pub(super) fn read_into(
+        &self,
+        location: &Location,
+        out: &mut [u8],
+    ) -> Result<(), WeightsError> {
+        let name = format!("{}{}", self.prefix, location.key);
+        Ok(self.tensors.read_into(&name, location.rows.clone(), out)?)
+    }
+
     /// The weight in few bits that a tensor belongs to, both without prefix.
     pub(crate) fn owner(&self, key: &str) -> Option<&str> {
         let weight = self.parts.get(&format!("{}{key}", self.prefix))?;

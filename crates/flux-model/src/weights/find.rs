@@ -1,11 +1,12 @@
 //! A parameter's place in a checkpoint, checked, and what is stored there.
 
 use burn::tensor::Device;
+use lora_core::files::host::{Dtype, first_non_finite};
 use lora_core::files::quantised::Codec;
 
 use super::checkpoint::Checkpoint;
 use super::layout::{Layout, Location};
-use super::storage::{BaseDtype, Read, Ready};
+use super::storage::{BaseDtype, Kept, Read, Ready, Storage};
 use crate::error::WeightsError;
 
 /// Where a parameter is in a checkpoint, which has it in this shape.
@@ -138,6 +139,43 @@ impl Checkpoint {
         }
         let ready = Ready::new(self.stored(place)?, parameter.is_linear, base, device);
         ready.map_err(|index| self.not_finite(&place.location.key, index))
+    }
+
+    /// The type of a weight that is computed with as it is stored, byte for byte, if it is such a one.
+    pub(super) fn as_stored(
+        &self,
+        parameter: &Parameter,
+        base: BaseDtype,
+        device: &Device,
+    ) -> Option<Dtype> {
+        let location = &parameter.place.location;
+        let storage = self.storage(&location.key)?;
+        let Storage::Dense(dtype @ (Dtype::Bf16 | Dtype::F16)) = storage else {
+            return None;
+        };
+        let is_same = parameter.is_linear
+            && base.kept(storage, device) == Kept::Dense(dtype)
+            && !location.swap_halves
+            && cfg!(target_endian = "little");
+        is_same.then_some(dtype)
+    }
+
+    /// Reads the bytes of a weight of that kind to where they are wanted.
+    ///
+    /// # Errors
+    /// As [`ready`](Self::ready).
+    pub(super) fn read_as_stored(
+        &self,
+        parameter: &Parameter,
+        dtype: Dtype,
+        out: &mut [u8],
+    ) -> Result<(), WeightsError> {
+        let location = &parameter.place.location;
+        self.read_into(location, out)?;
+        match first_non_finite(dtype, out) {
+            None => Ok(()),
+            Some(index) => Err(self.not_finite(&location.key, index)),
+        }
     }
 
     fn not_finite(&self, key: &str, index: usize) -> WeightsError {

@@ -16,6 +16,7 @@ pub use self::storage::BaseDtype;
 pub use self::stream::Stream;
 
 mod architecture;
+mod buffers;
 mod checkpoint;
 mod compute;
 mod find;

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use burn::tensor::{DType, Device, Element, Tensor, TensorData, bf16, f16};
+use burn::tensor::{
+    AllocationProperty, Bytes, DType, Device, Element, Tensor, TensorData, bf16, f16,
+};
 use lora_core::files::host::{Dtype, HostTensor};
 use lora_core::files::quantised::{Codec, Quantised};
 use lora_core::frozen::placeholder;
@@ -179,6 +181,17 @@ impl Ready {
         };
         let tensor = codec.encode(tensor.shape.clone(), &tensor.to_f32());
         Ok(Self::FewBits(tensor.into()))
+    }
+
+    /// The weight of a linear layer, `shape` `[out, in]`, that is computed with as its bytes are.
+    pub(super) fn as_stored(bytes: bytes::Bytes, shape: &[usize], dtype: Dtype) -> Self {
+        let dtype = burn_dtype(dtype);
+        let bytes = Bytes::from_shared(bytes, AllocationProperty::Other);
+        Self::Dense {
+            data: TensorData::from_bytes(bytes, shape.to_vec(), dtype),
+            dtype,
+            is_turned: true,
+        }
     }
 
     fn dense(mut tensor: HostTensor, is_linear: bool, kept: Kept) -> Result<Self, usize> {

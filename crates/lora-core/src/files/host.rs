@@ -195,16 +195,20 @@ impl HostTensor {
 
     /// Flat index of the first NaN or infinity.
     pub fn first_non_finite(&self) -> Option<usize> {
-        let bytes = &self.bytes;
-        match self.dtype {
-            Dtype::F64 => position(bytes, |b| !f64::from_le_bytes(b).is_finite()),
-            Dtype::F32 => position(bytes, |b| !f32::from_le_bytes(b).is_finite()),
-            Dtype::F16 => position(bytes, |b| u16::from_le_bytes(b) & 0x7C00 == 0x7C00),
-            Dtype::Bf16 => position(bytes, |b| u16::from_le_bytes(b) & 0x7F80 == 0x7F80),
-            Dtype::F8E4m3 => position(bytes, |[b]| b & 0x7F == 0x7F),
-            Dtype::F8E5m2 => position(bytes, |[b]| b & 0x7C == 0x7C),
-            _ => None,
-        }
+        first_non_finite(self.dtype, &self.bytes)
+    }
+}
+
+/// Index of the first NaN or infinity of elements as a file stores them.
+pub fn first_non_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
+    match dtype {
+        Dtype::F64 => position(bytes, |b| !f64::from_le_bytes(b).is_finite()),
+        Dtype::F32 => position(bytes, |b| !f32::from_le_bytes(b).is_finite()),
+        Dtype::F16 => position(bytes, |b| u16::from_le_bytes(b) & 0x7C00 == 0x7C00),
+        Dtype::Bf16 => position(bytes, |b| u16::from_le_bytes(b) & 0x7F80 == 0x7F80),
+        Dtype::F8E4m3 => position(bytes, |[b]| b & 0x7F == 0x7F),
+        Dtype::F8E5m2 => position(bytes, |[b]| b & 0x7C == 0x7C),
+        _ => None,
     }
 }
 

@@ -98,8 +98,7 @@ impl TensorFile {
     /// # Errors
     /// If there is no such tensor, the file has changed since it was opened, or memory is short.
     pub fn read(&self, name: &str) -> Result<HostTensor, FileError> {
-        let info = self.require(name)?;
-        self.read_span(name, info.dtype, info.shape.clone(), info.offset)
+        self.read_span(name, self.span(name, None)?)
     }
 
     /// Reads a slice of a tensor's outermost axis, and only that from disk.
@@ -107,19 +106,50 @@ impl TensorFile {
     /// # Errors
     /// As [`read`](Self::read), and if the tensor is a scalar or has no such rows.
     pub fn read_rows(&self, name: &str, rows: Range<usize>) -> Result<HostTensor, FileError> {
+        self.read_span(name, self.span(name, Some(rows))?)
+    }
+
+    /// Reads the elements of a tensor, or of a slice of its outermost axis, to where they are wanted.
+    ///
+    /// # Errors
+    /// As [`read_rows`](Self::read_rows).
+    /// # Panics
+    /// If `out` has not their size.
+    pub fn read_into(
+        &self,
+        name: &str,
+        rows: Option<Range<usize>>,
+        out: &mut [u8],
+    ) -> Result<(), FileError> {
+        let span = self.span(name, rows)?;
+        assert_eq!(out.len(), span.len(), "bytes of `{name}`");
+        let outcome = self.source.read_exact_at(span.offset, out);
+        outcome.map_err(FileError::read(&self.path))
+    }
+
+    /// Where a tensor is, or a slice of its outermost axis.
+    fn span(&self, name: &str, rows: Option<Range<usize>>) -> Result<Span, FileError> {
         let info = self.require(name)?;
-        let mut shape = info.shape.clone();
-        let axis = match shape.first_mut() {
+        let mut span = Span {
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            offset: info.offset,
+        };
+        let Some(rows) = rows else {
+            return Ok(span);
+        };
+        let axis = match span.shape.first_mut() {
             Some(axis) if rows.start <= rows.end && rows.end <= *axis => axis,
             _ => {
+                let shape = span.shape;
                 let problem = TensorProblem::Rows { shape, rows };
                 return Err(FileError::tensor(&self.path, name, problem));
             }
         };
         let stride = info.len.checked_div(*axis as u64).unwrap_or(0);
         *axis = rows.len();
-        let offset = info.offset + stride * rows.start as u64;
-        self.read_span(name, info.dtype, shape, offset)
+        span.offset += stride * rows.start as u64;
+        Ok(span)
     }
 
     fn require(&self, name: &str) -> Result<&TensorInfo, FileError> {
@@ -127,17 +157,11 @@ impl TensorFile {
             .ok_or_else(|| FileError::tensor(&self.path, name, TensorProblem::Missing))
     }
 
-    /// Reads as many bytes as `dtype` and `shape`, a part of tensor `name`, take.
-    fn read_span(
-        &self,
-        name: &str,
-        dtype: Dtype,
-        shape: Vec<usize>,
-        offset: u64,
-    ) -> Result<HostTensor, FileError> {
+    /// Reads a part of tensor `name`.
+    fn read_span(&self, name: &str, span: Span) -> Result<HostTensor, FileError> {
         // Zeroed a piece at a time, so that the zeros are still in cache when the data overwrites them.
         const PIECE: usize = 1 << 20;
-        let len = shape.iter().product::<usize>() * dtype.size();
+        let len = span.len();
         let mut bytes = Vec::new();
         if bytes.try_reserve_exact(len).is_err() {
             let problem = TensorProblem::Memory { bytes: len as u64 };
@@ -147,14 +171,28 @@ impl TensorFile {
             let start = bytes.len();
             bytes.resize(len.min(start + PIECE), 0);
             self.source
-                .read_exact_at(offset + start as u64, &mut bytes[start..])
+                .read_exact_at(span.offset + start as u64, &mut bytes[start..])
                 .map_err(FileError::read(&self.path))?;
         }
         Ok(HostTensor {
-            dtype,
-            shape,
+            dtype: span.dtype,
+            shape: span.shape,
             bytes,
         })
+    }
+}
+
+/// A part of a file.
+struct Span {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    offset: u64,
+}
+
+impl Span {
+    /// Its bytes.
+    fn len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.size()
     }
 }
 

@@ -120,6 +120,21 @@ impl TensorSet {
         self.owner(name)?.read_rows(name, rows)
     }
 
+    /// Reads the elements of a tensor, or of a slice of its outermost axis, to where they are wanted.
+    ///
+    /// # Errors
+    /// As [`TensorFile::read_into`].
+    /// # Panics
+    /// If `out` has not their size.
+    pub fn read_into(
+        &self,
+        name: &str,
+        rows: Option<Range<usize>>,
+        out: &mut [u8],
+    ) -> Result<(), FileError> {
+        self.owner(name)?.read_into(name, rows, out)
+    }
+
     /// The path given to [`open`](Self::open).
     pub fn path(&self) -> &Path {
         &self.path
