@@ -28,8 +28,11 @@ pub fn gated_residual(x: Tensor<3>, gate: Tensor<3>, z: Tensor<3>) -> Tensor<3> 
     if lora_core::ops::has_kernels(&x) && x.shape().num_elements() > 0 {
         let [batch, _, width] = x.dims();
         if z.dims() == x.dims() && gate.dims() == [batch, 1, width] {
+            let operation = cpu::GatedResidual {
+                of_gate: gate.is_tracked(),
+            };
             let inputs = vec![x.into_dispatch(), gate.into_dispatch(), z.into_dispatch()];
-            return lora_core::ops::apply::<_, 3, 3>(cpu::GatedResidual, inputs);
+            return lora_core::ops::apply::<_, 3, 3>(operation, inputs);
         }
     }
     let gate = gate.cast(z.dtype());
@@ -47,10 +50,13 @@ mod cpu {
     const ALONE: usize = 1 << 19;
 
     #[derive(Debug, Clone)]
-    pub struct GatedResidual;
+    pub struct GatedResidual {
+        /// Whether the gate gets a gradient.
+        pub of_gate: bool,
+    }
 
     impl Operation<3> for GatedResidual {
-        type Saved = [FlexTensor; 2];
+        type Saved = (FlexTensor, Option<FlexTensor>);
 
         fn forward(&self, inputs: Vec<FlexTensor>) -> (FlexTensor, Self::Saved) {
             let [x, gate, z] = <[_; 3]>::try_from(inputs)
@@ -84,19 +90,20 @@ mod cpu {
                     )
                 });
             }
-            (tensor(y, x.layout().shape().clone()), [gate, z])
+            let saved = (gate, self.of_gate.then_some(z));
+            (tensor(y, x.layout().shape().clone()), saved)
         }
 
         fn backward(
             &self,
-            [gate, z]: Self::Saved,
+            (gate, z): Self::Saved,
             grad: FlexTensor,
             [want_x, want_gate, want_z]: [bool; 3],
         ) -> [Option<FlexTensor>; 3] {
             let grad = packed(grad);
             let [batch, tokens, width] = dims(&grad);
             let sample = tokens * width;
-            let dgate = want_gate.then(|| {
+            let dgate = z.filter(|_| want_gate).map(|z| {
                 let samples = values(&grad).chunks(sample).zip(values(&z).chunks(sample));
                 let sums = samples.flat_map(|(grad, z)| sum_of_products(grad, z, width));
                 tensor(sums.collect(), [batch, 1, width])
