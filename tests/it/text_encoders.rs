@@ -19,6 +19,7 @@ use lora_core::files::host::HostTensor;
 use lora_core::files::safetensors::TensorFile;
 use lora_core::peft::load_together;
 use lora_core::state::host_tensor;
+use lora_core::training::recompute::Recomputed;
 
 /// `||a - b|| / ||b||`.
 fn distance(a: &[f32], b: &[f32]) -> f64 {
@@ -27,8 +28,8 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
     (difference / b.iter().copied().map(square).sum::<f64>()).sqrt()
 }
 
-/// The loss and the gradients of `tests/reference/text_encoder_training.py`, of which `recomputed` blocks are computed again.
-fn gradients(recomputed: usize) -> (f32, BTreeMap<String, Vec<f32>>) {
+/// The loss and the gradients of `tests/reference/text_encoder_training.py`, where so much is computed again.
+fn gradients(recomputed: Recomputed) -> (f32, BTreeMap<String, Vec<f32>>) {
     let folder = root().join("tests/fixtures/text_encoder_training");
     let given = TensorFile::open(&folder.join("expected.safetensors")).unwrap();
     let device = Device::flex().autodiff();
@@ -102,7 +103,7 @@ fn gradients(recomputed: usize) -> (f32, BTreeMap<String, Vec<f32>>) {
 fn gradients_flow_into_the_text_encoders_as_in_torch() {
     let folder = root().join("tests/fixtures/text_encoder_training");
     let expected = TensorFile::open(&folder.join("expected.safetensors")).unwrap();
-    let (loss, found) = gradients(usize::MAX);
+    let (loss, found) = gradients(Recomputed::first(usize::MAX));
     let of_torch = expected.read("loss").unwrap().to_f32()[0];
     assert!(
         (loss - of_torch).abs() < 1e-5 * of_torch,
@@ -124,8 +125,13 @@ fn gradients_flow_into_the_text_encoders_as_in_torch() {
         found.len()
     );
     // The same bits, whatever is computed again.
-    for recomputed in [0, 2] {
-        assert_eq!(gradients(recomputed), (loss, found.clone()), "{recomputed}");
+    for (blocks, with_results) in [(0, 0), (2, 0), (2, 1), (usize::MAX, usize::MAX)] {
+        let recomputed = Recomputed {
+            blocks,
+            with_results,
+        };
+        let again = gradients(recomputed);
+        assert_eq!(again, (loss, found.clone()), "{recomputed:?}");
     }
 }
 

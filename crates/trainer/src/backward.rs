@@ -6,7 +6,7 @@ use flux_model::family::Velocity;
 use flux_model::layers::packed;
 use lora_core::Gradients;
 use lora_core::state::trainable_parameters;
-use lora_core::training::recompute::{Chain, TensorTree};
+use lora_core::training::recompute::{Chain, Recomputed, TensorTree};
 
 use crate::loss::Penalty;
 
@@ -25,8 +25,7 @@ pub struct MicroBatch<I> {
 
 /// Weighted mean error, and its gradients scaled by `1 / accumulation`.
 ///
-/// `model` and `batch` are on an autodiff device. Of the first `recomputed` blocks only the input is kept, all others stay in
-/// the graph.
+/// `model` and `batch` are on an autodiff device.
 ///
 /// # Errors
 /// A block that cannot be read.
@@ -34,11 +33,11 @@ pub fn loss_and_gradients<N: Velocity>(
     model: &N,
     batch: MicroBatch<N::Input>,
     accumulation: usize,
-    recomputed: usize,
+    recomputed: Recomputed,
 ) -> Result<(f32, Gradients), WeightsError> {
-    match recomputed.min(model.count()) {
+    match recomputed.blocks.min(model.count()) {
         0 => at_once(model, batch, accumulation),
-        recomputed => by_blocks(model, batch, accumulation, recomputed),
+        _ => by_blocks(model, batch, accumulation, recomputed),
     }
 }
 
@@ -80,7 +79,7 @@ fn by_blocks<N: Velocity>(
     model: &N,
     batch: MicroBatch<N::Input>,
     accumulation: usize,
-    recomputed: usize,
+    recomputed: Recomputed,
 ) -> Result<(f32, Gradients), WeightsError> {
     let (entered, shared) = model.enter(batch.input)?;
     let plain = shared.clone().inner();
@@ -91,7 +90,7 @@ fn by_blocks<N: Velocity>(
     let carry = last.leaf();
     let shared_input = if enters { plain.leaf() } else { plain.lift() };
     let mut kept = carry.clone();
-    for index in recomputed..model.count() {
+    for index in recomputed.blocks..model.count() {
         kept = N::apply(&model.block(index)?, kept, &shared_input);
     }
     let velocity = model.leave(kept, &shared_input);

@@ -24,7 +24,7 @@ use crate::data::samples::Samples;
 use crate::data::scan::{Scan, scan};
 use crate::device::{self, NamedDevice};
 use crate::estimate::{self, device_speed, step_operations};
-use crate::memory;
+use crate::memory::{self, Need};
 use crate::nearest::sentence;
 use crate::previews::prompts_of;
 use crate::progress;
@@ -340,19 +340,22 @@ fn cost<F: Family>(
     let Some(plan) = report.take(memory::plan(config, family, samples, count, devices)) else {
         return Ok(());
     };
-    let need = memory::need(config, family, samples, count, devices)?;
+    let on_card = Need {
+        keeps_results: false, // there are no kernels that do
+        ..memory::need(config, family, samples, count, devices)?
+    };
     report.row("memory (estimate)", plan.describe());
     report.notes.extend(plan.warning());
     for (name, gigabytes) in CARDS {
         let limit = gigabytes * CARD_SHARE / 100;
-        let plan = need.plan(config, Some(limit), true);
+        let plan = on_card.plan(config, Some(limit), true);
         let fits = match plan.warning() {
             None => "fits",
             Some(_) => "does not fit",
         };
         report.row(name, format!("{fits}: {}", plan.describe()));
     }
-    let recomputed = plan.recomputed as f64 / plan.blocks.max(1) as f64;
+    let recomputed = plan.recomputed.blocks as f64 / plan.blocks.max(1) as f64;
     let operations = step_operations(
         config,
         family,

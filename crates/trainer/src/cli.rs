@@ -433,8 +433,8 @@ pub struct StepBenchArgs {
     /// Timed steps of each variant
     #[arg(long, default_value_t = 5)]
     pub steps: usize,
-    /// Run one variant in this process (plain, recompute, or composed: plain without the project's own kernels); all, each
-    /// in a process of its own, if absent
+    /// Run one variant in this process (plain, recompute, kept: recompute that keeps results, or composed: plain without the
+    /// project's own kernels); all, each in a process of its own, if absent
     #[arg(long)]
     pub variant: Option<String>,
     /// In turns with the same step in torch with PEFT, which this Python has (with diffusers); plain and recompute, each with every number of

@@ -106,6 +106,11 @@ impl NamedDevice {
         matches!(self.backend(), "flex" | "ndarray")
     }
 
+    /// Whether operations have kernels there ([`lora_core::ops`]).
+    pub fn has_kernels(&self) -> bool {
+        self.backend() == "flex"
+    }
+
     /// Whether a small tensor that is expanded stays small.
     pub fn keeps_views(&self) -> bool {
         self.backend() != "ndarray"

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use flux_model::family::Family;
-use flux_model::weights::{Base, Sizes};
+use flux_model::weights::{Base, Compute, Sizes};
+use lora_core::training::recompute::Recomputed;
 use tracing::info;
 
 use crate::config::{BasePlace, Recompute, RunConfig};
@@ -21,7 +22,8 @@ use crate::workers::most_on_one;
 
 /// Bytes of a number in f32.
 const F32: u64 = 4;
-/// What a trained parameter takes besides the optimizer's state: itself, its gradient, and copies while they are looked at.
+/// What a trained parameter takes after the backward pass besides the optimizer's state: itself, its gradient, and copies while
+/// they are looked at.
 const COPIES: u64 = 4;
 
 /// Where the base weights are, what is computed again, and what that takes.
@@ -29,8 +31,8 @@ const COPIES: u64 = 4;
 pub struct MemoryPlan {
     /// How base weights are held.
     pub base: Base,
-    /// Blocks, from the first on, that are computed again in the backward pass.
-    pub recomputed: usize,
+    /// What is computed again in the backward pass.
+    pub recomputed: Recomputed,
     /// All blocks.
     pub blocks: usize,
     /// Bytes of a step at its peak, about.
@@ -42,8 +44,12 @@ pub struct MemoryPlan {
 impl MemoryPlan {
     /// For people.
     pub fn describe(&self) -> String {
+        let Recomputed {
+            blocks: again,
+            with_results,
+        } = self.recomputed;
         format!(
-            "about {}{}; base weights {}, {} of {} blocks computed again",
+            "about {}{}; base weights {}, {again} of {} blocks computed again{}",
             gib(self.estimate),
             self.limit
                 .map_or_else(String::new, |limit| format!(" of {}", gib(limit))),
@@ -51,8 +57,12 @@ impl MemoryPlan {
                 true => "read block by block",
                 false => "in memory",
             },
-            self.recomputed,
             self.blocks,
+            match with_results {
+                0 => String::new(),
+                _ if with_results == again => " from results that are kept".into(),
+                _ => format!(", {with_results} of them from results that are kept"),
+            }
         )
     }
 
@@ -86,38 +96,47 @@ pub struct Need {
     pub at_once: u64,
     /// Bytes of text encoders that are trained, and of what they keep for the backward pass.
     pub text: u64,
+    /// Whether blocks can keep results for being computed again: where operations have kernels.
+    pub keeps_results: bool,
 }
 
 impl Need {
-    /// Bytes of base weights in memory.
-    fn weights(&self, is_streamed: bool) -> u64 {
-        let blocks = self.sizes.blocks.iter().map(|block| block.weights);
-        let blocks: u64 = match is_streamed {
-            true => self.at_once * 2 * blocks.max().unwrap_or(0), // one computes, one is read
-            false => blocks.sum(),
-        };
-        self.sizes.rest + blocks
-    }
-
     /// Bytes of a training step at its peak.
-    pub fn estimate(&self, is_streamed: bool, recomputed: usize) -> u64 {
-        let tokens = self.at_once * self.tokens;
-        let graph = |activations: u64| activations * tokens * F32;
+    pub fn estimate(&self, is_streamed: bool, recomputed: Recomputed) -> u64 {
         let blocks = &self.sizes.blocks;
-        let recomputed = recomputed.min(blocks.len());
-        let kept: u64 = blocks[recomputed..]
-            .iter()
-            .map(|block| graph(block.activations))
-            .sum();
-        let inputs = recomputed as u64 * self.sizes.width * tokens * F32;
-        let largest = blocks.iter().map(|block| graph(block.activations)).max();
-        let running = 2 * largest.unwrap_or(0); // a block's graph, and the gradients in it
-        self.weights(is_streamed)
-            + self.text
-            + self.trained * (F32 * (COPIES + self.at_once - 1) + self.state_bytes)
-            + inputs
-            + kept
-            + running
+        let tokens = self.at_once * self.tokens * F32;
+        let again = recomputed.blocks.min(blocks.len());
+        let resident = match is_streamed {
+            true => 0,
+            false => blocks.iter().map(|block| block.weights).sum(),
+        };
+        // A streamed block, and the one that is read meanwhile.
+        let streamed = |index: usize| {
+            let weights = |index: usize| blocks.get(index).map_or(0, |block| block.weights);
+            let others = weights(index + 1).max(index.checked_sub(1).map_or(0, weights));
+            match is_streamed {
+                true => self.at_once * (weights(index) + others),
+                false => 0,
+            }
+        };
+        // A block's graph and the gradients in it, beside what is kept of those before it.
+        let (mut kept, mut peak) = (0, 0);
+        for (index, block) in blocks[..again].iter().enumerate() {
+            kept += self.sizes.width;
+            if again - index <= recomputed.with_results {
+                kept += block.results;
+            }
+            peak = peak.max(tokens * (kept + 2 * block.activations) + streamed(index));
+        }
+        let graphs = blocks[again..].iter().map(|block| block.activations);
+        let running = 2 * graphs.clone().max().unwrap_or(0);
+        let peak = peak.max(tokens * (kept + graphs.sum::<u64>() + running));
+        let gradients = self.trained * F32 * (self.at_once + 1);
+        let backward = peak + gradients;
+        let update = self.trained * F32 * (COPIES - 1) + streamed(0);
+        let always =
+            self.sizes.rest + resident + self.text + self.trained * (F32 + self.state_bytes);
+        always + backward.max(update)
     }
 
     /// Decides what the configuration leaves to "auto". `limit` is what there is, where that is known.
@@ -137,15 +156,28 @@ impl Need {
                 let can = can_stream
                     && matches!(memory.recompute, Recompute::Auto | Recompute::All)
                     && !config.lora.reads_base_weights();
-                can && !fits(self.estimate(false, blocks))
+                can && !fits(self.estimate(false, Recomputed::first(blocks)))
             }
         };
-        let recomputed = match memory.recompute {
-            Recompute::First(recomputed) => recomputed.min(blocks),
-            Recompute::Auto if !is_streamed && limit.is_some() => (0..=blocks)
-                .find(|&recomputed| fits(self.estimate(false, recomputed)))
-                .unwrap_or(blocks),
-            Recompute::Auto | Recompute::All => blocks,
+        let recomputed = match (memory.recompute, limit) {
+            (Recompute::First(recomputed), _) => Recomputed::first(recomputed.min(blocks)),
+            (Recompute::Auto, Some(_)) => {
+                let with_results = |blocks| Recomputed {
+                    blocks,
+                    with_results: if self.keeps_results { blocks } else { 0 },
+                };
+                let least = if is_streamed { blocks } else { 0 };
+                let of_all = |with_results| Recomputed {
+                    blocks,
+                    with_results,
+                };
+                let first = (least..=blocks).map(with_results);
+                let rest = (0..with_results(blocks).with_results).rev().map(of_all);
+                let mut ways = first.chain(rest);
+                ways.find(|&recomputed| fits(self.estimate(is_streamed, recomputed)))
+                    .unwrap_or(Recomputed::first(blocks))
+            }
+            (Recompute::Auto, None) | (Recompute::All, _) => Recomputed::first(blocks),
         };
         MemoryPlan {
             base: Base {
@@ -188,6 +220,7 @@ pub fn need<F: Family>(
         state_bytes: config.optimizer.rule.state_bytes() + u64::from(config.ema.is_some()) * F32,
         at_once: most_on_one(devices) as u64,
         text: text(config, family, &devices[0])?,
+        keeps_results: devices[0].has_kernels() && config.model.compute == Compute::F32,
     })
 }
 
@@ -252,16 +285,10 @@ pub fn base_for_sampling<F: Family>(
 ) -> anyhow::Result<Base> {
     let base = Base::default();
     let sizes = family.sizes(base.dtype, &device.device)?;
-    let need = Need {
-        sizes,
-        tokens: 0,
-        trained: 0,
-        state_bytes: 0,
-        at_once: 1,
-        text: 0,
-    };
+    let blocks = sizes.blocks.iter().map(|block| block.weights);
+    let resident = sizes.rest + blocks.sum::<u64>();
     let limit = available().filter(|_| device.is_cpu() && device.keeps_views());
-    let fits = limit.is_none_or(|limit| need.weights(false) <= limit);
+    let fits = limit.is_none_or(|limit| resident <= limit);
     Ok(Base {
         is_streamed: !fits && !must_be_resident,
         ..base
@@ -351,6 +378,7 @@ mod tests {
         let block = BlockSize {
             weights: 1000,
             activations: 10,
+            results: 4,
         };
         Need {
             sizes: Sizes {
@@ -359,37 +387,76 @@ mod tests {
                 width: 2,
             },
             tokens: 5,
-            trained: 0,
+            trained: 3,
             state_bytes: 8,
             at_once: 1,
             text: 0,
+            keeps_results: true,
+        }
+    }
+
+    fn some(blocks: usize, with_results: usize) -> Recomputed {
+        Recomputed {
+            blocks,
+            with_results,
         }
     }
 
     #[test]
     fn as_few_blocks_are_computed_again_as_fit_and_none_is_in_memory_where_even_that_is_too_much() {
         let need = need();
-        // Weights 4100, a graph of 200 for each block that is kept, 40 for the input of each that is not, twice a graph to run.
-        assert_eq!(need.estimate(false, 0), 4100 + 800 + 400);
-        assert_eq!(need.estimate(false, 4), 4100 + 160 + 400);
-        assert_eq!(need.estimate(true, 4), 2100 + 160 + 400);
+        // Weights 4100, what is trained 36 and its gradients 24; a graph of 200 for each block that is kept, 40 for the input of each
+        // that is not, 80 for its results, twice a graph to run.
+        let always = 4100 + 36 + 24;
+        assert_eq!(need.estimate(false, some(0, 0)), always + 800 + 400);
+        assert_eq!(need.estimate(false, some(4, 0)), always + 160 + 400);
+        assert_eq!(need.estimate(false, some(1, 0)), always + 40 + 600 + 400);
+        assert_eq!(need.estimate(false, some(4, 3)), always + 160 + 240 + 400);
+        assert_eq!(need.estimate(true, some(4, 0)), always - 2000 + 160 + 400);
         // Two workers share the weights in memory, and nothing else.
         let two = Need {
             at_once: 2,
             ..need.clone()
         };
-        assert_eq!(two.estimate(false, 4), 4100 + 2 * (160 + 400));
-        assert_eq!(two.estimate(true, 4), 100 + 2 * (2000 + 160 + 400));
-        let plan = |limit| {
+        let all = some(4, 0);
+        assert_eq!(two.estimate(false, all), always + 12 + 2 * (160 + 400));
+        let streamed = always - 4000 + 12 + 2 * (2000 + 160 + 400);
+        assert_eq!(two.estimate(true, all), streamed);
+        let plan = |need: &Need, limit| {
             let plan = need.plan(&RunConfig::default(), limit, true);
             (plan.base.is_streamed, plan.recomputed)
         };
-        assert_eq!(plan(None), (false, 4));
-        assert_eq!(plan(Some(5300)), (false, 0));
-        assert_eq!(plan(Some(5299)), (false, 1));
-        assert_eq!(plan(Some(4660)), (false, 4));
-        assert_eq!(plan(Some(4659)), (true, 4));
-        assert_eq!(plan(Some(1)), (true, 4));
+        assert_eq!(plan(&need, None), (false, some(4, 0)));
+        let fit = |is_streamed, recomputed| {
+            let enough = need.estimate(is_streamed, recomputed);
+            assert_eq!(plan(&need, Some(enough)), (is_streamed, recomputed));
+            plan(&need, Some(enough - 1))
+        };
+        assert_eq!(fit(false, some(0, 0)), (false, some(1, 1)));
+        assert_eq!(fit(false, some(1, 1)), (false, some(2, 2)));
+        assert_eq!(fit(false, some(4, 4)), (false, some(4, 3)));
+        assert_eq!(fit(false, some(4, 0)), (true, some(4, 4)));
+        assert_eq!(fit(true, some(4, 1)), (true, some(4, 0)));
+        assert_eq!(plan(&need, Some(1)), (true, some(4, 0)));
+        let keeps_none = Need {
+            keeps_results: false,
+            ..need.clone()
+        };
+        let enough = need.estimate(false, some(2, 0));
+        assert_eq!(plan(&keeps_none, Some(enough)), (false, some(2, 0)));
+    }
+
+    #[test]
+    fn a_streamed_step_is_largest_where_its_largest_blocks_are() {
+        let mut need = need();
+        need.sizes.blocks[0].weights = 3000;
+        need.sizes.blocks[1].weights = 3000;
+        let always = 100 + 36 + 24;
+        // At the second block, the results of those behind are gone.
+        let estimate = |with_results| need.estimate(true, some(4, with_results));
+        assert_eq!(estimate(0), always + 6000 + 80 + 400);
+        assert_eq!(estimate(2), always + 6000 + 80 + 400);
+        assert_eq!(estimate(3), always + 6000 + 160 + 400);
     }
 
     #[test]
@@ -400,20 +467,28 @@ mod tests {
             let plan = need().plan(&config, limit, true);
             (plan.base.is_streamed, plan.recomputed)
         };
-        assert_eq!(plan(|c| c.memory.base = BasePlace::Stream, None), (true, 4));
+        let all = some(4, 0);
+        assert_eq!(
+            plan(|c| c.memory.base = BasePlace::Stream, None),
+            (true, all)
+        );
         assert_eq!(
             plan(|c| c.memory.base = BasePlace::Resident, Some(1)),
-            (false, 4)
+            (false, all)
+        );
+        assert_eq!(
+            plan(|c| c.memory.recompute = Recompute::All, Some(1 << 20)),
+            (false, all)
         );
         assert_eq!(
             plan(|c| c.memory.recompute = Recompute::First(9), None),
-            (false, 4)
+            (false, all)
         );
         // What is kept of a block keeps its weights, and DoRA starts from them.
         assert_eq!(
             plan(|c| c.memory.recompute = Recompute::First(1), Some(1)),
-            (false, 1)
+            (false, some(1, 0))
         );
-        assert_eq!(plan(|c| c.lora.use_dora = true, Some(1)), (false, 4));
+        assert_eq!(plan(|c| c.lora.use_dora = true, Some(1)), (false, all));
     }
 }

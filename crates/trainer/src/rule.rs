@@ -1,12 +1,14 @@
 //! How a step is made: what those who share its micro-batches and the step itself go by.
 
+use lora_core::training::recompute::Recomputed;
+
 /// How a step is made.
 #[derive(Debug, Clone, Copy)]
 pub struct Rule {
     /// Micro-batches.
     pub accumulation: usize,
-    /// Blocks, from the first on, of which only the input is kept.
-    pub recomputed: usize,
+    /// What is computed again in the backward pass.
+    pub recomputed: Recomputed,
     /// Seed of the dropout masks.
     pub seed: u64,
     /// Norm that all gradients together are clipped to.

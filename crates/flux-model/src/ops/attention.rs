@@ -11,6 +11,10 @@
 //! Scores lie with keys down and queries across, so that maxima and sums over keys need no shuffling. A head is computed
 //! by one thread in the backward pass, a block of its queries in the forward pass, tiles always in the same order.
 //!
+//! A block that is computed again takes `y` and `m + ln l` from its first run where they are kept ([`computed_once`]).
+//!
+//! [`computed_once`]: lora_core::training::recompute::computed_once
+//!
 //! Source: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
 
 use burn::tensor::Tensor;
@@ -60,6 +64,7 @@ mod cpu {
     use lora_core::ops::Operation;
     use lora_core::ops::kernel::{ROWS, dims, exp, packed, simd, sum, tensor, values};
     use lora_core::ops::tile::{self, Kernel, Simd, block_times, columns_times};
+    use lora_core::training::recompute::computed_once;
     use rayon::prelude::*;
 
     #[derive(Debug, Clone)]
@@ -74,7 +79,7 @@ mod cpu {
         v: FlexTensor,
         out: FlexTensor,
         /// `m + ln l`, `[batch, heads, queries]`.
-        log_sum: Vec<f32>,
+        log_sum: FlexTensor,
     }
 
     /// Columns of a strip: two vectors of AVX-512, four of AVX2.
@@ -115,22 +120,23 @@ mod cpu {
         Strips::of([x.len() / dim, dim], |token| &x[token * dim..][..dim])
     }
 
-    impl Operation<3> for Attention {
-        type Saved = Saved;
-
-        fn forward(&self, inputs: Vec<FlexTensor>) -> (FlexTensor, Saved) {
-            let [q, k, v] = <[_; 3]>::try_from(inputs)
-                .expect("three inputs")
-                .map(packed);
-            let [batch, heads, queries, dim] = dims(&q);
-            let mut by_head = vec![0f32; values(&q).len()];
+    impl Attention {
+        /// The result, and `m + ln l`.
+        fn results(
+            &self,
+            q: &FlexTensor,
+            k: &FlexTensor,
+            v: &FlexTensor,
+        ) -> (FlexTensor, FlexTensor) {
+            let [batch, heads, queries, dim] = dims(q);
+            let mut by_head = vec![0f32; values(q).len()];
             let mut log_sum = vec![0f32; batch * heads * queries];
             let tasks = by_head
                 .par_chunks_mut(queries * dim)
                 .zip(log_sum.par_chunks_mut(queries));
             tasks.enumerate().for_each(|(index, (out, log_sum))| {
-                let (q, k) = (head(&q, index), across(head(&k, index), dim));
-                let v = down(head(&v, index), dim);
+                let (q, k) = (head(q, index), across(head(k, index), dim));
+                let v = down(head(v, index), dim);
                 let tasks = out
                     .par_chunks_mut(QUERIES * dim)
                     .zip(log_sum.par_chunks_mut(QUERIES))
@@ -150,6 +156,18 @@ mod cpu {
                 merge_heads(&by_head, [batch, heads, queries, dim]),
                 [batch, queries, heads * dim],
             );
+            (out, tensor(log_sum, [batch, heads, queries]))
+        }
+    }
+
+    impl Operation<3> for Attention {
+        type Saved = Saved;
+
+        fn forward(&self, inputs: Vec<FlexTensor>) -> (FlexTensor, Saved) {
+            let [q, k, v] = <[_; 3]>::try_from(inputs)
+                .expect("three inputs")
+                .map(packed);
+            let (out, log_sum) = computed_once(true, || self.results(&q, &k, &v));
             let saved = Saved {
                 q,
                 k,
@@ -208,7 +226,7 @@ mod cpu {
                     v_across: across(v, dim),
                     grad_across: Strips::of_columns([dim, queries], row),
                     grad_down: Strips::of([queries, dim], row),
-                    log_sum: by_group(&log_sum[index * queries..][..queries]),
+                    log_sum: by_group(self::row(&log_sum, index * queries, queries)),
                     along: by_group(&along),
                 };
                 run(Backward {

@@ -27,6 +27,8 @@ pub struct BlockSize {
     pub weights: u64,
     /// Numbers that an autodiff graph keeps for a token, about: what its linear layers read and write.
     pub activations: u64,
+    /// Numbers of a token that are kept where the block's results are: attention's.
+    pub results: u64,
 }
 
 impl Checkpoint {
@@ -100,7 +102,9 @@ impl Checkpoint {
         network.visit(&mut measure);
         let mut sizes = measure.sizes;
         for (index, block) in sizes.blocks.iter_mut().enumerate() {
-            block.activations /= network.streams(index) as u64; // each layer sees the tokens of its stream
+            // each layer sees the tokens of its stream
+            block.activations /= network.streams(index) as u64;
+            block.results = sizes.width;
             // What attention reads and what the residual adds is kept too. Separate layers for q, k and v count their input three
             // times, which is about as much; a block of two fused layers (FLUX.2) counts it once.
             if measure.linears[index] == 2 {

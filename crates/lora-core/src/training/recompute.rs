@@ -6,9 +6,12 @@
 //! device (other kernels may be picked on the plain one) and that every block uses each shared input through one node.
 //!
 //! What a block adds last is not computed the second time where the block says so ([`last_linear`](crate::last_linear)): its
-//! value is read by the blocks behind, which had it the first time, and by no gradient.
+//! value is read by the blocks behind, which had it the first time, and by no gradient. What is small beside the work that it
+//! takes can be kept from the first run for the second ([`computed_once`]).
 
-use std::cell::Cell;
+use std::any::Any;
+use std::cell::RefCell;
+use std::collections::VecDeque;
 
 use burn::module::Module;
 use burn::tensor::{Gradients as BurnGradients, Tensor};
@@ -132,26 +135,89 @@ pub trait Blocks {
     fn apply(block: &Self::Block, carry: Self::Carry, shared: &Self::Shared) -> Self::Carry;
 }
 
-thread_local!(static AGAIN: Cell<bool> = const { Cell::new(false) });
+thread_local!(static RUN: RefCell<Run> = const { RefCell::new(Run::Only) });
+
+/// How the block that this thread computes is run.
+enum Run {
+    /// As any code is, or nothing is kept of it.
+    Only,
+    /// For the first time, and its results are kept.
+    First(Results),
+    /// For its gradients alone: nobody reads what it returns.
+    Second(Results),
+}
+
+/// What the calls of [`computed_once`] in a block made, in their order; none where it is not kept.
+type Results = VecDeque<Option<Box<dyn Any>>>;
 
 /// Whether a block runs a second time, for its gradients alone: nobody reads what it returns.
 pub(crate) fn is_second_run() -> bool {
-    AGAIN.get()
+    RUN.with_borrow(|run| matches!(run, Run::Second(_)))
 }
 
-/// Until it is dropped, [`is_second_run`].
-struct SecondRun;
+/// What `compute` makes. Where a chain keeps the results of a block, those of its first run that are to be kept are what its
+/// second run gets.
+///
+/// A block calls this as often in both runs, in the same order.
+pub fn computed_once<T: Clone + 'static>(is_kept: bool, compute: impl FnOnce() -> T) -> T {
+    let kept = RUN.with_borrow_mut(|run| match run {
+        Run::Second(results) => results.pop_front().flatten(),
+        Run::Only | Run::First(_) => None,
+    });
+    if let Some(kept) = kept {
+        let kept = kept.downcast().ok();
+        return *kept.expect("a block computes the same in both runs");
+    }
+    let made = compute();
+    RUN.with_borrow_mut(|run| {
+        if let Run::First(results) = run {
+            results.push_back(is_kept.then(|| Box::new(made.clone()) as Box<dyn Any>));
+        }
+    });
+    made
+}
 
-impl SecondRun {
-    fn begin() -> Self {
-        AGAIN.set(true);
+/// The way a block is run, until it is dropped.
+struct Running;
+
+impl Running {
+    fn begin(run: Run) -> Self {
+        RUN.set(run);
         Self
+    }
+
+    /// What was kept.
+    fn end(self) -> Results {
+        match RUN.replace(Run::Only) {
+            Run::First(results) => results,
+            Run::Only | Run::Second(_) => Results::new(),
+        }
     }
 }
 
-impl Drop for SecondRun {
+impl Drop for Running {
     fn drop(&mut self) {
-        AGAIN.set(false);
+        RUN.set(Run::Only);
+    }
+}
+
+/// How many blocks of a chain are computed again in the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Recomputed {
+    /// Blocks, from the first on; of all others the whole graph is kept.
+    pub blocks: usize,
+    /// Of these, from the last on, those of which the results of [`computed_once`] are kept beside their input: when the backward
+    /// pass comes to the first blocks, they are gone.
+    pub with_results: usize,
+}
+
+impl Recomputed {
+    /// The first so many, of which only the input is kept.
+    pub fn first(blocks: usize) -> Self {
+        Self {
+            blocks,
+            with_results: 0,
+        }
     }
 }
 
@@ -161,33 +227,41 @@ pub type Entry<B> = (<B as Blocks>::Carry, <B as Blocks>::Shared);
 /// The forward pass of a chain of blocks, with what its backward pass needs.
 pub struct Chain<'a, B: Blocks> {
     blocks: &'a B,
-    inputs: Vec<B::Carry>,
+    /// Input of each block, and what is kept of its first run.
+    kept: Vec<(B::Carry, Results)>,
     shared: B::Shared,
 }
 
 impl<'a, B: Blocks> Chain<'a, B> {
-    /// Runs the first `count` blocks without a graph; what follows the chain may be further blocks. `carry` and `shared` are off
-    /// the autodiff device, and so is the result.
+    /// Runs the blocks that are computed again without a graph; what follows the chain may be further blocks. `carry` and
+    /// `shared` are off the autodiff device, and so is the result.
     ///
     /// # Errors
     /// A block that cannot be had.
     pub fn run(
         blocks: &'a B,
-        count: usize,
+        recomputed: Recomputed,
         carry: B::Carry,
         shared: B::Shared,
     ) -> Result<(Self, B::Carry), B::Error> {
         let lifted = shared.clone().lift();
-        let mut inputs = Vec::with_capacity(count);
+        let mut kept = Vec::new();
         let mut current = carry;
+        let count = recomputed.blocks.min(blocks.count());
         for index in 0..count {
             let block = blocks.block(index)?.no_grad();
-            inputs.push(current.clone());
+            let input = current.clone();
+            let run = match count - index <= recomputed.with_results {
+                true => Run::First(Results::new()),
+                false => Run::Only,
+            };
+            let running = Running::begin(run);
             current = B::apply(&block, current.lift(), &lifted).inner();
+            kept.push((input, running.end()));
         }
         let chain = Self {
             blocks,
-            inputs,
+            kept,
             shared,
         };
         Ok((chain, current))
@@ -208,7 +282,7 @@ impl<'a, B: Blocks> Chain<'a, B> {
         into: &mut Gradients,
     ) -> Result<Option<Entry<B>>, B::Error> {
         let (mut upstream, mut shared_gradient) = (carry, shared);
-        for (index, input) in self.inputs.into_iter().enumerate().rev() {
+        for (index, (input, results)) in self.kept.into_iter().enumerate().rev() {
             let block = self.blocks.block(index)?;
             let shared = match shared_gradient {
                 Some(_) => self.shared.clone().leaf(),
@@ -218,9 +292,9 @@ impl<'a, B: Blocks> Chain<'a, B> {
                 true => input.leaf(),
                 false => input.lift(),
             };
-            let again = SecondRun::begin();
+            let running = Running::begin(Run::Second(results));
             let output = B::apply(&block, carry.clone(), &shared);
-            drop(again);
+            drop(running);
             let Some(dot) = output.dot(upstream.clone().lift()) else {
                 continue;
             };
@@ -239,19 +313,55 @@ impl<'a, B: Blocks> Chain<'a, B> {
 
 #[cfg(all(test, feature = "flex"))]
 mod tests {
-    use std::cell::RefCell;
+    use std::cell::Cell;
     use std::collections::BTreeMap;
     use std::convert::Infallible;
 
+    use burn::backend::flex::FlexTensor;
     use burn::nn::{Linear, LinearConfig};
     use burn::tensor::Device;
 
     use super::*;
     use crate::ops::check::random;
+    use crate::ops::kernel::{packed, tensor, values as values_of};
+    use crate::ops::{Operation, apply};
     use crate::peft::{InitLoraWeights, Targets};
     use crate::{LoraConfig, attach, last_linear, linear};
 
-    thread_local!(static SIZES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) });
+    thread_local! {
+        /// Of what each run of a block added last.
+        static SIZES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+        /// Times that the first part of a block was computed.
+        static COMPUTED: Cell<usize> = const { Cell::new(0) };
+    }
+
+    /// `x²`, computed once.
+    #[derive(Debug, Clone)]
+    struct Square;
+
+    impl Operation<1> for Square {
+        type Saved = FlexTensor;
+
+        fn forward(&self, inputs: Vec<FlexTensor>) -> (FlexTensor, FlexTensor) {
+            let x = packed(inputs.into_iter().next().expect("one input"));
+            computed_once(false, || x.clone());
+            let y = computed_once(true, || {
+                COMPUTED.set(COMPUTED.get() + 1);
+                map([&x], |[x]| x * x)
+            });
+            (y, x)
+        }
+
+        fn backward(&self, x: FlexTensor, g: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
+            [Some(map([&x, &packed(g)], |[x, g]| 2.0 * x * g))]
+        }
+    }
+
+    fn map<const K: usize>(x: [&FlexTensor; K], f: impl Fn([f32; K]) -> f32) -> FlexTensor {
+        let elements = 0..values_of(x[0]).len();
+        let y = elements.map(|i| f(x.map(|x| values_of(x)[i])));
+        tensor(y.collect(), x[0].layout().shape().clone())
+    }
 
     #[derive(Module, Debug)]
     struct Block {
@@ -309,7 +419,8 @@ mod tests {
         }
 
         fn apply(block: &Block, x: Tensor<2>, shared: &Tensor<2>) -> Tensor<2> {
-            let hidden = burn::tensor::activation::tanh(linear(&block.up, x.clone()));
+            let hidden = linear(&block.up, x.clone()).into_dispatch();
+            let hidden = burn::tensor::activation::tanh(apply::<_, 1, 2>(Square, vec![hidden]));
             let last = last_linear(&block.down, hidden);
             let size = last.clone().abs().max().into_scalar::<f32>();
             SIZES.with_borrow_mut(|sizes| sizes.push(size));
@@ -324,7 +435,7 @@ mod tests {
     }
 
     /// Gradients of the mean square: by plain autodiff, and with every block computed again.
-    fn both(model: &Model, enters: bool) -> [BTreeMap<String, Vec<f32>>; 2] {
+    fn both(model: &Model, enters: bool, with_results: usize) -> [BTreeMap<String, Vec<f32>>; 2] {
         let (x, s) = (random([5, 8]), random([5, 8]));
         let mut plain = Gradients::default();
         let y = model
@@ -335,12 +446,16 @@ mod tests {
             });
         plain.take("", model, &mut y.clone().square().sum().backward());
         SIZES.take();
+        COMPUTED.take();
 
         let mut again = Gradients::default();
         let entered = linear(&model.first, x);
         let (chain, last) = Chain::run(
             model,
-            3,
+            Recomputed {
+                blocks: 3,
+                with_results,
+            },
             entered.clone().inner(),
             TensorTree::inner(s.clone()),
         )
@@ -365,15 +480,18 @@ mod tests {
             (r"blocks\.[12]\.down", false),
             (r"blocks\.1\.up", false),
         ] {
-            let [plain, again] = both(&Model::new(targets), enters);
-            assert!(!plain.is_empty());
-            assert!(plain == again, "{targets}");
+            for with_results in 0..=3 {
+                let [plain, again] = both(&Model::new(targets), enters, with_results);
+                assert!(!plain.is_empty());
+                assert!(plain == again, "{targets}, {with_results}");
+                assert_eq!(COMPUTED.get(), 6 - with_results);
+            }
         }
     }
 
     #[test]
     fn the_last_layer_of_a_block_is_not_computed_a_second_time() {
-        both(&Model::new("all-linear"), true);
+        both(&Model::new("all-linear"), true, 0);
         let sizes = SIZES.take();
         assert!(sizes[..3].iter().all(|&size| size > 0.0), "{sizes:?}");
         assert_eq!(sizes[3..], [0.0; 3]);

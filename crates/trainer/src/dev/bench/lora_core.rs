@@ -14,7 +14,7 @@ use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor, TensorData};
 use lora_core::peft::{InitLoraWeights, Targets};
 use lora_core::random::Stream;
-use lora_core::training::recompute::{Blocks, Chain};
+use lora_core::training::recompute::{Blocks, Chain, Recomputed};
 use lora_core::{Gradients, LoraConfig, attach, last_linear, linear};
 
 use super::{in_own_process, median, peak_rss_mib};
@@ -185,8 +185,8 @@ fn one(way: &str, args: &LoraCoreBenchArgs) -> anyhow::Result<()> {
                 gradients.take("", &model, &mut y.square().mean().backward());
             }
             "lora-core, recompute" => {
-                let count = model.count();
-                let (chain, y) = Chain::run(&model, count, x.clone(), shared)?;
+                let all = Recomputed::first(model.count());
+                let (chain, y) = Chain::run(&model, all, x.clone(), shared)?;
                 let numel = y.shape().num_elements() as f64;
                 chain.backward(y.mul_scalar(2.0 / numel), None, &mut gradients)?;
             }

@@ -8,6 +8,7 @@ use flux_model::family::{Condition, Family, Velocity};
 use lora_core::files::host::HostTensor;
 use lora_core::peft::{InitLoraWeights, Targets};
 use lora_core::random::Stream;
+use lora_core::training::recompute::Recomputed;
 use lora_core::{LoraConfig, PathOptimizer, Training, attach};
 use serde_json::{Value, json};
 
@@ -119,8 +120,8 @@ pub(super) fn training<F: Family>(
     })
 }
 
-/// How a step is made, with so many blocks computed again in the backward pass.
-pub(super) fn rule(recomputed: usize, lr: f64) -> Rule {
+/// How a step is made.
+pub(super) fn rule(recomputed: Recomputed, lr: f64) -> Rule {
     Rule {
         accumulation: 1,
         recomputed,

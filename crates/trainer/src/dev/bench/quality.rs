@@ -16,6 +16,7 @@ use lora_core::files::host::{Dtype, HostTensor};
 use lora_core::files::quantised::Quantised;
 use lora_core::frozen::hold;
 use lora_core::state::host_tensor;
+use lora_core::training::recompute::Recomputed;
 
 use super::model;
 use crate::cli::{QualityBenchArgs, Storage};
@@ -79,7 +80,7 @@ impl Visitor for Measure<'_> {
             let input = model::draw::<F>(u64::MAX, &device).batch.input;
             let velocity = host_tensor(network.forward(input)?.inner()).to_f32();
             let mut training = model::training::<F>(network)?;
-            let rule = model::rule(0, 1e-3);
+            let rule = model::rule(Recomputed::first(0), 1e-3);
             let mut workers = Workers::alone(&device);
             let mut losses = Vec::new();
             for _ in 0..self.steps {

@@ -11,6 +11,7 @@ use anyhow::Context;
 use burn::tensor::Device;
 use flux_model::families::{self, Visitor};
 use flux_model::family::Family;
+use lora_core::training::recompute::Recomputed;
 
 use super::model::{self, BASELINE, Size};
 use super::plot::{Panel, figure};
@@ -149,7 +150,7 @@ impl Visitor for TimeSteps {
     fn visit<F: Family>(self) -> Self::Output {
         let device = device::open(device::default_name())?.device.autodiff();
         let mut training = model::training::<F>(model::network_of::<F>(self.size, &device)?)?;
-        let rule = model::rule(self.recomputed, 1e-4);
+        let rule = model::rule(Recomputed::first(self.recomputed), 1e-4);
         let mut workers = Workers::alone(&device);
         let mut began = 0.0;
         for i in 0..=self.steps {

@@ -1,5 +1,5 @@
-//! `flux-lora bench step`: one training step of a mid-size random model, with and without recompute, and without the
-//! project's own kernels; or in turns with the same step in torch with PEFT.
+//! `flux-lora bench step`: one training step of a mid-size random model, with and without recompute, with recompute that keeps
+//! results, and without the project's own kernels; or in turns with the same step in torch with PEFT.
 //!
 //! The model, adapter and inputs are those of the project's torch baseline: 122 M base parameters, 2.1 M in the adapter,
 //! 256 image and 128 text tokens, f32. Phases are wall time; GFLOP/s count the multiplications of linear layers and
@@ -15,6 +15,7 @@ use flux_model::families::{self, Visitor};
 use flux_model::family::Family;
 use lora_core::ops::composed;
 use lora_core::state::count_parameters;
+use lora_core::training::recompute::Recomputed;
 use serde_json::json;
 
 use super::model::{self, BASELINE};
@@ -25,6 +26,9 @@ use crate::output::{print, say};
 use crate::step::step;
 use crate::workers::Workers;
 
+/// What is timed.
+const VARIANTS: [&str; 4] = ["plain", "recompute", "kept", "composed"];
+
 /// Runs one variant, or each in a process of its own so that peak memory belongs to it.
 ///
 /// # Errors
@@ -33,27 +37,31 @@ pub fn run(args: &StepBenchArgs) -> anyhow::Result<()> {
     let name = args.device.as_deref().unwrap_or(device::default_name());
     if let Some(variant) = &args.variant {
         let device = device::open(name)?;
-        let run = |recompute| {
+        let run = |blocks, with_results| {
             let work = TimeSteps {
                 device: &device,
                 variant,
-                recompute,
+                recomputed: Recomputed {
+                    blocks,
+                    with_results,
+                },
                 steps: args.steps.max(1),
             };
             families::named("flux1", work).context("no FLUX.1")?
         };
         return match variant.as_str() {
-            "recompute" => run(true),
-            "plain" => run(false),
-            "composed" => composed(|| run(false)),
-            other => bail!("unknown variant `{other}`: plain, recompute or composed"),
+            "plain" => run(0, 0),
+            "recompute" => run(usize::MAX, 0),
+            "kept" => run(usize::MAX, usize::MAX),
+            "composed" => composed(|| run(0, 0)),
+            other => bail!("unknown variant `{other}`: {}", VARIANTS.join(", ")),
         };
     }
     if let Some(python) = &args.torch {
         let beside = BesideTorch { args, python };
         return families::named("flux1", beside).context("no FLUX.1")?;
     }
-    for variant in ["plain", "recompute", "composed"] {
+    for variant in VARIANTS {
         let steps = args.steps.to_string();
         let output = in_own_process(&[
             "step",
@@ -73,7 +81,7 @@ pub fn run(args: &StepBenchArgs) -> anyhow::Result<()> {
 struct TimeSteps<'a> {
     device: &'a NamedDevice,
     variant: &'a str,
-    recompute: bool,
+    recomputed: Recomputed,
     steps: usize,
 }
 
@@ -84,7 +92,7 @@ impl Visitor for TimeSteps<'_> {
         let (raw, autodiff) = (&self.device.device, self.device.device.clone().autodiff());
         let mut training = model::training::<F>(model::network::<F>(&autodiff)?)?;
         let count = count_parameters(&training.model);
-        let rule = model::rule(if self.recompute { usize::MAX } else { 0 }, 1e-4);
+        let rule = model::rule(self.recomputed, 1e-4);
 
         let mut workers = Workers::alone(&autodiff);
         let (mut gradient_time, mut total, mut losses) = (Vec::new(), Vec::new(), Vec::new());

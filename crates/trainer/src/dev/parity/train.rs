@@ -9,6 +9,7 @@ use flux_model::family::{Family, Network, Velocity};
 use flux_model::weights::BaseDtype;
 use lora_core::files::host::HostTensor;
 use lora_core::state::adapter_state;
+use lora_core::training::recompute::Recomputed;
 use lora_core::{PathOptimizer, Training, attach};
 
 use super::case::{Case, Tensors};
@@ -63,7 +64,7 @@ pub(super) fn compute<F: Family>(case: &Case, device: &Device) -> anyhow::Result
     };
     let rule = Rule {
         accumulation: count("gradient_accumulation_steps")?,
-        recomputed: usize::MAX,
+        recomputed: Recomputed::first(usize::MAX),
         seed: 0, // cases have no dropout
         max_grad_norm: Some(setting("max_grad_norm")?),
         lr: 0.0,
