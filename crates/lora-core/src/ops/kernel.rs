@@ -134,19 +134,6 @@ pub fn dims<const D: usize>(x: &FlexTensor) -> [usize; D] {
     std::array::from_fn(|i| x.layout().shape()[i])
 }
 
-/// A matrix inside a tensor: rows and columns, their strides, where it starts.
-pub fn matrix(
-    x: &FlexTensor,
-    [rows, cols]: [usize; 2],
-    strides: [usize; 2],
-    start: usize,
-) -> FlexTensor {
-    let strides = strides.iter().map(|&stride| stride as isize).collect();
-    let start = x.layout().start_offset() + start;
-    x.clone()
-        .with_layout(Layout::new(Shape::from([rows, cols]), strides, start))
-}
-
 /// `len` of the last dimension from `start` on, a view.
 pub fn narrow_last(x: &FlexTensor, start: usize, len: usize) -> FlexTensor {
     let last = x.layout().num_dims() - 1;

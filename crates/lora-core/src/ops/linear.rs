@@ -7,9 +7,10 @@
 //! dx = g Wᵀ + mask * (v A)        dA = vᵀ (mask * x)        dB = gᵀ u
 //! ```
 //!
-//! Kept for the backward pass are `x`, `u`, the mask and the weights, by reference. `W` is f32, bf16, f16 or in few bits; a
-//! panel of its columns is f32 at a time. `W` and `b` get gradients too where they are trained (`dW = xᵀ g`, `db` the sum of
-//! `g`). The composition casts or decodes `W` as a whole, in both passes, and keeps it as it is (`ops::decoded`).
+//! Kept for the backward pass are `x`, `u`, the mask and the weights, by reference. `W` is f32, bf16, f16 or in few bits, and
+//! is made f32 while it is packed; the side path and the bias are further rows of the same product (`ops::gemm`). `W` and
+//! `b` get gradients too where they are trained (`dW = xᵀ g`, `db` the sum of `g`). The composition casts or decodes `W` as a
+//! whole, in both passes, and keeps it as it is (`ops::decoded`).
 //!
 //! Source: Hu et al. 2021, arXiv:2106.09685; PEFT `lora.Linear.forward` (dropout on the adapter's input alone).
 
@@ -162,7 +163,8 @@ mod cpu {
 
     use super::{LowRank, Weight};
     use crate::files::quantised::Quantised;
-    use crate::ops::kernel::{CHUNK, ROWS, dims, owned, packed, simd, tensor, transposed, values};
+    use crate::ops::gemm::{Lines, Product};
+    use crate::ops::kernel::{CHUNK, dims, owned, packed, simd, tensor, transposed, values};
     use crate::ops::low_rank::{Strips, expand, outer, project};
     use crate::ops::product::{Stored, last, product, product_with_transposed, zeros};
     use crate::ops::{Operation, apply, has_kernels};
@@ -176,6 +178,7 @@ mod cpu {
         let is_known = match weight {
             Weight::Dense(weight) => {
                 matches!(weight.dtype(), DType::F32 | DType::BF16 | DType::F16)
+                    && x.dims()[D - 1] == weight.dims()[0]
             }
             Weight::Quantised(weight) => x.dims()[D - 1] == weight.shape()[1],
         };
@@ -254,15 +257,20 @@ mod cpu {
                 None => Stored::Dense(weight),
                 Some(weight) => Stored::Quantised(weight.clone()),
             };
-            let bias = if self.has_bias { values(&bias) } else { &[] };
-            let mut y = match self.is_read {
-                true => product(&x, &weight),
-                false => zeros(&x, &weight),
+            let ones = vec![1f32; x.layout().num_elements() / last(&x)];
+            let bias = values(&bias);
+            let of_bias = |_: usize, from: usize, to: &mut [f32]| {
+                to.copy_from_slice(&bias[from..][..to.len()])
             };
+            let mut more = Vec::new();
+            if self.has_bias {
+                more.push(Product {
+                    x: &ones,
+                    weight: Lines::Rows(&of_bias),
+                });
+            }
             let Some(scale) = self.scale else {
-                if self.has_bias && self.is_read {
-                    add_bias(y.storage_mut(), bias);
-                }
+                let y = self.result(&x, &weight, &more);
                 let adapter = None;
                 return (y, Saved { x, weight, adapter });
             };
@@ -271,13 +279,17 @@ mod cpu {
                 true => packed(next()),
                 false => tensor(Vec::new(), [0]),
             };
-            let ([rank, inner], [outer, _]) = (dims(&a), dims(&b));
+            let [rank, inner] = dims(&a);
             let down = Strips::of_columns([inner, rank], |r| row(&a, r, inner));
             let low = project(&masked(&x, &mask), &down, scale);
-            if self.is_read {
-                let up = Strips::of_columns([rank, outer], |j| row(&b, j, rank));
-                expand(y.storage_mut(), &low, &up, bias, &[]);
-            }
+            let up = |column: usize, from: usize, to: &mut [f32]| {
+                to.copy_from_slice(&row(&b, column, rank)[from..][..to.len()])
+            };
+            more.push(Product {
+                x: &low,
+                weight: Lines::Columns(&up),
+            });
+            let y = self.result(&x, &weight, &more);
             let rows = low.len() / rank;
             let low = tensor(low, [rows, rank]);
             let adapter = Some([a, b, low, mask]);
@@ -293,7 +305,6 @@ mod cpu {
             let Saved { x, weight, adapter } = saved;
             let grad = packed(grad);
             let width = last(&grad);
-            let mut dx = want_x.then(|| product_with_transposed(&grad, &weight));
             let dw = want_weight.then(|| {
                 let rows = |x: &FlexTensor| x.reshape(Shape::from(rows_of(x)));
                 Flex::float_matmul(transposed(rows(&x)), rows(&grad))
@@ -303,6 +314,7 @@ mod cpu {
                 tensor(outer(&vec![1.0; rows], values(&grad), [1, width]), [width])
             });
             let (Some(scale), Some([a, b, low, mask])) = (self.scale, adapter) else {
+                let dx = want_x.then(|| product_with_transposed(&grad, &weight, &[]));
                 return [dx, dw, db, None, None];
             };
             let [rank, inner] = dims(&a);
@@ -310,10 +322,22 @@ mod cpu {
                 let down = Strips::of([width, rank], |k| row(&b, k, rank));
                 project(values(&grad), &down, scale)
             });
-            if let (Some(dx), Some(low_grad)) = (&mut dx, &of_a) {
-                let up = Strips::of([rank, inner], |r| row(&a, r, inner));
-                expand(dx.storage_mut(), low_grad, &up, &[], values(&mask));
-            }
+            let dx = of_a.as_ref().filter(|_| want_x).map(|low_grad| {
+                if self.has_mask {
+                    let mut dx = product_with_transposed(&grad, &weight, &[]);
+                    let up = Strips::of([rank, inner], |r| row(&a, r, inner));
+                    expand(dx.storage_mut(), low_grad, &up, values(&mask));
+                    return dx;
+                }
+                let of_x = |r: usize, from: usize, to: &mut [f32]| {
+                    to.copy_from_slice(&row(&a, r, inner)[from..][..to.len()])
+                };
+                let side = Product {
+                    x: low_grad,
+                    weight: Lines::Rows(&of_x),
+                };
+                product_with_transposed(&grad, &weight, &[side])
+            });
             let da = of_a.filter(|_| want_a).map(|low_grad| {
                 let da = outer(&low_grad, &masked(&x, &mask), [rank, inner]);
                 tensor(da, [rank, inner])
@@ -323,6 +347,16 @@ mod cpu {
                 owned(transposed(tensor(turned, [rank, width])))
             });
             [dx, dw, db, da, db_factor]
+        }
+    }
+
+    impl Linear {
+        /// `x W` plus `more`, zero where nobody reads it.
+        fn result(&self, x: &FlexTensor, weight: &Stored, more: &[Product<'_>]) -> FlexTensor {
+            match self.is_read {
+                true => product(x, weight, more),
+                false => zeros(x, weight),
+            }
         }
     }
 
@@ -349,22 +383,6 @@ mod cpu {
             )
         });
         result.into()
-    }
-
-    fn add_bias(y: &mut [f32], bias: &[f32]) {
-        let width = bias.len();
-        y.par_chunks_mut(ROWS * width).for_each(|y| {
-            simd(
-                #[inline(always)]
-                || {
-                    for y in y.chunks_exact_mut(width) {
-                        for (y, bias) in y.iter_mut().zip(bias) {
-                            *y += bias;
-                        }
-                    }
-                },
-            )
-        });
     }
 
     fn rows_of(x: &FlexTensor) -> [usize; 2] {

@@ -76,28 +76,17 @@ impl Kernel for Project<'_> {
     }
 }
 
-/// `y += bias + mask * (low up)`; an empty bias or mask counts as none.
+/// `y += mask * (low up)`.
 ///
 /// # Shapes
-/// - `y`, `mask`: `[rows, width of up]`, `low`: `[rows, depth of up]`, `bias`: `[width of up]`
-pub fn expand(y: &mut [f32], low: &[f32], up: &Strips, bias: &[f32], mask: &[f32]) {
+/// - `y`, `mask`: `[rows, width of up]`, `low`: `[rows, depth of up]`
+pub fn expand(y: &mut [f32], low: &[f32], up: &Strips, mask: &[f32]) {
     let step = ROWS * up.width();
     let tasks = y
         .par_chunks_mut(step)
+        .zip(mask.par_chunks(step))
         .zip(low.par_chunks(ROWS * up.depth()));
-    tasks.enumerate().for_each(|(task, (y, low))| {
-        let mask = match mask.is_empty() {
-            true => mask,
-            false => &mask[task * step..][..y.len()],
-        };
-        run(Expand {
-            y,
-            low,
-            up,
-            bias,
-            mask,
-        })
-    });
+    tasks.for_each(|((y, mask), low)| run(Expand { y, low, up, mask }));
 }
 
 /// Some rows of [`expand`].
@@ -105,7 +94,6 @@ struct Expand<'a> {
     y: &'a mut [f32],
     low: &'a [f32],
     up: &'a Strips,
-    bias: &'a [f32],
     mask: &'a [f32],
 }
 
@@ -124,16 +112,9 @@ impl Kernel for Expand<'_> {
                 let first = index * COLUMNS;
                 let columns = COLUMNS.min(width - first);
                 for (i, (y, sums)) in y.chunks_exact_mut(width).zip(&mut sums).enumerate() {
-                    if !self.mask.is_empty() {
-                        let mask = &self.mask[(block * R + i) * width + first..][..columns];
-                        for (sum, mask) in sums.iter_mut().zip(mask) {
-                            *sum *= mask;
-                        }
-                    }
-                    if !self.bias.is_empty() {
-                        for (sum, bias) in sums.iter_mut().zip(&self.bias[first..]) {
-                            *sum += bias;
-                        }
+                    let mask = &self.mask[(block * R + i) * width + first..][..columns];
+                    for (sum, mask) in sums.iter_mut().zip(mask) {
+                        *sum *= mask;
                     }
                     match y[first..first + columns].first_chunk_mut::<COLUMNS>() {
                         Some(y) => {
@@ -272,13 +253,12 @@ mod tests {
                 })
             });
             let mut y = x.clone();
-            let bias = numbers(depth);
             let up = Strips::of_columns([rank, depth], |j| &down[j * rank..][..rank]);
-            expand(&mut y, &low, &up, &bias, &x);
+            expand(&mut y, &low, &up, &x);
             near(&y, |i| {
                 let (row, column) = (i / depth, i % depth);
                 let product = dot(rank, &|r| low[row * rank + r] * down[column * rank + r]);
-                f64::from(x[i]) * (1.0 + product) + f64::from(bias[column])
+                f64::from(x[i]) * (1.0 + product)
             });
             near(&outer(&low, &x, [rank, depth]), |i| {
                 dot(n, &|row| {

@@ -23,6 +23,8 @@ pub mod linear;
 #[cfg(feature = "flex")]
 pub mod check;
 #[cfg(feature = "flex")]
+pub mod gemm;
+#[cfg(feature = "flex")]
 pub mod kernel;
 #[cfg(feature = "flex")]
 mod low_rank;
@@ -42,7 +44,7 @@ pub use node::{Operation, apply};
 
 /// Names the kernels in the fingerprint of a run: it changes with every change of their bits.
 pub const KERNELS: &str = if cfg!(feature = "flex") {
-    "flex 2"
+    "flex 3"
 } else {
     "none"
 };
