@@ -7,7 +7,7 @@ use super::dataset::DatasetSection;
 use super::ema::EmaSection;
 use super::error::{ConfigError, value_error};
 use super::export::ExportSection;
-use super::fields::fields_of;
+use super::fields::names_of;
 use super::logging::LoggingSection;
 use super::lora::LoraSection;
 use super::lr_scheduler::LrSchedulerSection;
@@ -55,19 +55,19 @@ pub(super) const OTHER_NAMES: [(&str, &str); 28] = [
 /// The sections and their keys.
 pub(super) fn sections() -> [(&'static str, Vec<&'static str>); 13] {
     [
-        ("model", fields_of::<ModelSection>().to_vec()),
-        ("dataset", fields_of::<DatasetSection>().to_vec()),
-        ("lora", fields_of::<LoraSection>().to_vec()),
+        ("model", names_of::<ModelSection>().to_vec()),
+        ("dataset", names_of::<DatasetSection>().to_vec()),
+        ("lora", names_of::<LoraSection>().to_vec()),
         ("optimizer", OptimizerSection::keys()),
-        ("lr_scheduler", fields_of::<LrSchedulerSection>().to_vec()),
-        ("train", fields_of::<TrainSection>().to_vec()),
-        ("memory", fields_of::<MemorySection>().to_vec()),
-        ("checkpoint", fields_of::<CheckpointSection>().to_vec()),
-        ("export", fields_of::<ExportSection>().to_vec()),
-        ("logging", fields_of::<LoggingSection>().to_vec()),
-        ("sample", fields_of::<SampleSection>().to_vec()),
-        ("validation", fields_of::<ValidationSection>().to_vec()),
-        ("ema", fields_of::<EmaSection>().to_vec()),
+        ("lr_scheduler", names_of::<LrSchedulerSection>().to_vec()),
+        ("train", names_of::<TrainSection>().to_vec()),
+        ("memory", names_of::<MemorySection>().to_vec()),
+        ("checkpoint", names_of::<CheckpointSection>().to_vec()),
+        ("export", names_of::<ExportSection>().to_vec()),
+        ("logging", names_of::<LoggingSection>().to_vec()),
+        ("sample", names_of::<SampleSection>().to_vec()),
+        ("validation", names_of::<ValidationSection>().to_vec()),
+        ("ema", names_of::<EmaSection>().to_vec()),
     ]
 }
 

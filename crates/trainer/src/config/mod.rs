@@ -3,7 +3,7 @@
 //! Every section is a plain struct, and its `Default` is the only place where defaults live. [`RunConfig::load`] reads the
 //! file, on a preset if one is named, applies `--set section.key=value`, checks the rules that types cannot hold and makes paths absolute. Each mistake
 //! is one line that names the key and where it was written. The known keys are read from the structs themselves
-//! (`fields::fields_of`), so there is no second list to keep in step.
+//! (`fields::names_of`), so there is no second list to keep in step.
 
 pub use self::change::Change;
 pub(crate) use self::change::may_change_on_resume;

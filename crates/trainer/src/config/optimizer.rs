@@ -18,7 +18,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
 use toml::{Table, Value};
 
 use super::error::in_our_words;
-use super::fields::fields_of;
+use super::fields::names_of;
 use super::number_or::number_or_none;
 use super::rules::{ABOVE_0, AT_LEAST_0, BELOW_1, Invalid, Rule};
 use super::schemas::word_or;
@@ -119,14 +119,14 @@ impl OptimizerSection {
         let mut keys = vec!["name"];
         keys.extend(COMMON);
         for options in [
-            fields_of::<AdamWOptions>(),
-            fields_of::<AdamW8bitOptions>(),
-            fields_of::<AdamOptions>(),
-            fields_of::<SgdOptions>(),
-            fields_of::<LionOptions>(),
-            fields_of::<AdafactorOptions>(),
-            fields_of::<ProdigyOptions>(),
-            fields_of::<ScheduleFreeOptions>(),
+            names_of::<AdamWOptions>(),
+            names_of::<AdamW8bitOptions>(),
+            names_of::<AdamOptions>(),
+            names_of::<SgdOptions>(),
+            names_of::<LionOptions>(),
+            names_of::<AdafactorOptions>(),
+            names_of::<ProdigyOptions>(),
+            names_of::<ScheduleFreeOptions>(),
         ] {
             let new = options.iter().filter(|key| !keys.contains(key));
             let new: Vec<_> = new.copied().collect();

@@ -10,7 +10,7 @@ use super::rules::{
     ABOVE_0, AT_LEAST_0, FINITE, Invalid, MAX_COUNT, MODE_SCALE, Rule, check_at_least_1,
     check_count, check_seed,
 };
-use super::schemas::word_or;
+use super::schemas::{with_aliases, word_or};
 
 /// The loop and its loss.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -218,6 +218,7 @@ pub enum LossWeighting {
 /// Errors in the loss, named as in kohya's and diffusers' scripts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[schemars(transform = with_aliases::<Self>)]
 pub enum LossType {
     /// `e^2`.
     #[default]

@@ -1,7 +1,7 @@
 //! What differs between two configurations, and what may.
 
 use super::{everything, read, read_with};
-use crate::config::fields::fields_of;
+use crate::config::fields::names_of;
 use crate::config::{Change, SampleSection};
 
 #[test]
@@ -75,7 +75,7 @@ fn changes_name_both_values_and_whether_they_are_allowed() {
         .iter()
         .filter(|change| change.key.starts_with("sample."))
         .collect();
-    assert_eq!(sample.len(), fields_of::<SampleSection>().len());
+    assert_eq!(sample.len(), names_of::<SampleSection>().len());
     assert!(
         sample
             .iter()

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::{assert_refused, read};
 use crate::config::change::MAY_CHANGE_ON_RESUME;
-use crate::config::fields::fields_of;
+use crate::config::fields::names_of;
 use crate::config::keys::{OTHER_NAMES, sections};
 use crate::config::{CheckpointSection, RunConfig};
 
@@ -160,8 +160,8 @@ fn other_names_lead_to_keys_that_exist() {
 #[test]
 fn the_list_of_sections_is_complete() {
     let names = sections().map(|(section, _)| section);
-    assert_eq!(names, fields_of::<RunConfig>());
-    assert_eq!(fields_of::<CheckpointSection>(), ["every", "keep"]);
+    assert_eq!(names, names_of::<RunConfig>());
+    assert_eq!(names_of::<CheckpointSection>(), ["every", "keep"]);
     assert!(sections().iter().all(|(_, keys)| !keys.is_empty()));
 }
 

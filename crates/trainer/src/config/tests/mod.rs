@@ -7,6 +7,7 @@ use super::{ConfigError, RunConfig};
 mod changes;
 mod files;
 mod mistakes;
+mod schema;
 mod sections;
 mod set;
 mod written;
