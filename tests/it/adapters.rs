@@ -41,7 +41,10 @@ fn a_format_that_cannot_hold_an_adapter_is_refused_before_it_is_written() {
         let mut command = Command::new(program());
         command.arg("export").arg(bench.path("run"));
         command.arg("--out").arg(bench.path("out")).args(more);
-        let out = command.args(["--to", to]).output().unwrap();
+        if !to.is_empty() {
+            command.args(["--to", to]);
+        }
+        let out = command.output().unwrap();
         let said = [out.stderr, out.stdout].concat();
         let said = String::from_utf8_lossy(&said).into_owned();
         (out.status.code(), said)
@@ -69,6 +72,22 @@ fn a_format_that_cannot_hold_an_adapter_is_refused_before_it_is_written() {
     assert_eq!(files(), BTreeSet::from(written.map(String::from)));
     let readme = fs::read_to_string(bench.path("out/README.md")).unwrap();
     assert_eq!(readme, "mine", "as it was");
+
+    // Nothing is named: what can hold it, which of a LoKr is not what is usual.
+    fs::remove_dir_all(bench.path("out")).unwrap();
+    let (code, said) = export("", &[]);
+    assert_eq!(code, Some(0), "{said}");
+    for format in ["diffusers", "peft", "kohya"] {
+        let left_out = format!("left out: {format} cannot hold");
+        assert!(said.contains(&left_out), "{left_out}: {said}");
+    }
+    assert_eq!(files(), BTreeSet::from(written.map(String::from)));
+    let readme = fs::read_to_string(bench.path("out/README.md")).unwrap();
+    assert!(
+        readme.contains("--lora run-comfyui.safetensors"),
+        "{readme}"
+    );
+    assert!(!readme.contains("**diffusers**"), "{readme}");
 }
 
 #[test]

@@ -226,8 +226,8 @@ pub struct ExportArgs {
     /// Which weights of the run
     #[arg(long, value_enum, default_value_t = Which::Finished)]
     pub which: Which,
-    /// Formats: diffusers, peft, kohya, comfyui or all
-    #[arg(long, value_delimiter = ',', default_values = ["diffusers", "kohya"])]
+    /// Formats: diffusers, peft, kohya, comfyui or all (default: diffusers and kohya; of a LoHa or LoKr, all that can hold it)
+    #[arg(long, value_delimiter = ',')]
     pub to: Vec<String>,
     /// Name of the files (default: the run folder's)
     #[arg(long)]

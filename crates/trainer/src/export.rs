@@ -9,6 +9,7 @@ use flux_model::lora::{
     LoraFormat, LoraFormatError, LoraSet, ModelShape, WriteOptions, read, write,
 };
 use lora_core::files::safetensors::TensorFile;
+use lora_core::kinds::parts::Kind;
 use lora_core::training::optimizers::OptimizerConfig;
 use tracing::warn;
 
@@ -68,6 +69,10 @@ pub(crate) fn export(args: &ExportArgs) -> anyhow::Result<Exported> {
     let formats = formats(&args.to)?;
     let config = run_config(&run)?;
     let set = chosen.read()?;
+    let formats = match formats.is_empty() {
+        true => usual(&set),
+        false => formats,
+    };
     let shown = last_samples(&run, chosen.step);
     let base = base(args.base.as_deref(), &config)?;
     let trigger = args.trigger.as_deref();
@@ -257,8 +262,25 @@ fn name_of(run: &RunDir) -> String {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Asked {
     format: LoraFormat,
-    /// Whether it was named, and not only meant by `all`.
+    /// Whether it was named, and not only meant by `all` or by nothing.
     by_name: bool,
+}
+
+/// What is written where no format is named: what most programs read, or of an adapter that is no LoRA whatever can hold it.
+fn usual(set: &LoraSet) -> Vec<Asked> {
+    let is_lora = |kind| matches!(kind, Kind::Lora | Kind::Whole);
+    let plain = set
+        .iter()
+        .all(|(_, _, update)| update.kind().is_none_or(is_lora));
+    let formats = match plain {
+        true => &[LoraFormat::Diffusers, LoraFormat::Kohya][..],
+        false => &LoraFormat::ALL,
+    };
+    let asked = |&format: &LoraFormat| Asked {
+        format,
+        by_name: false,
+    };
+    formats.iter().map(asked).collect()
 }
 
 fn formats(to: &[String]) -> anyhow::Result<Vec<Asked>> {

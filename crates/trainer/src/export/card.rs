@@ -163,12 +163,12 @@ impl Card<'_> {
 
     fn use_it(&self, text: &mut String) -> std::fmt::Result {
         writeln!(text, "\n## Use it")?;
+        let base = self.base.as_deref().unwrap_or("BASE_MODEL");
+        let prompt = self
+            .trigger
+            .map_or_else(|| self.prompt(0), |trigger| format!("a photo of {trigger}"));
+        let prompt = serde_json::Value::from(prompt);
         if let Some(file) = self.weights.get("diffusers") {
-            let base = self.base.as_deref().unwrap_or("BASE_MODEL");
-            let prompt = self
-                .trigger
-                .map_or_else(|| self.prompt(0), |trigger| format!("a photo of {trigger}"));
-            let prompt = serde_json::Value::from(prompt);
             writeln!(
                 text,
                 "\n**diffusers**\n\n```python\nimport torch\nfrom diffusers import DiffusionPipeline\n\n\
@@ -176,6 +176,9 @@ impl Card<'_> {
                  pipe.load_lora_weights(\"PATH_OR_REPOSITORY\", weight_name=\"{file}\")\n\
                  image = pipe({prompt}).images[0]\n```"
             )?;
+        }
+        let formats = ["diffusers", "comfyui", "kohya", "peft"];
+        if let Some(file) = formats.iter().find_map(|format| self.weights.get(*format)) {
             writeln!(
                 text,
                 "\n**flux-lora**\n\n```console\n$ flux-lora sample --model {base} --lora {file} --prompt {prompt} --out image.png\n```"
