@@ -60,13 +60,16 @@ use Verdict::{Differs, Drops, Loads};
 pub(super) fn readings(file: Kept<'_>) -> Vec<Reading> {
     let keys = file.keys.iter();
     let keys: Vec<_> = keys.map(|key| (key.as_str(), parse(key))).collect();
+    let any_down = keys
+        .iter()
+        .any(|(key, _)| key.contains(".lora_down.weight"));
     let facts = Facts {
         file,
-        any_down: keys
-            .iter()
-            .any(|(key, _)| key.contains(".lora_down.weight")),
-        alpha_beside_a: keys.iter().any(|(key, _)| key.ends_with(".alpha"))
-            && keys.iter().any(|(key, _)| key.contains(".lora_A.")),
+        any_down,
+        stops: match file.flux2 && !any_down {
+            true => stops_at(file.keys),
+            false => None,
+        },
         control: keys.iter().any(|(key, _)| *key == "img_in.lora_A.weight"),
         whole_xlabs: ["single_blocks.37.", "double_blocks.18."]
             .iter()
@@ -111,8 +114,8 @@ struct Facts<'a> {
     file: Kept<'a>,
     /// diffusers takes such a file for kohya's.
     any_down: bool,
-    /// For FLUX.2 an error in diffusers.
-    alpha_beside_a: bool,
+    /// Why diffusers loads nothing of it, for FLUX.2.
+    stops: Option<&'static str>,
     /// Black Forest Labs' control LoRAs, which are known as a whole.
     control: bool,
     /// ComfyUI knows XLabs' names by the last block of either kind.
@@ -125,6 +128,32 @@ const NOT_LYCORIS: &str = "it has neither LoKr, LoHa nor full changes";
 const OUTSIDE: &str = "of a kohya file it ignores what is outside the blocks";
 const NO_WHOLE: &str = "it loads no whole weights and biases";
 const AS_PLAIN: &str = "it plays a DoRA as a plain LoRA";
+
+/// Why diffusers refuses a file for FLUX.2 that it does not take for kohya's: a key without "lora" in it or, where it renames
+/// modules, one that it does not know; `dora_scale` it takes out before.
+fn stops_at(keys: &[String]) -> Option<&'static str> {
+    let mut keys = keys.iter().filter(|key| !key.contains("dora_scale"));
+    let prefixes = ["diffusion_model.", "base_model.model."];
+    let renames = keys
+        .clone()
+        .any(|key| prefixes.iter().any(|prefix| key.starts_with(prefix)));
+    let knows = |key: &str| {
+        let inner = prefixes.iter().find_map(|prefix| key.strip_prefix(prefix));
+        let name = if renames { inner.unwrap_or("") } else { key };
+        let as_it_is = ["single_transformer_blocks.", "transformer_blocks."];
+        if !renames || as_it_is.iter().any(|block| name.starts_with(block)) {
+            return name.contains("lora");
+        }
+        let factors = [".lora_A.weight", ".lora_B.weight"];
+        let module = factors.iter().find_map(|factor| name.strip_suffix(factor));
+        module.is_some_and(|module| !is_diffusers(module))
+    };
+    let key = keys.find(|key| !knows(key))?;
+    Some(match key.ends_with(".alpha") {
+        true => "it stops with an error: `.alpha` beside `lora_A`",
+        false => "it stops with an error at a key that it knows as no factor of a LoRA",
+    })
+}
 
 /// Whether the path is spelled as in diffusers, dotted or flattened.
 fn is_diffusers(module: &str) -> bool {
@@ -161,8 +190,8 @@ fn diffusers(facts: &Facts<'_>, key: &str, parsed: &ParsedKey) -> Verdict {
         if of_text {
             return Drops("FLUX.2 has no LoRA of a text encoder");
         }
-        if facts.alpha_beside_a {
-            return Drops("it stops with an error: `.alpha` beside `lora_A`");
+        if let Some(reason) = facts.stops {
+            return Drops(reason);
         }
         if facts.any_down && *prefix != "lora_unet" {
             return Drops(

@@ -150,6 +150,10 @@ fn flux_2() {
             &[("ComfyUI", "names")],
         ),
         (
+            "base_model.model.x_embedder.lora_A.weight",
+            &[("diffusers", "stops with an error"), ("ComfyUI", "names")],
+        ),
+        (
             "base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight",
             &[("ComfyUI", "names")],
         ),
@@ -181,14 +185,50 @@ fn flux_2() {
     ] {
         check(key, &[], true, expected);
     }
+    // One key that is of no factor, and it loads nothing; but of a file with `.lora_down.weight` it leaves such keys out.
     let factor = "diffusion_model.single_blocks.0.linear1.lora_A.weight";
-    let alpha = "diffusion_model.single_blocks.0.linear1.alpha";
-    check(
-        factor,
-        &[alpha],
-        true,
-        &[("diffusers", "stops with an error")],
-    );
+    let own = "transformer.x_embedder.lora_A.weight";
+    for (key, other, stops) in [
+        (
+            factor,
+            "diffusion_model.single_blocks.0.linear1.alpha",
+            true,
+        ),
+        (
+            factor,
+            "diffusion_model.single_blocks.0.linear1.diff_b",
+            true,
+        ),
+        (factor, "diffusion_model.img_in.set_weight", true),
+        (
+            factor,
+            "diffusion_model.double_blocks.0.img_attn.norm.query_norm.scale.set_weight",
+            true,
+        ),
+        (
+            factor,
+            "diffusion_model.transformer_blocks.0.attn.to_q.diff_b",
+            true,
+        ),
+        (
+            factor,
+            "diffusion_model.single_blocks.0.linear1.dora_scale",
+            false,
+        ),
+        (own, "transformer.proj_out.weight", true),
+        (own, "transformer.x_embedder.lora_B.bias", false),
+        (
+            "lora_unet_single_blocks_0_linear1.lora_down.weight",
+            "lora_unet_single_blocks_0_linear1.diff_b",
+            false,
+        ),
+    ] {
+        let expected: &[_] = match stops {
+            true => &[("diffusers", "stops with an error")],
+            false => &[],
+        };
+        check(key, &[other], true, expected);
+    }
 }
 
 #[test]
