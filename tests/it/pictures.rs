@@ -198,6 +198,107 @@ fn fill_is_trained_with_masks() {
 }
 
 #[test]
+fn folders_have_references_of_their_own_and_held_out_pictures_too() {
+    let bench = Workbench::new();
+    let model = model(&bench, "klein");
+    references(&bench, "before");
+    for folder in ["held", "held-before", "second", "second-before"] {
+        fs::create_dir(bench.path(folder)).unwrap();
+    }
+    for (folder, seed) in [("held", 8), ("held-before", 9)] {
+        picture(&bench.path(folder).join("it.png"), 80, 80, seed);
+    }
+    fs::write(bench.path("held/it.txt"), "make it snow").unwrap();
+    // The numbers of another kind of sample are no names of this one: an image left out of the dataset is none of `held`.
+    fs::write(bench.path("data/9.png"), "no picture").unwrap();
+    fs::write(bench.path("data/9.txt"), "left out").unwrap();
+    let model = format!("model.path={}", model.display());
+    let settings = [
+        "--set",
+        &model,
+        "--set=train.steps=6",
+        "--set=validation.path=held",
+        "--set=validation.every=3",
+    ];
+    let held = ["--set=validation.reference=held-before"];
+    let one = [
+        "--set=dataset.reference=before",
+        "--set=dataset.skip=['9.png']",
+    ];
+    bench.train_ok("single", "flex", &[&settings[..], &held, &one].concat());
+    let single = bench.result("single");
+    assert_eq!(single.metrics.matches("\"validation\"").count(), 2);
+
+    // The same pictures in two folders are the same samples: not one is encoded again, and every bit is the same.
+    for name in ["3", "4"] {
+        for kind in ["png", "txt"] {
+            let name = format!("{name}.{kind}");
+            fs::rename(
+                bench.path("data").join(&name),
+                bench.path("second").join(&name),
+            )
+            .unwrap();
+        }
+        let name = format!("{name}.png");
+        let to = bench.path("second-before").join(&name);
+        fs::rename(bench.path("before").join(&name), to).unwrap();
+    }
+    let folders = "[[dataset.folders]]\npath = \"data\"\nreference = \"before\"\n[[dataset.folders]]\npath = \"second\"\nreference = \"second-before\"\n[dataset]\nskip = [\"data/9.png\"]\n";
+    let text = flux_lora_tests::CONFIG.replacen("[dataset]\n", folders, 1);
+    fs::write(bench.path("run.toml"), text).unwrap();
+    let cached = || {
+        let entries = fs::read_dir(bench.path("straight/cache")).unwrap();
+        let entries = entries.map(|entry| entry.unwrap());
+        let entries = entries.map(|entry| {
+            (
+                entry.file_name(),
+                entry.metadata().unwrap().modified().unwrap(),
+            )
+        });
+        let is_entry = |name: &std::ffi::OsString| {
+            Path::new(name)
+                .extension()
+                .is_some_and(|kind| kind == "safetensors")
+        };
+        entries
+            .filter(|(name, _)| is_entry(name))
+            .collect::<std::collections::BTreeMap<_, _>>()
+    };
+    bench.copy_run("single", "straight", |part| part == "cache");
+    let before = cached();
+    assert!(before.len() > 10, "{before:?}");
+    let settings = [&settings[..], &held].concat();
+    bench.train_ok("straight", "flex", &settings);
+    assert_eq!(cached(), before);
+    let expected = bench.result("straight");
+    assert_eq!(expected.metrics, single.metrics);
+    assert!(expected.optimizer == single.optimizer);
+
+    bench.copy_run("straight", "resumed", |part| {
+        part == "cache" || part == "metrics.jsonl" || part == "ckpt-0000000003"
+    });
+    let resume = [&settings[..], &["--resume"]].concat();
+    bench.train_ok("resumed", "flex", &resume);
+    bench
+        .result("resumed")
+        .assert_same(&expected, "two folders, resumed");
+
+    // What is wrong in one of the folders is said of it, also when the run goes on.
+    picture(&bench.path("second-before/3.png"), 64, 100, 77);
+    bench.copy_run("straight", "changed", |part| {
+        part == "metrics.jsonl" || part == "ckpt-0000000003"
+    });
+    let out = bench.train("changed", "flex", &resume);
+    let error = String::from_utf8_lossy(&out.stderr);
+    let says = "changed references or mask of second/3.png";
+    assert!(!out.status.success() && error.contains(says), "{error}");
+    let out = bench.train("refused", "flex", &settings[..settings.len() - 1]);
+    let error = String::from_utf8_lossy(&out.stderr);
+    let says = "name their folder as `validation.reference`";
+    assert!(!out.status.success() && error.contains(says), "{error}");
+}
+
+#[test]
 fn what_is_missing_beside_a_sample_or_cannot_be_read_is_said_before_anything_is_written() {
     let bench = Workbench::new();
     for name in ["klein", "fill"] {

@@ -230,8 +230,12 @@ fn data<F: Family>(report: &mut Report, config: &RunConfig, family: &F, samples:
     if references > 0 {
         report.row("references", references.to_string());
     }
-    if config.dataset.mask.is_some() {
-        report.row("masks", samples.len().to_string());
+    let masks = samples
+        .iter()
+        .filter(|sample| sample.mask.is_some())
+        .count();
+    if masks > 0 {
+        report.row("masks", masks.to_string());
     }
     let listed: Vec<String> = sizes
         .iter()

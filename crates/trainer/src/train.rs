@@ -691,10 +691,20 @@ pub(crate) fn check_start<F: Family>(
         bail!("{problem}");
     }
     let references = samples.iter().any(|sample| !sample.references.is_empty());
+    let (references_name, mask_name) = match config.dataset.folders.is_empty() {
+        true => (
+            "reference pictures (`dataset.reference`, or a list)",
+            "`dataset.mask`",
+        ),
+        false => (
+            "reference pictures (`reference` in `dataset.folders`, or a list)",
+            "`mask` in `dataset.folders`",
+        ),
+    };
     let pictures = Pictures {
-        references: references.then_some("reference pictures (`dataset.reference`, or a list)"),
-        mask: config.dataset.mask.is_some(),
-        mask_name: "`dataset.mask`",
+        references: references.then_some(references_name),
+        mask: samples.iter().any(|sample| sample.mask.is_some()),
+        mask_name,
     };
     pictures.check(family, &outline)?;
     if references && config.dataset.random_crops > 1 {

@@ -13,7 +13,7 @@ use crate::nearest::one_line;
 ///
 /// Steps already taken keep their meaning. Any other change would silently make the resumed run differ from one that was
 /// never stopped.
-pub(super) const MAY_CHANGE_ON_RESUME: [&str; 23] = [
+pub(super) const MAY_CHANGE_ON_RESUME: [&str; 25] = [
     // Where things are; what they hold is compared by digest.
     "model.path",
     "model.transformer",
@@ -35,6 +35,8 @@ pub(super) const MAY_CHANGE_ON_RESUME: [&str; 23] = [
     "sample.",
     // Looks on, but for the share that is held out.
     "validation.path",
+    "validation.reference",
+    "validation.mask",
     "validation.every",
     "validation.bands",
     "validation.patience",

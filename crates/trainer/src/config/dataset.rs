@@ -1,6 +1,6 @@
 //! `[dataset]`: images and captions, and how they are brought into shape.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use lora_core::peft::OneOrMany;
 use schemars::JsonSchema;
@@ -123,11 +123,13 @@ impl DatasetSection {
         format!("{} ", self.caption_separator.trim())
     }
 
-    /// The folders: `path` is one that is seen once and weighs 1.
+    /// The folders: `path` is one that is seen once and weighs 1, with the pictures beside it.
     pub fn all_folders(&self) -> Vec<FolderSection> {
         match self.folders.is_empty() {
             true => vec![FolderSection {
                 path: self.path.clone(),
+                reference: self.reference.clone(),
+                mask: self.mask.clone(),
                 ..FolderSection::default()
             }],
             false => self.folders.clone(),
@@ -146,26 +148,31 @@ impl DatasetSection {
             check_count("dataset.folders", folder.repeats, MAX_COUNT)?;
             ABOVE_0.check("dataset.folders", folder.loss_weight)?;
             check_word("dataset.folders", folder.trigger_word.as_deref())?;
+            let (reference, mask) = (folder.reference.as_deref(), folder.mask.as_deref());
+            check_beside(["path", "reference", "mask"], &folder.path, reference, mask)
+                .map_err(|(key, problem)| ("dataset.folders", format!("`{key}` {problem}")))?;
+        }
+        let masks = self.folders.iter().filter(|folder| folder.mask.is_some());
+        let (masks, all) = (masks.count(), self.folders.len());
+        if masks > 0 && masks < all {
+            let problem = format!("must have a `mask` each or none, found {masks} in {all}");
+            return Err(("dataset.folders", problem));
         }
         check_word("dataset.trigger_word", self.trigger_word.as_deref())?;
-        for (key, folder) in [
-            ("dataset.reference", &self.reference),
-            ("dataset.mask", &self.mask),
+        for (key, name, folder) in [
+            ("dataset.reference", "reference", &self.reference),
+            ("dataset.mask", "mask", &self.mask),
         ] {
-            check_path(key, folder.as_deref())?;
             if folder.is_some() && !self.folders.is_empty() {
-                let problem = "cannot be together with `dataset.folders` yet: give one folder as `dataset.path`";
-                return Err((key, problem.into()));
-            }
-            if folder.as_ref() == Some(&self.path) {
-                let problem = "is `dataset.path`: put these pictures into a folder of their own";
-                return Err((key, problem.into()));
+                let problem = format!(
+                    "cannot be together with `dataset.folders`: give each of these its own `{name}`"
+                );
+                return Err((key, problem));
             }
         }
-        if self.reference.is_some() && self.mask.is_some() {
-            let problem = "cannot be together with `dataset.mask`: no model reads both";
-            return Err(("dataset.reference", problem.into()));
-        }
+        let keys = ["dataset.path", "dataset.reference", "dataset.mask"];
+        let (reference, mask) = (self.reference.as_deref(), self.mask.as_deref());
+        check_beside(keys, &self.path, reference, mask)?;
         check_side("dataset.bucket_step", self.bucket_step)?;
         let resolutions = self.resolution.as_slice();
         if resolutions.is_empty() {
@@ -215,6 +222,30 @@ impl DatasetSection {
     }
 }
 
+/// Checks the folders of references and of masks for the images in `path`; the keys of the three are named in errors.
+pub(super) fn check_beside(
+    keys: [&'static str; 3],
+    path: &Path,
+    reference: Option<&Path>,
+    mask: Option<&Path>,
+) -> Result<(), Invalid> {
+    for (key, folder) in [(keys[1], reference), (keys[2], mask)] {
+        check_path(key, folder)?;
+        if folder == Some(path) {
+            let problem = format!(
+                "is `{}`: put these pictures into a folder of their own",
+                keys[0]
+            );
+            return Err((key, problem));
+        }
+    }
+    if reference.is_some() && mask.is_some() {
+        let problem = format!("cannot be together with `{}`: no model reads both", keys[2]);
+        return Err((keys[1], problem));
+    }
+    Ok(())
+}
+
 /// One of several folders of images with captions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -225,6 +256,13 @@ pub struct FolderSection {
     pub repeats: usize,
     /// Factor on the loss of its images, above 0; kohya's `prior_loss_weight`. Default 1.
     pub loss_weight: f64,
+    /// Folder of the reference pictures of these images, as `dataset.reference` is for one folder. A folder without is trained
+    /// on without. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reference: Option<PathBuf>,
+    /// Folder of the masks of these images, as `dataset.mask`; all folders have one, or none. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mask: Option<PathBuf>,
     /// In place of `dataset.trigger_word`, for this folder. Default: `dataset.trigger_word`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trigger_word: Option<String>,
@@ -236,6 +274,8 @@ impl Default for FolderSection {
             path: PathBuf::new(),
             repeats: 1,
             loss_weight: 1.0,
+            reference: None,
+            mask: None,
             trigger_word: None,
         }
     }

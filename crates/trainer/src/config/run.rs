@@ -243,10 +243,6 @@ impl RunConfig {
                     .as_mut()
                     .and_then(|sample| sample.preview_vae.as_mut()),
             ),
-            (
-                "validation.path",
-                (self.validation.as_mut()).and_then(|validation| validation.path.as_mut()),
-            ),
         ]
         .into_iter()
         .filter_map(|(key, path)| path.map(|path| (key, path)))
@@ -254,7 +250,23 @@ impl RunConfig {
             self.dataset
                 .folders
                 .iter_mut()
-                .map(|folder| ("dataset.folders", &mut folder.path)),
+                .flat_map(|folder| {
+                    let beside = [folder.reference.as_mut(), folder.mask.as_mut()];
+                    [Some(&mut folder.path)].into_iter().chain(beside).flatten()
+                })
+                .map(|path| ("dataset.folders", path)),
+        )
+        .chain(
+            self.validation
+                .iter_mut()
+                .flat_map(|validation| {
+                    [
+                        ("validation.path", validation.path.as_mut()),
+                        ("validation.reference", validation.reference.as_mut()),
+                        ("validation.mask", validation.mask.as_mut()),
+                    ]
+                })
+                .filter_map(|(key, path)| path.map(|path| (key, path))),
         )
         .chain(
             Some(&mut self.dataset.path)
@@ -289,11 +301,6 @@ impl RunConfig {
         self.export.check(self.lora.peft_type)?;
         if let Some(validation) = &self.validation {
             validation.check()?;
-            let beside = self.dataset.reference.is_some() || self.dataset.mask.is_some();
-            if validation.path.is_some() && beside {
-                let problem = "cannot be given with `dataset.reference` or `dataset.mask`, which have pictures for those of the dataset alone: hold out a share, with `validation.share`";
-                return Err(("validation.path", problem.into()));
-            }
         }
         if let Some(ema) = &self.ema {
             ema.check(&self.optimizer.rule)?;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::dataset::check_beside;
 use super::rules::{Invalid, Rule, check_at_least_1, check_count, check_path, check_seed};
 
 /// The loss on pictures that are not trained on, at noise and noise levels that never change.
@@ -15,6 +16,12 @@ pub struct ValidationSection {
     /// Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
+    /// Folder of the reference pictures of those in `path`, as `dataset.reference`. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reference: Option<PathBuf>,
+    /// Folder of the masks of those in `path`, as `dataset.mask`. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mask: Option<PathBuf>,
     /// Share of the dataset to hold out, above 0 and below 1; the same samples whenever the run goes on. Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub share: Option<f64>,
@@ -34,6 +41,8 @@ impl Default for ValidationSection {
     fn default() -> Self {
         Self {
             path: None,
+            reference: None,
+            mask: None,
             share: None,
             every: 100,
             bands: 4,
@@ -60,6 +69,23 @@ impl ValidationSection {
                 let rule = Rule("above 0 and below 1", |x| x > 0.0 && x < 1.0);
                 share.map_or(Ok(()), |share| rule.check("validation.share", share))?;
             }
+        }
+        let (reference, mask) = (self.reference.as_deref(), self.mask.as_deref());
+        match &self.path {
+            Some(path) => {
+                let keys = ["validation.path", "validation.reference", "validation.mask"];
+                check_beside(keys, path, reference, mask)?;
+            }
+            None if reference.is_some() || mask.is_some() => {
+                let key = if reference.is_some() {
+                    "validation.reference"
+                } else {
+                    "validation.mask"
+                };
+                let problem = "has no effect without `validation.path`: a share of the dataset has what is beside it there";
+                return Err((key, problem.into()));
+            }
+            None => {}
         }
         check_at_least_1("validation.every", self.every)?;
         check_count("validation.bands", self.bands, 64)?;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use lora_core::files::digest::sha256_hex;
 
-use crate::config::DatasetSection;
+use crate::config::FolderSection;
 use crate::data::error::{DatasetError, image_error};
 use crate::data::image::{ImageLimits, inspect, is_image_extension, read_image};
 use crate::data::sample::{Picture, Sample};
@@ -30,22 +30,22 @@ impl Picture {
     }
 }
 
-/// Gives every sample its references and its mask; `listed` are the references that lists tell, by sample. Returns lines about
-/// pictures that belong to none.
+/// Gives every sample of a folder its references and its mask; `listed` are the references that lists tell, by sample. Returns
+/// lines about pictures that belong to none.
 pub(super) fn find(
     samples: &mut [Sample],
     listed: &[Vec<PathBuf>],
-    config: &DatasetSection,
+    folder: &FolderSection,
 ) -> Result<Vec<String>, DatasetError> {
     let mut warnings = Vec::new();
-    let references = match &config.reference {
-        Some(folder) => {
+    let references = match &folder.reference {
+        Some(references) => {
             if let Some(sample) = (0..samples.len()).find(|&sample| !listed[sample].is_empty()) {
                 return Err(DatasetError::TwoReferences {
                     image: samples[sample].image.clone(),
                 });
             }
-            let mut there = Named::read(folder)?;
+            let mut there = Named::read(references)?;
             let found = samples.iter().map(|sample| there.numbered(&sample.name));
             let found: Vec<Vec<PathBuf>> = found.collect();
             warnings.extend(there.warning("reference"));
@@ -56,7 +56,7 @@ pub(super) fn find(
     let bare: Vec<usize> = (0..samples.len())
         .filter(|&sample| references[sample].is_empty())
         .collect();
-    let any = config.reference.is_some() || bare.len() < samples.len();
+    let any = folder.reference.is_some() || bare.len() < samples.len();
     if let Some(&first) = bare.first()
         && any
     {
@@ -65,7 +65,7 @@ pub(super) fn find(
             first,
             bare.len(),
             "reference",
-            config.reference.as_deref(),
+            folder.reference.as_deref(),
         ));
     }
     for (sample, paths) in samples.iter_mut().zip(&references) {
@@ -73,7 +73,7 @@ pub(super) fn find(
         sample.references = looked_at.collect::<Result<_, _>>()?;
     }
 
-    let Some(folder) = &config.mask else {
+    let Some(folder) = &folder.mask else {
         return Ok(warnings);
     };
     let mut there = Named::read(folder)?;
@@ -224,6 +224,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::config::DatasetSection;
     use crate::data::scan::scan;
     use crate::data::testing::{folder, png, section};
 
@@ -272,6 +273,103 @@ mod tests {
             "{error}"
         );
         assert!(error.contains("before/cat.png`"), "{error}");
+    }
+
+    #[test]
+    fn folders_have_references_and_masks_of_their_own() {
+        let data = folder(&[
+            ("one/cat.png", &png()),
+            ("one/cat.txt", b"make it snow"),
+            ("one/before/cat.png", &png()),
+            ("two/cat.png", &png()),
+            ("two/cat.txt", b"make it rain"),
+            ("one/of two/cat_1.png", &png()),
+            ("one/of two/cat_2.png", &png()),
+            ("three/cat.png", &png()),
+            ("three/cat.txt", b"a cat"),
+        ]);
+        let of = |path: &str, reference: Option<&str>| FolderSection {
+            path: data.path().join(path),
+            reference: reference.map(|reference| data.path().join(reference)),
+            ..FolderSection::default()
+        };
+        let mut config = DatasetSection {
+            folders: vec![
+                of("one", Some("one/before")),
+                of("two", Some("one/of two")),
+                of("three", None),
+            ],
+            ..DatasetSection::default()
+        };
+        let found = scan(&config).expect("a good dataset");
+        assert_eq!(found.warnings, [""; 0]);
+        let references: Vec<_> = found
+            .samples
+            .iter()
+            .map(|sample| {
+                let path = |picture: &Picture| {
+                    picture
+                        .path
+                        .strip_prefix(data.path())
+                        .expect("there")
+                        .to_path_buf()
+                };
+                (
+                    sample.name.as_str(),
+                    sample.references.iter().map(path).collect::<Vec<_>>(),
+                )
+            })
+            .collect();
+        assert_eq!(
+            references,
+            [
+                ("one/cat.png", vec!["one/before/cat.png".into()]),
+                (
+                    "two/cat.png",
+                    vec!["one/of two/cat_1.png".into(), "one/of two/cat_2.png".into()]
+                ),
+                ("three/cat.png", vec![]),
+            ]
+        );
+        fs::remove_file(data.path().join("one/before/cat.png")).expect("remove file");
+        let error = scan(&config).expect_err("none for the first").to_string();
+        assert!(
+            error.contains("one/cat.png` has no reference: expected"),
+            "{error}"
+        );
+
+        // Two folders that are each other's references; what is beside one is no image of the other.
+        let mask = |path: &str, mask: &str| FolderSection {
+            mask: Some(data.path().join(mask)),
+            ..of(path, None)
+        };
+        let paths = |config: &DatasetSection, of: fn(&Sample) -> &Picture| {
+            let found = scan(config).expect("a good dataset");
+            let paths = found.samples.iter().map(|sample| of(sample).path.clone());
+            paths.collect::<Vec<_>>()
+        };
+        config.folders = vec![of("three", Some("two")), of("two", Some("three"))];
+        let found = paths(&config, |sample| &sample.references[0]);
+        assert_eq!(
+            found,
+            ["two/cat.png", "three/cat.png"].map(|path| data.path().join(path))
+        );
+        fs::rename(
+            data.path().join("one/of two/cat_1.png"),
+            data.path().join("one/before/cat.png"),
+        )
+        .expect("move");
+        fs::rename(
+            data.path().join("one/of two/cat_2.png"),
+            data.path().join("one/of two/cat.png"),
+        )
+        .expect("move");
+        config.folders = vec![mask("one", "one/before"), mask("three", "one/of two")];
+        let found = paths(&config, |sample| sample.mask.as_ref().expect("a mask"));
+        assert_eq!(
+            found,
+            ["one/before/cat.png", "one/of two/cat.png"].map(|path| data.path().join(path))
+        );
     }
 
     #[test]

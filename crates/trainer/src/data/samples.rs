@@ -21,7 +21,8 @@ impl Samples {
     /// Holds out what the configuration says, a share of `samples` or another folder.
     ///
     /// # Errors
-    /// A folder that is no dataset; a share of so few samples that none would be left, or held out.
+    /// A folder that is no dataset, or that has other pictures beside its own than the dataset; a share of so few samples that
+    /// none would be left, or held out.
     pub(crate) fn new(config: &RunConfig, samples: Vec<Sample>) -> anyhow::Result<Self> {
         let Some(section) = &config.validation else {
             return Ok(Self::trained(samples));
@@ -30,10 +31,14 @@ impl Samples {
             let mut dataset = config.dataset.clone();
             dataset.path = path.clone();
             dataset.folders.clear();
+            dataset.reference = section.reference.clone();
+            dataset.mask = section.mask.clone();
+            dataset.skip.clear(); // images of the dataset
             let Scan {
                 samples: held,
                 warnings,
             } = scan(&dataset)?;
+            check_alike(&samples, &held)?;
             let trained = samples.len();
             let all = samples.into_iter().chain(held).collect();
             return Ok(Self {
@@ -76,4 +81,28 @@ impl Samples {
     pub(crate) fn held(&self) -> &[Sample] {
         &self.all[self.trained..]
     }
+}
+
+/// Refuses held-out samples with references where the dataset has none, and the other way round, and the same of masks: their
+/// loss would be of something else than what is trained.
+fn check_alike(trained: &[Sample], held: &[Sample]) -> anyhow::Result<()> {
+    type Has = fn(&Sample) -> bool;
+    let kinds: [(&str, &str, Has); 2] = [
+        ("references", "reference", |sample| {
+            !sample.references.is_empty()
+        }),
+        ("masks", "mask", |sample| sample.mask.is_some()),
+    ];
+    for (what, key, has) in kinds {
+        match (trained.iter().any(has), held.iter().any(has)) {
+            (true, false) => bail!(
+                "the dataset has {what}, and `validation.path` has none: name their folder as `validation.{key}`"
+            ),
+            (false, true) => bail!(
+                "`validation.path` has {what}, and the dataset has none: remove `validation.{key}`, or give the dataset its own"
+            ),
+            _ => {}
+        }
+    }
+    Ok(())
 }

@@ -56,7 +56,7 @@ pub fn scan(config: &DatasetSection) -> Result<Scan, DatasetError> {
     let mut all = Scan::default();
     let mut unknown: BTreeSet<&String> = config.skip.iter().collect();
     for (index, folder) in folders.iter().enumerate() {
-        let found = scan_folder(&folder.path, called(&folders, index).as_deref(), config)?;
+        let found = scan_folder(&folders, index, config)?;
         unknown.retain(|name| !found.skipped.contains(name));
         let own = folder.trigger_word.as_deref();
         let trigger = own.or(config.trigger_word.as_deref());
@@ -82,8 +82,8 @@ pub fn unreadable(config: &DatasetSection) -> Result<Vec<(String, DatasetError)>
     let folders = config.all_folders();
     let limits = ImageLimits::default();
     let mut found = Vec::new();
-    for (index, folder) in folders.iter().enumerate() {
-        let (pairs, _) = pairs_of(&folder.path, config)?;
+    for index in 0..folders.len() {
+        let (pairs, _) = pairs_of(&folders, index, config)?;
         let bar = progress::bar("try images", pairs.len() as u64);
         for pair in pairs {
             let name = full_name(called(&folders, index).as_deref(), pair.name);
@@ -133,11 +133,13 @@ fn called(folders: &[FolderSection], index: usize) -> Option<String> {
     })
 }
 
-/// The images of a folder with their captions, by name, and what is said of its other files.
+/// The images of one of `folders` with their captions, by name, and what is said of its other files.
 fn pairs_of(
-    folder: &Path,
+    folders: &[FolderSection],
+    index: usize,
     config: &DatasetSection,
 ) -> Result<(Vec<Pair>, Vec<String>), DatasetError> {
+    let folder = folders[index].path.as_path();
     match fs::metadata(folder) {
         Ok(metadata) if metadata.is_dir() => {}
         Ok(_) => {
@@ -152,8 +154,14 @@ fn pairs_of(
         }
         Err(error) => return Err(read_error(folder, error)),
     }
-    let aside = [&config.reference, &config.mask].into_iter().flatten();
-    let aside = aside.filter_map(|folder| fs::canonicalize(folder).ok());
+    // The pictures beside samples are none themselves, but where their folder is named as one of samples too.
+    let root = fs::canonicalize(folder).map_err(|error| read_error(folder, error))?;
+    let aside = folders.iter().enumerate().flat_map(|(other, folder)| {
+        let beside = [&folder.reference, &folder.mask].into_iter().flatten();
+        let beside = beside.filter_map(|path| fs::canonicalize(path).ok());
+        let root = &root;
+        beside.filter(move |path| other == index || path != root)
+    });
     let mut tree = Tree::new(folder, &config.caption_extension, aside.collect());
     tree.walk(String::new(), None)?;
     let mut pairs = tree.pairs()?;
@@ -175,11 +183,13 @@ fn pairs_of(
 }
 
 fn scan_folder(
-    folder: &Path,
-    called: Option<&str>,
+    folders: &[FolderSection],
+    index: usize,
     config: &DatasetSection,
 ) -> Result<OfFolder, DatasetError> {
-    let (pairs, mut warnings) = pairs_of(folder, config)?;
+    let (folder, called) = (&folders[index], called(folders, index));
+    let called = called.as_deref();
+    let (pairs, mut warnings) = pairs_of(folders, index, config)?;
     let mut skipped = Vec::new();
     let limits = ImageLimits::default();
     let (mut several, mut profiles) = (Vec::new(), Vec::new());
@@ -221,7 +231,7 @@ fn scan_folder(
         listed.push(references);
     }
     bar.finish_and_clear();
-    warnings.extend(beside::find(&mut samples, &listed, config)?);
+    warnings.extend(beside::find(&mut samples, &listed, folder)?);
     if !several.is_empty() {
         warnings.push(format!(
             "only the first picture is used of {} that hold several (an animation, or pages): {}",
@@ -245,7 +255,7 @@ fn scan_folder(
     }
     if samples.is_empty() {
         return Err(DatasetError::Empty {
-            path: folder.into(),
+            path: folder.path.clone(),
             instead: " that are not left out by `dataset.skip`".into(),
         });
     }

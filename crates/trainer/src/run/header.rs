@@ -123,7 +123,8 @@ fn forget_places(value: &mut Value) {
     match value {
         Value::Table(keys) => {
             keys.retain(|key, value| {
-                !matches!(key, "path" | "init_from" | "skip") && !is_place(value)
+                let is_known = matches!(key, "path" | "reference" | "mask" | "init_from" | "skip");
+                !is_known && !is_place(value)
             });
             keys.iter_mut().for_each(|(_, value)| forget_places(value));
         }
@@ -167,6 +168,8 @@ mod tests {
         config.dataset.skip = vec!["anna-asleep.png".into()];
         config.dataset.folders = vec![FolderSection {
             path: "/home/anna/more".into(),
+            reference: Some("/home/anna/before".into()),
+            mask: Some("annas-masks".into()),
             repeats: 3,
             ..FolderSection::default()
         }];

@@ -224,6 +224,14 @@ fn data_options_refuse_nonsense() {
             "[validation]\nevery = 5",
             "`validation.path` in run.toml: or `validation.share` is required: name a folder of held-out pictures, or the share of the dataset to hold out",
         ),
+        (
+            "[validation]\nshare = 0.5\nmask = \"masks\"",
+            "`validation.mask` in run.toml:3: has no effect without `validation.path`: a share of the dataset has what is beside it there",
+        ),
+        (
+            "[validation]\npath = \"held\"\nreference = \"held\"",
+            "`validation.reference` in run.toml:3: is `validation.path`: put these pictures into a folder of their own",
+        ),
     ] {
         assert_refused(section, problem);
     }
@@ -233,6 +241,40 @@ fn data_options_refuse_nonsense() {
     let again = RunConfig::from_toml(&config.to_toml().expect("TOML"), Path::new("again"), &[]);
     assert_eq!(again.expect("what was written"), config);
     assert_eq!(config.dataset.folders[1].repeats, 3);
+    let with = |more: &str| {
+        let text = format!("{folders}\n{more}");
+        RunConfig::from_toml(&text, Path::new("run.toml"), &["model.path=flux".into()])
+    };
+    let config = with("reference = \"c\"").expect("one with references, one without");
+    assert_eq!(config.dataset.all_folders()[1].reference, Some("c".into()));
+    for (more, problem) in [
+        (
+            "reference = \"b\"",
+            "`reference` is `path`: put these pictures into a folder of their own",
+        ),
+        ("reference = \"\"", "`reference` required, but not given"),
+        (
+            "reference = \"c\"\nmask = \"d\"",
+            "`reference` cannot be together with `mask`: no model reads both",
+        ),
+        (
+            "mask = \"c\"",
+            "must have a `mask` each or none, found 1 in 2",
+        ),
+    ] {
+        let error = with(more).expect_err("refused").to_string();
+        assert_eq!(error, format!("`dataset.folders` in run.toml:2: {problem}"));
+    }
+    for key in ["reference", "mask"] {
+        let text = folders.replacen("[dataset]", &format!("[dataset]\n{key} = \"c\""), 1);
+        let error = RunConfig::from_toml(&text, Path::new("run.toml"), &["model.path=flux".into()]);
+        assert_eq!(
+            error.expect_err("refused").to_string(),
+            format!(
+                "`dataset.{key}` in run.toml:2: cannot be together with `dataset.folders`: give each of these its own `{key}`"
+            )
+        );
+    }
 }
 
 #[test]
