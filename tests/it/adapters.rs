@@ -7,7 +7,7 @@ use std::process::Command;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use flux_lora::adapters::{LoadedLora, attach};
-use flux_lora_tests::{CONFIG, Workbench, program, root};
+use flux_lora_tests::{CONFIG, Workbench, copy, program, root};
 use flux_model::family::Velocity;
 use flux_model::flux1::config::FluxConfig;
 use flux_model::flux1::latent::{image_positions, text_positions};
@@ -341,6 +341,131 @@ fn biases_and_modules_trained_in_full_resume_exactly_alone_move_and_are_exported
             let said = format!("{file}: cannot hold what is trained of");
             assert!(log.contains(&said), "{case}: {log}");
         }
+    }
+}
+
+/// Six steps of a run that trains a module and biases in full beside a LoRA.
+fn in_full(bench: &Workbench, modules: &[&str]) {
+    let section = format!(
+        "[lora]\nmodules_to_save = {modules:?}\nbias = \"lora_only\"\ntarget_modules = [\"attn.to_q\", \"proj_mlp\"]\n"
+    );
+    let config = CONFIG
+        .replace("[lora]\n", &section)
+        .replace("lora_alpha = 7", "lora_alpha = 4") // a scale of 1, so that nothing is folded into the finished file
+        .replace("steps = 40", "steps = 6");
+    bench.write_config(&config);
+}
+
+#[test]
+fn what_is_trained_in_full_is_averaged_and_shared_among_devices_and_resumes_exactly() {
+    let bench = Workbench::new();
+    in_full(&bench, &["x_embedder", "norm_out.linear"]);
+    bench.train_ok("one", "flex", &[]);
+    let expected = bench.result("one");
+    let settings = ["--set=ema.decay=0.5"];
+    bench.train_ok("averaged", "flex", &settings);
+    let averaged = bench.result("averaged");
+    assert!(averaged.checkpoint_lora == expected.checkpoint_lora);
+    assert!(averaged.optimizer == expected.optimizer);
+    let average = bench.path("averaged/ckpt-0000000006/average.safetensors");
+    let average = AdapterFile::load(&average, "transformer.").expect("an average");
+    let last = bench.path("averaged/ckpt-0000000006/lora.safetensors");
+    let last = AdapterFile::load(&last, "transformer.").expect("a checkpoint");
+    let keys = |file: &AdapterFile| file.whole().keys().cloned().collect::<Vec<_>>();
+    assert_eq!(keys(&average), keys(&last));
+    assert!(keys(&average).len() > 6, "{:?}", keys(&average));
+    for (key, value) in average.whole() {
+        assert_ne!(value, &last.whole()[key], "{key} is no average");
+    }
+    let finished = AdapterFile::load(&bench.path("averaged/lora.safetensors"), "transformer.");
+    assert!(finished.expect("a LoRA").whole() == average.whole());
+
+    for step in [1, 4] {
+        let checkpoint = format!("ckpt-{step:010}");
+        for (from, devices, settings) in [
+            ("one", "flex,flex", &[][..]),
+            ("averaged", "flex", &settings),
+            ("averaged", "flex,flex", &settings),
+        ] {
+            let run = format!("{from}-{devices}-{step}");
+            bench.copy_run(from, &run, |name| {
+                name == "cache" || name == "metrics.jsonl" || name == checkpoint
+            });
+            bench.train_ok(&run, devices, &[settings, &["--resume"]].concat());
+            let straight = bench.result(from);
+            bench.result(&run).assert_same(&straight, &run);
+        }
+    }
+    bench.train_ok("two", "flex,flex", &[]);
+    bench.result("two").assert_same(&expected, "by two workers");
+}
+
+#[test]
+fn what_is_trained_in_full_starts_from_the_few_bits_of_a_checkpoint() {
+    for case in ["transformer_bnb_nf4", "transformer_bnb_int8"] {
+        let bench = Workbench::new();
+        let parity = root().join("tests/fixtures/parity");
+        let model = bench.path("model");
+        copy(&parity.join("pipeline_dev/model"), &model, &|name| {
+            name != "transformer"
+        });
+        copy(
+            &parity.join(case).join("model"),
+            &model.join("transformer"),
+            &|_| true,
+        );
+        // One that the checkpoint has in few bits, and one that it has not.
+        let module = "transformer_blocks.0.ff.net.2";
+        in_full(&bench, &[module, "x_embedder"]);
+        let model = format!("--set=model.path={}", model.display());
+        bench.train_ok("straight", "flex", &[&model]);
+        let expected = bench.result("straight");
+        bench.copy_run("straight", "resumed", |name| {
+            ["cache", "metrics.jsonl", "ckpt-0000000003"].contains(&name)
+        });
+        bench.train_ok("resumed", "flex", &[&model, "--resume"]);
+        bench.result("resumed").assert_same(&expected, case);
+
+        // It starts where f32 weights start, and moves.
+        let still = [
+            &model,
+            "--set=optimizer.learning_rate=1e-30",
+            "--set=train.steps=1",
+        ];
+        let whole = |run: &str, dtype: &str| {
+            bench.train_ok(run, "flex", &[&still[..], &[dtype]].concat());
+            let path = bench.path(run).join("lora.safetensors");
+            let file = AdapterFile::load(&path, "transformer.").expect("a LoRA");
+            file.whole().clone()
+        };
+        let (few, dense) = (
+            whole("few", "--set=model.base_dtype=as-stored"),
+            whole("dense", "--set=model.base_dtype=f32"),
+        );
+        assert!(few == dense, "{case}");
+        let trained = bench.path("straight/lora.safetensors");
+        let trained = AdapterFile::load(&trained, "transformer.").expect("a LoRA");
+        let weight = format!("{module}.weight");
+        assert_ne!(trained.whole()[&weight], few[&weight], "{case}");
+
+        // What would be rounded before it is trained is refused, with the way that is left.
+        for dtype in ["q8", "nf4"] {
+            let set = format!("--set=model.base_dtype={dtype}");
+            let out = bench.train("refused", "flex", &[&model, &set]);
+            let text = String::from_utf8_lossy(&out.stderr);
+            assert_eq!(out.status.code(), Some(2), "{text}");
+            let says = format!("cannot be together with model.base_dtype = \"{dtype}\"");
+            assert!(
+                text.contains(&says) && text.contains("use \"as-stored\""),
+                "{text}"
+            );
+        }
+        let biases = [
+            &model,
+            "--set=lora.modules_to_save=[]",
+            "--set=model.base_dtype=nf4",
+        ];
+        bench.train_ok("biases", "flex", &biases);
     }
 }
 

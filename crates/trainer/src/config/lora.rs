@@ -58,7 +58,8 @@ pub struct LoraSection {
     #[schemars(schema_with = "one_or_many::<String>")]
     pub layers_pattern: Option<OneOrMany<String>>,
     /// Modules of the transformer to train in full beside the adapter, each by the end of its path, as in PEFT ("proj_out" is the
-    /// last layer and one of every single-stream block). What holds them, and who loads them, is in [formats.md](formats.md).
+    /// last layer and one of every single-stream block). What the checkpoint has in few bits is f32 from then on; with
+    /// `model.base_dtype` "q8" or "nf4" it is refused. What holds them, and who loads them, is in [formats.md](formats.md).
     /// Default: none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub modules_to_save: Vec<String>,
