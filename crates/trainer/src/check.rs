@@ -368,7 +368,7 @@ fn cost<F: Family>(
         recomputed,
         &device.device,
     )?;
-    let seconds = operations / device_speed(&device.device);
+    let seconds = operations / device_speed(&device.device, config.model.compute);
     report.row(
         "time (estimate)",
         format!(

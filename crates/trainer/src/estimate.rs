@@ -4,8 +4,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 use flux_model::family::Family;
+use flux_model::weights::Compute;
 use lora_core::LoraConfig;
 use lora_core::attach::targeted;
 use lora_core::peft::Targets;
@@ -20,8 +21,23 @@ use crate::run::adapter::text_layers;
 const MEASURED: Duration = Duration::from_millis(300);
 /// Rows and columns of what is multiplied.
 const SIZE: usize = 1024;
-/// Floating-point operations of one optimizer step; `recomputed` is the share of the blocks that are computed again. Forward and
-/// backward pass are of one size: the base weights have no gradient.
+
+/// Floating-point operations of a forward pass, of one picture.
+struct Forward {
+    linear: f64,
+    attention: f64,
+}
+
+impl Forward {
+    /// Those of both passes; `recomputed` is the share of the blocks that are computed again. Of linear layers forward and
+    /// backward pass are of one size, for the base weights have no gradient; of attention the forward pass is two products, and
+    /// the backward pass five, one of which computes the scores again.
+    fn both_passes(&self, recomputed: f64) -> f64 {
+        self.linear * (2.0 + recomputed) + self.attention * (3.5 + recomputed)
+    }
+}
+
+/// Floating-point operations of one optimizer step; `recomputed` is the share of the blocks that are computed again.
 ///
 /// # Errors
 /// A network without linear layers.
@@ -41,7 +57,7 @@ pub(crate) fn step_operations<F: Family>(
         ..LoraConfig::default()
     };
     let layers = targeted(outline, &all)?;
-    let mut forward = 0.0;
+    let mut linear = 0.0;
     for (path, [inputs, outputs]) in &layers {
         let tokens = match path.as_str() {
             // Once an image, whatever its size.
@@ -55,28 +71,31 @@ pub(crate) fn step_operations<F: Family>(
             path if path.starts_with("single_") => text + image,
             _ => image,
         };
-        forward += 2.0 * (inputs * outputs) as f64 * tokens;
+        linear += 2.0 * (inputs * outputs) as f64 * tokens;
     }
     let query = layers.iter().find(|(path, _)| path.ends_with("attn.to_q"));
     let width = query.map_or(0, |(_, [_, outputs])| *outputs) as f64;
     let blocks = outline.count() as f64;
-    forward += blocks * 4.0 * (text + image).powi(2) * width;
+    let attention = blocks * 4.0 * (text + image).powi(2) * width;
+    let forward = Forward { linear, attention };
     let of_text = text_layers(family, &config.lora.text_encoders(), device)?;
     let of_text = of_text.values().flat_map(BTreeMap::values);
     let of_text: usize = of_text.map(|[inputs, outputs]| inputs * outputs).sum();
     let train = &config.train;
     let pictures = (train.batch_size * train.gradient_accumulation_steps) as f64;
-    Ok((forward * (2.0 + recomputed) + 4.0 * of_text as f64 * text) * pictures)
+    Ok((forward.both_passes(recomputed) + 4.0 * of_text as f64 * text) * pictures)
 }
 
-/// Floating-point operations a second of a matrix product on `device`, measured.
-pub(crate) fn device_speed(device: &Device) -> f64 {
+/// Floating-point operations a second of a matrix product on `device` in what blocks compute in, measured.
+pub(crate) fn device_speed(device: &Device, compute: Compute) -> f64 {
     let a = Tensor::<2>::ones([SIZE, SIZE], device);
+    let a = match compute {
+        Compute::F32 => a,
+        Compute::Bf16 => a.cast(DType::BF16),
+    };
     let product = || {
-        a.clone()
-            .matmul(a.clone())
-            .slice([0..1, 0..1])
-            .into_scalar::<f32>()
+        let product = a.clone().matmul(a.clone()).slice([0..1, 0..1]);
+        product.cast(DType::F32).into_scalar::<f32>()
     };
     product(); // the first call of a device compiles, or wakes threads
     let (started, mut count) = (Instant::now(), 0);
@@ -114,10 +133,20 @@ mod tests {
         );
     }
 
+    #[test]
+    fn what_is_computed_again_is_counted_again_and_attention_s_scores_always_are() {
+        let forward = Forward {
+            linear: 10.0,
+            attention: 2.0,
+        };
+        assert_eq!(forward.both_passes(0.0), 20.0 + 2.0 + 5.0);
+        assert_eq!(forward.both_passes(1.0), 30.0 + 2.0 + 2.0 + 5.0);
+    }
+
     #[cfg(feature = "flex")]
     #[test]
     fn a_device_does_something_in_a_second() {
-        let speed = device_speed(&Device::flex());
+        let speed = device_speed(&Device::flex(), Compute::F32);
         assert!((1e8..1e16).contains(&speed), "{speed:.2e}");
     }
 }
