@@ -418,17 +418,18 @@ fn what_is_trained_in_full_starts_from_the_few_bits_of_a_checkpoint() {
         let module = "transformer_blocks.0.ff.net.2";
         in_full(&bench, &[module, "x_embedder"]);
         let model = format!("--set=model.path={}", model.display());
-        bench.train_ok("straight", "flex", &[&model]);
+        let model = model.as_str();
+        bench.train_ok("straight", "flex", &[model]);
         let expected = bench.result("straight");
         bench.copy_run("straight", "resumed", |name| {
             ["cache", "metrics.jsonl", "ckpt-0000000003"].contains(&name)
         });
-        bench.train_ok("resumed", "flex", &[&model, "--resume"]);
+        bench.train_ok("resumed", "flex", &[model, "--resume"]);
         bench.result("resumed").assert_same(&expected, case);
 
         // It starts where f32 weights start, and moves.
         let still = [
-            &model,
+            model,
             "--set=optimizer.learning_rate=1e-30",
             "--set=train.steps=1",
         ];
@@ -451,7 +452,7 @@ fn what_is_trained_in_full_starts_from_the_few_bits_of_a_checkpoint() {
         // What would be rounded before it is trained is refused, with the way that is left.
         for dtype in ["q8", "nf4"] {
             let set = format!("--set=model.base_dtype={dtype}");
-            let out = bench.train("refused", "flex", &[&model, &set]);
+            let out = bench.train("refused", "flex", &[model, &set]);
             let text = String::from_utf8_lossy(&out.stderr);
             assert_eq!(out.status.code(), Some(2), "{text}");
             let says = format!("cannot be together with model.base_dtype = \"{dtype}\"");
@@ -461,7 +462,7 @@ fn what_is_trained_in_full_starts_from_the_few_bits_of_a_checkpoint() {
             );
         }
         let biases = [
-            &model,
+            model,
             "--set=lora.modules_to_save=[]",
             "--set=model.base_dtype=nf4",
         ];

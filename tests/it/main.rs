@@ -24,4 +24,5 @@ mod start;
 mod terminal;
 mod text_encoders;
 mod tiny_vae;
+mod train_options;
 mod validation;
