@@ -44,6 +44,9 @@ pub trait Network: Velocity {
     /// Width of a token between blocks.
     fn width(&self) -> usize;
 
+    /// Heads of its attention.
+    fn heads(&self) -> usize;
+
     /// How many streams of tokens block `index` keeps apart, each with layers of its own.
     fn streams(&self, index: usize) -> usize;
 

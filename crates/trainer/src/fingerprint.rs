@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use lora_core::files::digest::digest_file;
-use lora_core::ops::KERNELS;
+use lora_core::ops::{COMPOSITIONS, KERNELS};
 use serde::{Deserialize, Serialize};
 
 use crate::device::NamedDevice;
@@ -22,7 +22,7 @@ pub struct Fingerprint {
     pub hardware: String,
     /// CPU features that kernels are chosen by at run time.
     pub cpu_features: String,
-    /// The project's own kernels; empty in a checkpoint from before they existed.
+    /// The project's own operations; empty in a checkpoint from before they existed.
     #[serde(default)]
     pub kernels: String,
 }
@@ -38,7 +38,7 @@ impl Fingerprint {
             cpu_features: cpu_features(),
             kernels: match device.backend() {
                 "flex" => KERNELS.into(),
-                _ => "none".into(),
+                _ => COMPOSITIONS.into(),
             },
         })
     }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use flux_model::family::Family;
+use flux_model::ops::attention_composed::scores_bytes;
 use flux_model::weights::{Base, Compute, Sizes};
 use lora_core::training::recompute::Recomputed;
 use tracing::info;
@@ -88,6 +89,8 @@ pub struct Need {
     pub sizes: Sizes,
     /// Tokens in a micro-batch, of text and image, of all samples.
     pub tokens: u64,
+    /// Bytes of the scores that attention holds at a time where it has no kernels.
+    pub scores: u64,
     /// Numbers that are trained.
     pub trained: u64,
     /// Bytes that the optimizer and an average keep of each.
@@ -130,7 +133,9 @@ impl Need {
         }
         let graphs = blocks[again..].iter().map(|block| block.activations);
         let running = 2 * graphs.clone().max().unwrap_or(0);
-        let peak = peak.max(tokens * (kept + graphs.sum::<u64>() + running));
+        // The scores come and go.
+        let peak =
+            peak.max(tokens * (kept + graphs.sum::<u64>() + running)) + self.at_once * self.scores;
         let gradients = self.trained * F32 * (self.at_once + 1);
         let backward = peak + gradients;
         let update = self.trained * F32 * (COPIES - 1) + streamed(0);
@@ -213,9 +218,17 @@ pub fn need<F: Family>(
     devices: &[NamedDevice],
 ) -> anyhow::Result<Need> {
     let tokens = picture_tokens(config, family, samples) + config.dataset.max_sequence_length;
+    let sizes = family.sizes(config.model.base_dtype, &devices[0].device)?;
+    let batch = config.train.batch_size;
+    let has_kernels = devices[0].backend() == "flex" && config.model.compute == Compute::F32;
+    let scores = match has_kernels {
+        true => 0,
+        false => scores_bytes([batch, sizes.heads as usize, tokens]),
+    };
     Ok(Need {
-        sizes: family.sizes(config.model.base_dtype, &devices[0].device)?,
-        tokens: (config.train.batch_size * tokens) as u64,
+        sizes,
+        tokens: (batch * tokens) as u64,
+        scores: scores as u64,
         trained: trained as u64,
         state_bytes: config.optimizer.rule.state_bytes() + u64::from(config.ema.is_some()) * F32,
         at_once: most_on_one(devices) as u64,
@@ -385,8 +398,10 @@ mod tests {
                 blocks: vec![block; 4],
                 rest: 100,
                 width: 2,
+                heads: 1,
             },
             tokens: 5,
+            scores: 0,
             trained: 3,
             state_bytes: 8,
             at_once: 1,
@@ -420,6 +435,13 @@ mod tests {
         };
         let all = some(4, 0);
         assert_eq!(two.estimate(false, all), always + 12 + 2 * (160 + 400));
+        // Each holds the scores of the block it runs.
+        let scores = Need {
+            scores: 30,
+            ..two.clone()
+        };
+        let with_scores = two.estimate(false, all) + 2 * 30;
+        assert_eq!(scores.estimate(false, all), with_scores);
         let streamed = always - 4000 + 12 + 2 * (2000 + 160 + 400);
         assert_eq!(two.estimate(true, all), streamed);
         let plan = |need: &Need, limit| {

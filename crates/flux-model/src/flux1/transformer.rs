@@ -250,6 +250,10 @@ impl Network for FluxTransformer {
         self.config.hidden_size()
     }
 
+    fn heads(&self) -> usize {
+        self.config.num_attention_heads
+    }
+
     fn streams(&self, index: usize) -> usize {
         match index < self.transformer_blocks.len() {
             true => 2,

@@ -235,6 +235,10 @@ impl Network for Flux2Transformer {
         self.config.hidden_size()
     }
 
+    fn heads(&self) -> usize {
+        self.config.num_attention_heads
+    }
+
     fn streams(&self, index: usize) -> usize {
         match index < self.transformer_blocks.len() {
             true => 2,

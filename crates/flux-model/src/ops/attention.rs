@@ -1,5 +1,7 @@
 //! `y = softmax(scale q kᵀ) v`, heads merged; the scores of all tokens are never held.
 //!
+//! Where there are no kernels, `attention_composed` is what runs. What follows is of the kernels.
+//!
 //! For a query, the keys come in tiles. With the largest score `m` so far, the sum `l` of `e^(s - m)` and the sum `o` of
 //! `e^(s - m) v`, a tile with a larger score first multiplies `l` and `o` by `e^(m - m')`. The result is `o / l`; kept for
 //! the backward pass are it and `m + ln l`. There the scores are computed again, tile by tile, with `g` the gradient of `y`:
@@ -18,11 +20,11 @@
 //! Source: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
 
 use burn::tensor::Tensor;
-use burn::tensor::activation::softmax;
+use lora_core::ops::compose;
 
-use crate::layers::in_f32;
+use super::attention_composed::{Attention, queries_at_once, whole};
 
-/// `softmax(scale * q kᵀ + bias) v`, heads merged; with a bias composed of Burn's operations.
+/// `softmax(scale * q kᵀ + bias) v`, heads merged; with a bias, the scores of all tokens are held at once.
 ///
 /// # Shapes
 /// - `q`: `[batch, heads, queries, head_dim]`, `k`, `v`: `[batch, heads, keys, head_dim]`
@@ -34,28 +36,22 @@ pub fn attention(
     scale: f64,
     bias: Option<Tensor<4>>,
 ) -> Tensor<3> {
-    let [batch, heads, queries, head_dim] = q.dims();
-    #[cfg(feature = "flex")]
-    if lora_core::ops::has_kernels(&q) && k.dims() == v.dims() && bias.is_none() {
-        let [kv_batch, kv_heads, keys, kv_dim] = k.dims();
-        let alike = [batch, heads, head_dim] == [kv_batch, kv_heads, kv_dim];
-        if alike && keys > 0 && q.shape().num_elements() > 0 {
-            let operation = cpu::Attention {
-                scale: scale as f32,
-            };
-            let inputs = vec![q.into_dispatch(), k.into_dispatch(), v.into_dispatch()];
-            return lora_core::ops::apply::<_, 3, 3>(operation, inputs);
+    let [batch, heads, _, head_dim] = q.dims();
+    let keys = k.dims()[2];
+    let alike = k.dims() == [batch, heads, keys, head_dim] && v.dims() == k.dims();
+    if bias.is_none() && alike && keys > 0 && q.shape().num_elements() > 0 {
+        #[cfg(feature = "flex")]
+        let has_kernels = lora_core::ops::has_kernels(&q);
+        let inputs = vec![q.into_dispatch(), k.into_dispatch(), v.into_dispatch()];
+        #[cfg(feature = "flex")]
+        if has_kernels {
+            let scale = scale as f32;
+            return lora_core::ops::apply::<_, 3, 3>(cpu::Attention { scale }, inputs);
         }
+        let rows = queries_at_once([batch, heads, keys]);
+        return compose::<_, 3, 3>(Attention { scale, rows }, inputs);
     }
-    let scores = q.mul_scalar(scale).matmul(k.swap_dims(2, 3));
-    let scores = match bias {
-        Some(bias) => scores + bias,
-        None => scores,
-    };
-    in_f32(scores, |scores| softmax(scores, 3))
-        .matmul(v)
-        .swap_dims(1, 2)
-        .reshape([batch, queries, heads * head_dim])
+    whole(q, k, v, scale, bias)
 }
 
 #[cfg(feature = "flex")]

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `activation` | what GELU and SiLU have in common |
 //! | `attention` | `softmax(scale q kᵀ) v`, never holding the scores of all tokens |
+//! | `attention_composed` | the same of Burn's operations, for GPUs and bf16 |
 //! | `conv` | convolutions, of images that are doubled first too; no gradients |
 //! | `gate` | `x + gate * y` |
 //! | `gelu` | GELU by tanh, alone and behind another tensor |
@@ -15,6 +16,7 @@
 #[cfg(feature = "flex")]
 mod activation;
 pub mod attention;
+pub mod attention_composed;
 pub mod conv;
 pub mod gate;
 pub mod gelu;

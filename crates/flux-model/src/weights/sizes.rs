@@ -18,6 +18,8 @@ pub struct Sizes {
     pub rest: u64,
     /// Width of a token between blocks.
     pub width: u64,
+    /// Heads of the attention.
+    pub heads: u64,
 }
 
 /// Sizes of a block.
@@ -96,6 +98,7 @@ impl Checkpoint {
                 blocks: vec![BlockSize::default(); network.count()],
                 rest: 0,
                 width: network.width() as u64,
+                heads: network.heads() as u64,
             },
             linears: vec![0; network.count()],
         };

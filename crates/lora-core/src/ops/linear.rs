@@ -20,8 +20,8 @@ use burn::tensor::module::linear as burn_linear;
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::files::quantised::Quantised;
-#[cfg(any(feature = "flex", feature = "wgpu", feature = "cuda"))]
-use crate::ops::decoded;
+use crate::ops::composition::has_node;
+use crate::ops::decoded::{self, Kept};
 
 /// The weight of [`linear`].
 #[derive(Debug, Clone)]
@@ -128,27 +128,23 @@ fn plain<const D: usize>(
 
 /// `x W + b`.
 fn base<const D: usize>(x: Tensor<D>, weight: Weight, bias: Option<Tensor<1>>) -> Tensor<D> {
-    #[cfg(any(feature = "flex", feature = "wgpu", feature = "cuda"))]
-    if decoded::is_here(&x) {
-        let device = x.device().inner();
-        let product = match &weight {
-            Weight::Dense(dense) if dense.dtype() == x.dtype() => None, // nothing to decode
-            Weight::Dense(dense) => Some(decoded::times(x.clone(), dense.clone(), None)),
-            Weight::Quantised(few) => few.on_device(&device).map(|codes| {
-                let none = Tensor::empty([0, 0], &device);
-                decoded::times(x.clone(), none, Some(codes))
-            }),
-        };
-        if let Some(product) = product {
-            return match bias {
-                Some(bias) => product + bias.cast(x.dtype()).unsqueeze(),
-                None => product,
-            };
-        }
+    let (device, dtype) = (x.device().inner(), x.dtype());
+    let bias = bias.map(|bias| bias.cast(dtype)); // free where it is the same
+    let kept = match &weight {
+        _ if !has_node(&device) => None,
+        Weight::Dense(dense) if dense.dtype() == dtype || dense.is_tracked() => None,
+        Weight::Dense(dense) => Some(Kept::Dense(dense.clone().inner())),
+        Weight::Quantised(few) => few.on_device(&device).map(Kept::Codes),
+    };
+    let Some(kept) = kept else {
+        let weight = weight.dense(&x.device()).cast(dtype);
+        return burn_linear(x, weight, bias);
+    };
+    let product = decoded::times(x, kept);
+    match bias {
+        Some(bias) => product + bias.unsqueeze(),
+        None => product,
     }
-    let weight = weight.dense(&x.device()).cast(x.dtype()); // free where it is the same
-    let bias = bias.map(|bias| bias.cast(x.dtype()));
-    burn_linear(x, weight, bias)
 }
 
 #[cfg(feature = "flex")]

@@ -11,13 +11,11 @@
 //! The bits of a result depend neither on the number of threads nor on the width of the vector unit: work is cut into
 //! pieces of fixed size, sums have a fixed order, and a fused multiply-add is used only where it is written.
 
-#[cfg_attr(
-    not(any(feature = "flex", feature = "wgpu", feature = "cuda")),
-    expect(dead_code, reason = "nothing decodes on a device of another backend")
-)]
 pub(crate) mod codes;
-#[cfg(any(feature = "flex", feature = "wgpu", feature = "cuda"))]
+mod composition;
 mod decoded;
+#[cfg(any(feature = "flex", feature = "wgpu", feature = "cuda"))]
+mod inputs;
 pub mod linear;
 
 #[cfg(feature = "flex")]
@@ -39,15 +37,20 @@ use std::cell::Cell;
 
 use burn::tensor::Tensor;
 
+pub use composition::{Composition, compose};
 #[cfg(feature = "flex")]
 pub use node::{Operation, apply};
 
-/// Names the kernels in the fingerprint of a run: it changes with every change of their bits.
+/// Names the kernels of `flex` in the fingerprint of a run, and what runs beside them: it changes with every change of their
+/// bits.
 pub const KERNELS: &str = if cfg!(feature = "flex") {
-    "flex 3"
+    "flex 3, composed 2"
 } else {
-    "none"
+    COMPOSITIONS
 };
+
+/// The same of backends without kernels, for the compositions of Burn's operations.
+pub const COMPOSITIONS: &str = "composed 2";
 
 thread_local!(static COMPOSED: Cell<bool> = const { Cell::new(false) });
 

@@ -9,10 +9,11 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{
-    Autodiff, Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchDevice,
-    DispatchTensor, DispatchTensorKind, ExtensionType, Flex, backend_extension,
+    Autodiff, Backend, Dispatch, DispatchDevice, DispatchTensor, Flex, backend_extension,
 };
 use burn::tensor::{DType, Tensor};
+
+use super::inputs::Inputs;
 
 /// An operation on the CPU that knows its derivative. Its first `N` inputs may get gradients, those after them are constants.
 pub trait Operation<const N: usize>: Clone + Debug + Send + 'static {
@@ -45,48 +46,6 @@ pub fn apply<O: Operation<N>, const N: usize, const D: usize>(
         operation,
         Inputs(inputs),
     ))
-}
-
-/// Tensors of one backend. Burn's dispatch takes no list of tensors, but it takes a type that maps itself.
-pub struct Inputs<B: Backend>(Vec<FloatTensor<B>>);
-
-impl<B: Backend> ExtensionType<B> for Inputs<B> {
-    type Target = Inputs<Dispatch>;
-
-    fn map_to_dispatch<F>(self, map_kind: F, autodiff: DispatchAutodiffContext) -> Self::Target
-    where
-        F: Fn(BackendTensor<B>) -> DispatchTensorKind,
-    {
-        let wrap = |tensor| DispatchTensor {
-            kind: map_kind(BackendTensor::Float(tensor)),
-            autodiff,
-        };
-        Inputs(self.0.into_iter().map(wrap).collect())
-    }
-
-    fn map_from_dispatch<F>(target: Self::Target, unwrap_kind: F) -> Self
-    where
-        F: Fn(DispatchTensor) -> BackendTensor<B>,
-    {
-        let unwrap = |tensor| unwrap_kind(tensor).float();
-        Self(target.0.into_iter().map(unwrap).collect())
-    }
-
-    fn routing_tensor(target: &Self::Target) -> Option<&DispatchTensor> {
-        target.0.first()
-    }
-
-    fn routing_float_tensor(target: &Self::Target) -> Option<&DispatchTensor> {
-        target.0.first()
-    }
-
-    fn autodiff_context(target: &Self::Target) -> DispatchAutodiffContext {
-        let disabled = DispatchAutodiffContext::Disabled;
-        target
-            .0
-            .iter()
-            .fold(disabled, |context, tensor| context.merge(tensor.autodiff))
-    }
 }
 
 #[backend_extension(Autodiff, Flex)]
