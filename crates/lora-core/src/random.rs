@@ -30,6 +30,12 @@ impl Stream {
         Self(ChaCha8Rng::from_seed(key))
     }
 
+    /// The stream from its number `n` of 32 [`bits`](Self::bits) on, as if so many had been drawn from a new one.
+    pub fn from_bits(mut self, n: u64) -> Self {
+        self.0.set_word_pos(n.into());
+        self
+    }
+
     /// Uniform 32 bits.
     pub fn bits(&mut self) -> u32 {
         self.0.next_u32()
@@ -113,6 +119,16 @@ mod tests {
     const GOLDEN_BITS: [u32; 4] = [393495276, 3752585578, 2192038594, 451445749];
     const GOLDEN_NORMALS: [u32; 4] = [1070441435, 1067433288, 3216906581, 3214321804];
     const GOLDEN_ORDER: [usize; 8] = [7, 3, 2, 0, 1, 5, 4, 6];
+
+    #[test]
+    fn a_stream_can_be_entered_anywhere() {
+        let stream = || Stream::new(3, "test", 1, 4);
+        let mut all = stream();
+        let bits: Vec<u32> = (0..200).map(|_| all.bits()).collect();
+        for n in [0, 1, 15, 16, 63, 64, 65, 199] {
+            assert_eq!(stream().from_bits(n).bits(), bits[n as usize], "{n}");
+        }
+    }
 
     #[test]
     fn normals_have_zero_mean_and_unit_variance() {

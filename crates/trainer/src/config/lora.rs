@@ -80,7 +80,8 @@ pub struct LoraSection {
     pub use_rslora: bool,
     /// Learn the magnitude of each weight row apart from its direction (DoRA). Default false.
     pub use_dora: bool,
-    /// Probability in [0, 1) of dropping an input of the adapter. Default 0.
+    /// Probability in [0, 1) of dropping an input of the adapter. Masks are drawn on the host: some 0.1 s of a core for a layer
+    /// of FLUX.1 at 1024 pixels. Default 0.
     pub lora_dropout: f64,
     /// How A and B start: "gaussian", true (uniform A, zero B), false (both random), "orthogonal" (both random, no change at
     /// first), "pissa", "pissa_niter_N" or "olora" (see below). LOHA and LOKR: true (no change at first) or false. Default:
