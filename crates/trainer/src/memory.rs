@@ -133,11 +133,13 @@ impl Need {
         }
         let graphs = blocks[again..].iter().map(|block| block.activations);
         let running = 2 * graphs.clone().max().unwrap_or(0);
-        // The scores come and go.
-        let peak =
-            peak.max(tokens * (kept + graphs.sum::<u64>() + running)) + self.at_once * self.scores;
+        let peak = peak.max(tokens * (kept + graphs.sum::<u64>() + running));
         let gradients = self.trained * F32 * (self.at_once + 1);
-        let backward = peak + gradients;
+        let scores = match self.keeps_results {
+            true => 0, // the kernels that keep results hold none
+            false => self.at_once * self.scores,
+        };
+        let backward = peak + scores + gradients;
         let update = self.trained * F32 * (COPIES - 1) + streamed(0);
         let always =
             self.sizes.rest + resident + self.text + self.trained * (F32 + self.state_bytes);
@@ -220,11 +222,7 @@ pub fn need<F: Family>(
     let tokens = picture_tokens(config, family, samples) + config.dataset.max_sequence_length;
     let sizes = family.sizes(config.model.base_dtype, &devices[0].device)?;
     let batch = config.train.batch_size;
-    let has_kernels = devices[0].backend() == "flex" && config.model.compute == Compute::F32;
-    let scores = match has_kernels {
-        true => 0,
-        false => scores_bytes([batch, sizes.heads as usize, tokens]),
-    };
+    let scores = scores_bytes([batch, sizes.heads as usize, tokens]);
     Ok(Need {
         sizes,
         tokens: (batch * tokens) as u64,
@@ -435,15 +433,18 @@ mod tests {
         };
         let all = some(4, 0);
         assert_eq!(two.estimate(false, all), always + 12 + 2 * (160 + 400));
+        let streamed = always - 4000 + 12 + 2 * (2000 + 160 + 400);
+        assert_eq!(two.estimate(true, all), streamed);
         // Each holds the scores of the block it runs.
         let scores = Need {
             scores: 30,
+            keeps_results: false,
             ..two.clone()
         };
-        let with_scores = two.estimate(false, all) + 2 * 30;
-        assert_eq!(scores.estimate(false, all), with_scores);
-        let streamed = always - 4000 + 12 + 2 * (2000 + 160 + 400);
-        assert_eq!(two.estimate(true, all), streamed);
+        assert_eq!(
+            scores.estimate(false, all),
+            always + 12 + 2 * (160 + 400 + 30)
+        );
         let plan = |need: &Need, limit| {
             let plan = need.plan(&RunConfig::default(), limit, true);
             (plan.base.is_streamed, plan.recomputed)

@@ -17,7 +17,6 @@ mod tree;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::path::Path;
 
 use lora_core::files::digest::sha256_hex;
 
