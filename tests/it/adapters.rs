@@ -402,72 +402,80 @@ fn what_is_trained_in_full_is_averaged_and_shared_among_devices_and_resumes_exac
 
 #[test]
 fn what_is_trained_in_full_starts_from_the_few_bits_of_a_checkpoint() {
-    for case in ["transformer_bnb_nf4", "transformer_bnb_int8"] {
-        let bench = Workbench::new();
-        let parity = root().join("tests/fixtures/parity");
-        let model = bench.path("model");
-        copy(&parity.join("pipeline_dev/model"), &model, &|name| {
-            name != "transformer"
-        });
-        copy(
-            &parity.join(case).join("model"),
-            &model.join("transformer"),
-            &|_| true,
-        );
-        // One that the checkpoint has in few bits, and one that it has not.
-        let module = "transformer_blocks.0.ff.net.2";
-        in_full(&bench, &[module, "x_embedder"]);
-        let model = format!("--set=model.path={}", model.display());
-        let model = model.as_str();
-        bench.train_ok("straight", "flex", &[model]);
-        let expected = bench.result("straight");
-        bench.copy_run("straight", "resumed", |name| {
-            ["cache", "metrics.jsonl", "ckpt-0000000003"].contains(&name)
-        });
-        bench.train_ok("resumed", "flex", &[model, "--resume"]);
-        bench.result("resumed").assert_same(&expected, case);
+    let case = "transformer_bnb_nf4";
+    let bench = Workbench::new();
+    let parity = root().join("tests/fixtures/parity");
+    let model = bench.path("model");
+    copy(&parity.join("pipeline_dev/model"), &model, &|name| {
+        name != "transformer"
+    });
+    copy(
+        &parity.join(case).join("model"),
+        &model.join("transformer"),
+        &|_| true,
+    );
+    // One that the checkpoint has in few bits, and one that it has not.
+    let module = "transformer_blocks.0.ff.net.2";
+    in_full(&bench, &[module, "x_embedder"]);
+    let model = format!("--set=model.path={}", model.display());
+    let model = model.as_str();
+    bench.train_ok("straight", "flex", &[model]);
+    let expected = bench.result("straight");
+    bench.copy_run("straight", "resumed", |name| {
+        ["cache", "metrics.jsonl", "ckpt-0000000003"].contains(&name)
+    });
+    bench.train_ok("resumed", "flex", &[model, "--resume"]);
+    bench.result("resumed").assert_same(&expected, case);
 
-        // It starts where f32 weights start, and moves.
-        let still = [
-            model,
-            "--set=optimizer.learning_rate=1e-30",
-            "--set=train.steps=1",
-        ];
-        let whole = |run: &str, dtype: &str| {
-            bench.train_ok(run, "flex", &[&still[..], &[dtype]].concat());
-            let path = bench.path(run).join("lora.safetensors");
-            let file = AdapterFile::load(&path, "transformer.").expect("a LoRA");
-            file.whole().clone()
-        };
-        let (few, dense) = (
-            whole("few", "--set=model.base_dtype=as-stored"),
-            whole("dense", "--set=model.base_dtype=f32"),
-        );
-        assert!(few == dense, "{case}");
-        let trained = bench.path("straight/lora.safetensors");
-        let trained = AdapterFile::load(&trained, "transformer.").expect("a LoRA");
-        let weight = format!("{module}.weight");
-        assert_ne!(trained.whole()[&weight], few[&weight], "{case}");
+    // It starts where f32 weights start, and moves.
+    let still = [
+        model,
+        "--set=optimizer.learning_rate=1e-30",
+        "--set=train.steps=1",
+    ];
+    let whole = |run: &str, dtype: &str| {
+        bench.train_ok(run, "flex", &[&still[..], &[dtype]].concat());
+        let path = bench.path(run).join("lora.safetensors");
+        let file = AdapterFile::load(&path, "transformer.").expect("a LoRA");
+        file.whole().clone()
+    };
+    let (few, dense) = (
+        whole("few", "--set=model.base_dtype=as-stored"),
+        whole("dense", "--set=model.base_dtype=f32"),
+    );
+    assert!(few == dense, "{case}");
+    let trained = bench.path("straight/lora.safetensors");
+    let trained = AdapterFile::load(&trained, "transformer.").expect("a LoRA");
+    let weight = format!("{module}.weight");
+    assert_ne!(trained.whole()[&weight], few[&weight], "{case}");
 
-        // What would be rounded before it is trained is refused, with the way that is left.
-        for dtype in ["q8", "nf4"] {
-            let set = format!("--set=model.base_dtype={dtype}");
-            let out = bench.train("refused", "flex", &[model, &set]);
-            let text = String::from_utf8_lossy(&out.stderr);
-            assert_eq!(out.status.code(), Some(2), "{text}");
-            let says = format!("cannot be together with model.base_dtype = \"{dtype}\"");
-            assert!(
-                text.contains(&says) && text.contains("use \"as-stored\""),
-                "{text}"
-            );
-        }
-        let biases = [
-            model,
-            "--set=lora.modules_to_save=[]",
-            "--set=model.base_dtype=nf4",
-        ];
-        bench.train_ok("biases", "flex", &biases);
+    // What would be rounded before it is trained is refused, with the way that is left.
+    for dtype in ["q8", "nf4"] {
+        let set = format!("--set=model.base_dtype={dtype}");
+        let out = bench.train("refused", "flex", &[model, &set]);
+        let text = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{text}");
+        let says = format!("cannot be together with model.base_dtype = \"{dtype}\"");
+        assert!(
+            text.contains(&says) && text.contains("use \"as-stored\""),
+            "{text}"
+        );
     }
+    let biases = [
+        model,
+        "--set=lora.modules_to_save=[]",
+        "--set=model.base_dtype=nf4",
+    ];
+    bench.train_ok("biases", "flex", &biases);
+
+    // A transformer of another model.
+    let other = parity.join("transformer_bnb_int8/model");
+    let other = format!("--set=model.transformer={}", other.display());
+    let out = bench.train("other", "flex", &[model, &other]);
+    let text = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{text}");
+    let says = "reads 20 numbers of CLIP, which gives 24";
+    assert!(text.contains(says), "{text}");
 }
 
 #[test]

@@ -240,11 +240,23 @@ impl Family for Flux1 {
             network.config().out_channels(),
         );
         let known = inputs == latent || self.reads_mask(network);
-        (!known || outputs != latent).then(|| {
-            format!(
+        if !known || outputs != latent {
+            return Some(format!(
                 "this transformer reads {inputs} channels, the autoencoder gives {latent}: models that read another condition than Fill's (Canny, Depth) cannot be used yet"
-            )
-        })
+            ));
+        }
+        let (clip, t5) = text_configs(&self.folder).ok()?; // where one is missing, loading it says so
+        let read = network.config();
+        let encoders = [
+            ("CLIP", clip.hidden_size, read.pooled_projection_dim),
+            ("T5", t5.d_model, read.joint_attention_dim),
+        ];
+        let (name, gives, reads) = encoders
+            .into_iter()
+            .find(|(_, gives, reads)| gives != reads)?;
+        Some(format!(
+            "this transformer reads {reads} numbers of {name}, which gives {gives}: take both from one model"
+        ))
     }
 
     fn autoencoder_at(&self, path: &Path, device: &Device) -> Result<Vae, WeightsError> {
