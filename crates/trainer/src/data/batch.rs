@@ -98,7 +98,7 @@ pub struct Data<'a, F: Family> {
 }
 
 impl<F: Family> Data<'_, F> {
-    /// The micro-batch of `micro_step` on `device`: [`read`](Self::read), then [`place`](Self::place).
+    /// The micro-batch of `micro_step` on `device`: `read`, then `place`.
     ///
     /// # Errors
     /// A cache entry that has vanished.
