@@ -102,8 +102,8 @@ mod cpu {
         &values(x)[index * tokens * dim..][..tokens * dim]
     }
 
-    fn row(x: &FlexTensor, start: usize, dim: usize) -> &[f32] {
-        &values(x)[start..start + dim]
+    fn row(x: &[f32], start: usize, dim: usize) -> &[f32] {
+        &x[start..start + dim]
     }
 
     /// The head with tokens across.
@@ -191,6 +191,7 @@ mod cpu {
             let [_, heads, queries, dim] = dims(&q);
             let keys = dims::<4>(&k)[2];
             let width = heads * dim;
+            let (out, grad) = (values(&out), values(&grad));
             let mut dq = vec![0f32; values(&q).len()];
             let mut dk = vec![0f32; values(&k).len()];
             let mut dv = vec![0f32; values(&v).len()];
@@ -200,10 +201,10 @@ mod cpu {
                 .zip(dv.par_chunks_mut(keys * dim));
             tasks.enumerate().for_each(|(index, ((dq, dk), dv))| {
                 let start = index / heads * queries * width + index % heads * dim;
-                let row = |token: usize| row(&grad, start + token * width, dim);
+                let row = |token: usize| row(grad, start + token * width, dim);
                 let along: Vec<f32> = (0..queries)
                     .map(|token| {
-                        let out = self::row(&out, start + token * width, dim);
+                        let out = self::row(out, start + token * width, dim);
                         let grad = row(token);
                         simd(
                             #[inline(always)]
@@ -222,7 +223,7 @@ mod cpu {
                     v_across: across(v, dim),
                     grad_across: Strips::of_columns([dim, queries], row),
                     grad_down: Strips::of([queries, dim], row),
-                    log_sum: by_group(self::row(&log_sum, index * queries, queries)),
+                    log_sum: by_group(self::row(values(&log_sum), index * queries, queries)),
                     along: by_group(&along),
                 };
                 run(Backward {

@@ -4,10 +4,10 @@
 //! is packed, once for all rows of `x`; and the side path of an adapter and the bias are further rows of one long product,
 //! `[x, u, 1] [W; Bᵀ; b]`, not further passes over the result.
 //!
-//! `x` is packed into strips of `R` rows, a panel of the columns of `W` into strips of `C` columns, and a tile `[R, C]` of the
-//! result is summed up in registers over some rows of `W`, each element in the order of the rows. These sums are added up in
-//! order too, and where they are cut depends on shapes alone: the bits depend neither on the number of threads nor on the
-//! width of the vectors.
+//! `x` is packed into strips of `R` rows. A task takes a panel of the columns of `W` and all rows of the result: it packs some
+//! rows of the panel at a time into strips of `C` columns, and sums up tiles `[R, C]` of the result over them in registers,
+//! each element in the order of the rows. These sums are added up in order too, and where they are cut depends on shapes
+//! alone: the bits depend neither on the number of threads nor on the width of the vectors.
 //!
 //! Few rows are not worth the packing: there each line of `W` is read once, and added or multiplied at once.
 //!
@@ -19,16 +19,12 @@ use rayon::prelude::*;
 use super::kernel::{self, arch, simd};
 use super::tile::{Simd, columns_times};
 
-/// Columns of `W` that are packed at a time.
-const PANEL: usize = 512;
-/// Rows of `W` that are packed at a time, in chunks: a panel takes 2 MiB.
-const CHUNKS: usize = 4;
-/// Most rows of a chunk, which a tile is summed up over: a strip of so many rows fits into the first cache.
-const DEPTH: usize = 256;
-/// Rows of `x` that a task takes: so much of a chunk fits into the second cache.
-const TALL: usize = 48;
-/// Elements that are read from a line of `W` at a time.
+/// Columns of a panel, and elements that are read from a line of `W` at a time.
 const LINE: usize = 64;
+/// Most rows of `W` that are packed at a time, which a tile is summed up over: a strip of so many rows fits into the first cache.
+const DEPTH: usize = 256;
+/// Rows of `x` that are taken at a time: they and a packed panel fit into the second cache.
+const TALL: usize = 48;
 
 /// So many rows are not packed.
 const FEW: usize = 4;
@@ -61,8 +57,8 @@ pub struct Product<'a> {
 /// # Panics
 /// If a left side is not whole rows.
 pub fn sum(rows: usize, columns: usize, products: &[Product<'_>]) -> Vec<f32> {
-    if rows * columns == 0 {
-        return Vec::new();
+    if rows * columns == 0 || products.iter().all(|product| product.x.is_empty()) {
+        return vec![0.0; rows * columns];
     }
     if rows <= FEW {
         return of_few_rows(rows, columns, products);
@@ -176,35 +172,33 @@ fn blocked<const C: usize, const R: usize>(
 ) -> Vec<f32> {
     let mut y = vec![0f32; rows * columns];
     let (x, inner) = pack_left::<R>(rows, products);
-    let depth = inner.div_ceil(inner.div_ceil(DEPTH).max(1)).max(1);
-    let mut packed = vec![[0f32; C]; PANEL.min(columns).div_ceil(C) * inner.min(CHUNKS * depth)];
-    for first in (0..columns).step_by(PANEL) {
-        let width = PANEL.min(columns - first);
-        for k in (0..inner).step_by(CHUNKS * depth) {
-            let deep = inner.min(k + CHUNKS * depth) - k;
-            let packed = &mut packed[..width.div_ceil(C) * deep];
-            let tasks = packed.par_chunks_mut(LINE / C * deep).enumerate();
-            tasks.for_each(|(task, strips)| {
-                let first = first + task * LINE;
-                pack_right(products, rows, k, [first, columns], strips, deep);
-            });
-            let tasks = y.par_chunks_mut(TALL * columns);
-            let tasks = tasks.zip(x.par_chunks(TALL / R * inner));
-            tasks.for_each(|(y, x)| {
-                arch().dispatch(Rows::<C, R> {
-                    y,
-                    x,
-                    strips: packed,
-                    inner,
-                    k,
-                    deep,
-                    depth,
-                    first,
-                    columns,
-                })
-            });
+    let depth = inner.div_ceil(inner.div_ceil(DEPTH));
+    let mut panels: Vec<Vec<&mut [f32]>> = Vec::new();
+    panels.resize_with(columns.div_ceil(LINE), || Vec::with_capacity(rows));
+    for row in y.chunks_exact_mut(columns) {
+        for (panel, part) in panels.iter_mut().zip(row.chunks_mut(LINE)) {
+            panel.push(part);
         }
     }
+    let memory = || vec![[0f32; C]; LINE / C * depth];
+    let tasks = panels.into_par_iter().enumerate();
+    tasks.for_each_init(memory, |packed, (index, mut y)| {
+        let first = index * LINE;
+        let strips = LINE.min(columns - first).div_ceil(C);
+        for k in (0..inner).step_by(depth) {
+            let depth = depth.min(inner - k);
+            let strips = &mut packed[..strips * depth];
+            pack_right(products, rows, k, [first, columns], strips, depth);
+            arch().dispatch(Panel::<C, R> {
+                y: &mut y,
+                x: &x,
+                inner,
+                k,
+                strips,
+                depth,
+            });
+        }
+    });
     y
 }
 
@@ -213,7 +207,7 @@ fn pack_left<const R: usize>(rows: usize, products: &[Product<'_>]) -> (Vec<[f32
     let widths = products.iter().map(|product| product.x.len() / rows);
     let inner: usize = widths.sum();
     let mut packed = vec![[0f32; R]; rows.div_ceil(R) * inner];
-    let tasks = packed.par_chunks_mut(inner.max(1)).enumerate();
+    let tasks = packed.par_chunks_mut(inner).enumerate();
     tasks.for_each(|(task, strip)| {
         let first = task * R;
         let mut rest = strip;
@@ -267,17 +261,13 @@ fn pack_right<const C: usize>(
                     for (index, strip) in strips.chunks_exact_mut(deep).enumerate() {
                         let first = first + index * C;
                         let mut at = rows.start;
-                        for to in strip[from - k..to - k].chunks_mut(LINE) {
-                            let mut block = [[0f32; LINE]; C];
+                        let mut block = [[0f32; DEPTH]; C];
+                        for to in strip[from - k..to - k].chunks_mut(DEPTH) {
                             let lines = block.iter_mut().take(columns - first);
                             for (j, line) in lines.enumerate() {
                                 read(first + j, at, &mut line[..to.len()]);
                             }
-                            for (k, to) in to.iter_mut().enumerate() {
-                                for (to, line) in to.iter_mut().zip(&block) {
-                                    *to = line[k];
-                                }
-                            }
+                            transpose(&block, to);
                             at += to.len();
                         }
                     }
@@ -288,39 +278,50 @@ fn pack_right<const C: usize>(
     }
 }
 
-/// Some rows of the result, and what a packed panel adds to them.
-struct Rows<'a, const C: usize, const R: usize> {
-    y: &'a mut [f32],
-    x: &'a [[f32; R]],
-    /// Columns from `first` on, `deep` rows from `k` on.
-    strips: &'a [[f32; C]],
-    inner: usize,
-    k: usize,
-    deep: usize,
-    /// Rows of a chunk.
-    depth: usize,
-    first: usize,
-    columns: usize,
+/// `to[k][j] = lines[j][k]`, in squares that LLVM turns by shuffling.
+fn transpose<const C: usize>(lines: &[[f32; DEPTH]; C], to: &mut [[f32; C]]) {
+    let (squares, rest) = to.as_chunks_mut::<4>();
+    let whole = 4 * squares.len();
+    for (k, to) in squares.iter_mut().enumerate() {
+        for (j, lines) in lines.as_chunks::<4>().0.iter().enumerate() {
+            let square = lines.each_ref().map(|line| line.as_chunks::<4>().0[k]);
+            for (i, to) in to.iter_mut().enumerate() {
+                to.as_chunks_mut::<4>().0[j] = square.map(|line| line[i]);
+            }
+        }
+    }
+    for (k, to) in rest.iter_mut().enumerate() {
+        for (to, line) in to.iter_mut().zip(lines) {
+            *to = line[whole + k];
+        }
+    }
 }
 
-impl<const C: usize, const R: usize> WithSimd for Rows<'_, C, R> {
+/// Adds what packed rows of a panel give to its columns of the result.
+struct Panel<'a, 'y, const C: usize, const R: usize> {
+    y: &'a mut [&'y mut [f32]],
+    x: &'a [[f32; R]],
+    inner: usize,
+    /// The packed rows: `depth` of them from `k` on.
+    k: usize,
+    strips: &'a [[f32; C]],
+    depth: usize,
+}
+
+impl<const C: usize, const R: usize> WithSimd for Panel<'_, '_, C, R> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        for from in (0..self.deep).step_by(self.depth) {
-            let chunk = self.depth.min(self.deep - from);
-            for (index, strip) in self.strips.chunks_exact(self.deep).enumerate() {
-                let strip = &strip[from..from + chunk];
-                let first = self.first + index * C;
-                let last = self.columns.min(first + C);
-                let y = self.y.chunks_mut(R * self.columns);
-                for (y, x) in y.zip(self.x.chunks_exact(self.inner)) {
+        let tall = self.x.chunks(TALL / R * self.inner);
+        for (y, x) in self.y.chunks_mut(TALL).zip(tall) {
+            for (index, strip) in self.strips.chunks_exact(self.depth).enumerate() {
+                for (y, x) in y.chunks_mut(R).zip(x.chunks_exact(self.inner)) {
                     let mut sums = [[0f32; C]; R];
-                    let x = &x[self.k + from..][..chunk];
+                    let x = &x[self.k..][..self.depth];
                     columns_times(simd, &mut sums, x, 0, strip);
-                    for (y, sums) in y.chunks_exact_mut(self.columns).zip(&sums) {
-                        let y = &mut y[first..last];
+                    for (y, sums) in y.iter_mut().zip(&sums) {
+                        let y = &mut y[index * C..];
                         match y.first_chunk_mut::<C>() {
                             Some(y) => {
                                 for j in 0..C {

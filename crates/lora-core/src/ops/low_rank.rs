@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::kernel::ROWS;
-use super::tile::{self, Kernel, Simd, columns_times, rows_times};
+use super::tile::{self, Kernel, Simd, columns_times, copy, rows_times};
 
 /// Columns of a strip: one vector of AVX-512, and the usual rank.
 const COLUMNS: usize = 16;
@@ -197,7 +197,7 @@ impl Kernel for Outer<'_> {
             for (k, x) in x.chunks_exact(width).enumerate() {
                 let x = x[first..first + columns].chunks(COLUMNS);
                 for (block, x) in block.iter_mut().zip(x) {
-                    block[k][..x.len()].copy_from_slice(x);
+                    copy(x, &mut block[k]);
                 }
             }
             for (group, sums) in sums.chunks_exact_mut(R * STRIPS).enumerate() {

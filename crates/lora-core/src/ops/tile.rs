@@ -57,7 +57,7 @@ impl<const C: usize> Strips<C> {
         let mut strips = Self::zeros([depth, width]);
         for k in 0..depth {
             for (i, from) in row(k).chunks(C).enumerate() {
-                strips.values[i * depth + k][..from.len()].copy_from_slice(from);
+                copy(from, &mut strips.values[i * depth + k]);
             }
         }
         strips
@@ -102,6 +102,15 @@ impl<const C: usize> Strips<C> {
     #[inline(always)]
     pub fn strip_mut(&mut self, index: usize) -> &mut [[f32; C]] {
         &mut self.values[index * self.depth..][..self.depth]
+    }
+}
+
+/// Copies `from`, which may be shorter; a whole strip's width needs no call.
+#[inline(always)]
+pub fn copy<const C: usize>(from: &[f32], to: &mut [f32; C]) {
+    match from.first_chunk::<C>() {
+        Some(from) => *to = *from,
+        None => to[..from.len()].copy_from_slice(from),
     }
 }
 
