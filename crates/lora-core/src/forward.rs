@@ -5,8 +5,7 @@ use burn::tensor::{DType, Tensor};
 
 use crate::adapter::Adapter;
 use crate::adapters::Adapters;
-use crate::ops::linear::{Weight, linear as frozen_linear, zero_with_gradients};
-use crate::training::recompute::is_second_run;
+use crate::ops::linear::{Weight, last, linear as frozen_linear};
 
 /// `x W + b + sum of scale * (dropout(x) Aᵀ) Bᵀ` over the active adapters, or what the other kinds add.
 ///
@@ -28,18 +27,17 @@ pub fn linear<const D: usize>(layer: &Linear, x: Tensor<D>) -> Tensor<D> {
 /// # Shapes
 /// - `x`: `[..., in]`; returns `[..., out]`
 pub fn last_linear<const D: usize>(layer: &Linear, x: Tensor<D>) -> Tensor<D> {
-    compute(layer, x, is_second_run())
+    compute(layer, x, true)
 }
 
-/// Of a layer whose result is `unread` the gradients alone, where that is less work.
-fn compute<const D: usize>(layer: &Linear, x: Tensor<D>, unread: bool) -> Tensor<D> {
-    let frozen = |x, weight: Weight, bias, low_rank, unread| match unread {
-        true => zero_with_gradients(x, weight, bias, low_rank),
+fn compute<const D: usize>(layer: &Linear, x: Tensor<D>, is_last: bool) -> Tensor<D> {
+    let frozen = |x, weight: Weight, bias, low_rank, is_last| match is_last {
+        true => last(x, weight, bias, low_rank),
         false => frozen_linear(x, weight, bias, low_rank),
     };
     let bias = layer.bias.as_ref().map(|bias| bias.val());
     let Some(adapters) = layer.weight.reparameterization::<Adapters>() else {
-        return frozen(x, layer.weight.base().into(), bias, None, unread);
+        return frozen(x, layer.weight.base().into(), bias, None, is_last);
     };
     let weight = adapters.weight(layer.weight.base());
     let mut active = adapters.active().peekable();
@@ -49,8 +47,8 @@ fn compute<const D: usize>(layer: &Linear, x: Tensor<D>, unread: bool) -> Tensor
     if low_rank.is_some() {
         active.next();
     }
-    let unread = unread && active.peek().is_none();
-    let result = frozen(x.clone(), weight.clone(), bias.clone(), low_rank, unread);
+    let is_last = is_last && active.peek().is_none();
+    let result = frozen(x.clone(), weight.clone(), bias.clone(), low_rank, is_last);
     if active.peek().is_none() {
         return result;
     }

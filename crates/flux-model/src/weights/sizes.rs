@@ -29,7 +29,8 @@ pub struct BlockSize {
     pub weights: u64,
     /// Numbers that an autodiff graph keeps for a token, about: what its linear layers read and write.
     pub activations: u64,
-    /// Numbers of a token that are kept where the block's results are: attention's.
+    /// Numbers of a token that are kept where the block's results are, about: what its linear layers write. Attention writes as
+    /// much as the last of them, which is not kept.
     pub results: u64,
 }
 
@@ -81,6 +82,10 @@ impl Checkpoint {
                         block.weights += bytes;
                         if is_linear {
                             block.activations += shape.iter().sum::<usize>() as u64;
+                            // a modulation is computed once a picture
+                            if !key.contains(".norm") {
+                                block.results += shape[1] as u64;
+                            }
                             self.linears[index] += 1;
                         }
                     }
@@ -107,7 +112,7 @@ impl Checkpoint {
         for (index, block) in sizes.blocks.iter_mut().enumerate() {
             // each layer sees the tokens of its stream
             block.activations /= network.streams(index) as u64;
-            block.results = sizes.width;
+            block.results /= network.streams(index) as u64;
             // What attention reads and what the residual adds is kept too. Separate layers for q, k and v count their input three
             // times, which is about as much; a block of two fused layers (FLUX.2) counts it once.
             if measure.linears[index] == 2 {

@@ -10,7 +10,8 @@
 //! Kept for the backward pass are `x`, `u`, the mask and the weights, by reference. `W` is f32, bf16, f16 or in few bits, and
 //! is made f32 while it is packed; the side path and the bias are further rows of the same product (`ops::gemm`). `W` and
 //! `b` get gradients too where they are trained (`dW = xᵀ g`, `db` the sum of `g`). The composition casts or decodes `W` as a
-//! whole, in both passes, and keeps it as it is (`ops::decoded`).
+//! whole, in both passes, and keeps it as it is (`ops::decoded`). A block that is computed again takes `y` and `u` from its first
+//! run where they are kept ([`computed_once`](crate::training::recompute::computed_once)).
 //!
 //! Source: Hu et al. 2021, arXiv:2106.09685; PEFT `lora.Linear.forward` (dropout on the adapter's input alone).
 
@@ -87,13 +88,14 @@ pub fn linear<const D: usize>(
     let weight = weight.into();
     #[cfg(feature = "flex")]
     if cpu::takes(&x, &weight, adapter.as_ref()) {
-        return cpu::linear(x, weight, bias, adapter, true);
+        return cpu::linear(x, weight, bias, adapter, false);
     }
     plain(x, weight, bias, adapter)
 }
 
-/// [`linear`] for its gradients alone: where there are kernels the result is zero, since nobody reads it.
-pub(crate) fn zero_with_gradients<const D: usize>(
+/// [`linear`] whose result is not read by the block that it is in. Where that block is computed again for its gradients, the
+/// result is zero, if there are kernels.
+pub(crate) fn last<const D: usize>(
     x: Tensor<D>,
     weight: Weight,
     bias: Option<Tensor<1>>,
@@ -101,7 +103,7 @@ pub(crate) fn zero_with_gradients<const D: usize>(
 ) -> Tensor<D> {
     #[cfg(feature = "flex")]
     if cpu::takes(&x, &weight, adapter.as_ref()) {
-        return cpu::linear(x, weight, bias, adapter, false);
+        return cpu::linear(x, weight, bias, adapter, true);
     }
     plain(x, weight, bias, adapter)
 }
@@ -162,8 +164,9 @@ mod cpu {
     use crate::ops::gemm::{Lines, Product};
     use crate::ops::kernel::{CHUNK, dims, owned, packed, simd, tensor, transposed, values};
     use crate::ops::low_rank::{Strips, expand, outer, project};
-    use crate::ops::product::{Stored, last, product, product_with_transposed, zeros};
+    use crate::ops::product::{Stored, last, product, product_with_transposed, rows, zeros};
     use crate::ops::{Operation, apply, has_kernels};
+    use crate::training::recompute::{computed_once, is_second_run};
 
     /// Whether the kernels take these operands; what they do not take is left to the composition, and to its errors.
     pub fn takes<const D: usize>(
@@ -194,7 +197,7 @@ mod cpu {
         weight: Weight,
         bias: Option<Tensor<1>>,
         adapter: Option<LowRank<D>>,
-        is_read: bool,
+        is_last: bool,
     ) -> Tensor<D> {
         let none = Tensor::<1>::empty([0], &x.device());
         let (weight, quantised) = match weight {
@@ -202,7 +205,7 @@ mod cpu {
             Weight::Quantised(weight) => (none.clone().into_dispatch(), Some(weight)),
         };
         let operation = Linear {
-            is_read,
+            is_last,
             quantised,
             has_bias: bias.is_some(),
             scale: adapter.as_ref().map(|adapter| adapter.scale as f32),
@@ -225,8 +228,8 @@ mod cpu {
     /// Inputs: `x`, `W`, `b`, `A`, `B`, the mask; what is absent is empty.
     #[derive(Debug, Clone)]
     struct Linear {
-        /// Whether somebody reads the result.
-        is_read: bool,
+        /// Whether no later operation of the block reads the result.
+        is_last: bool,
         /// The weight, if it is no tensor.
         quantised: Option<Arc<Quantised>>,
         has_bias: bool,
@@ -253,42 +256,19 @@ mod cpu {
                 None => Stored::Dense(weight),
                 Some(weight) => Stored::Quantised(weight.clone()),
             };
-            let ones = vec![1f32; x.layout().num_elements() / last(&x)];
-            let bias = values(&bias);
-            let of_bias = |_: usize, from: usize, to: &mut [f32]| {
-                to.copy_from_slice(&bias[from..][..to.len()])
-            };
-            let mut more = Vec::new();
-            if self.has_bias {
-                more.push(Product {
-                    x: &ones,
-                    weight: Lines::Rows(&of_bias),
-                });
-            }
-            let Some(scale) = self.scale else {
-                let y = self.result(&x, &weight, &more);
-                let adapter = None;
-                return (y, Saved { x, weight, adapter });
-            };
-            let (a, b) = (packed(next()), packed(next()));
-            let mask = match self.has_mask {
-                true => packed(next()),
-                false => tensor(Vec::new(), [0]),
-            };
-            let [rank, inner] = dims(&a);
-            let down = Strips::of_columns([inner, rank], |r| row(&a, r, inner));
-            let low = project(&masked(&x, &mask), &down, scale);
-            let up = |column: usize, from: usize, to: &mut [f32]| {
-                to.copy_from_slice(&row(&b, column, rank)[from..][..to.len()])
-            };
-            more.push(Product {
-                x: &low,
-                weight: Lines::Columns(&up),
+            let adapter = self.scale.map(|scale| Factors {
+                a: packed(next()),
+                b: packed(next()),
+                mask: match self.has_mask {
+                    true => packed(next()),
+                    false => tensor(Vec::new(), [0]),
+                },
+                scale,
             });
-            let y = self.result(&x, &weight, &more);
-            let rows = low.len() / rank;
-            let low = tensor(low, [rows, rank]);
-            let adapter = Some([a, b, low, mask]);
+            let (y, low) = computed_once(!self.is_last, || {
+                self.result(&x, &weight, &bias, adapter.as_ref())
+            });
+            let adapter = adapter.map(|Factors { a, b, mask, .. }| [a, b, low, mask]);
             (y, Saved { x, weight, adapter })
         }
 
@@ -314,19 +294,20 @@ mod cpu {
                 return [dx, dw, db, None, None];
             };
             let [rank, inner] = dims(&a);
+            let (a, b) = (values(&a), values(&b));
             let of_a = (want_x || want_a).then(|| {
-                let down = Strips::of([width, rank], |k| row(&b, k, rank));
+                let down = Strips::of([width, rank], |k| row(b, k, rank));
                 project(values(&grad), &down, scale)
             });
             let dx = of_a.as_ref().filter(|_| want_x).map(|low_grad| {
                 if self.has_mask {
                     let mut dx = product_with_transposed(&grad, &weight, &[]);
-                    let up = Strips::of([rank, inner], |r| row(&a, r, inner));
+                    let up = Strips::of([rank, inner], |r| row(a, r, inner));
                     expand(dx.storage_mut(), low_grad, &up, values(&mask));
                     return dx;
                 }
                 let of_x = |r: usize, from: usize, to: &mut [f32]| {
-                    to.copy_from_slice(&row(&a, r, inner)[from..][..to.len()])
+                    to.copy_from_slice(&row(a, r, inner)[from..][..to.len()])
                 };
                 let side = Product {
                     x: low_grad,
@@ -346,18 +327,62 @@ mod cpu {
         }
     }
 
+    /// The adapter as it is stored; an empty mask counts as none.
+    struct Factors {
+        a: FlexTensor,
+        b: FlexTensor,
+        mask: FlexTensor,
+        scale: f32,
+    }
+
     impl Linear {
-        /// `x W` plus `more`, zero where nobody reads it.
-        fn result(&self, x: &FlexTensor, weight: &Stored, more: &[Product<'_>]) -> FlexTensor {
-            match self.is_read {
-                true => product(x, weight, more),
-                false => zeros(x, weight),
+        /// `y`, zero where nobody reads it, and `u`, `[rows, rank]`.
+        fn result(
+            &self,
+            x: &FlexTensor,
+            weight: &Stored,
+            bias: &FlexTensor,
+            adapter: Option<&Factors>,
+        ) -> (FlexTensor, FlexTensor) {
+            let rows = rows(x);
+            let low = adapter.map_or_else(
+                || tensor(Vec::new(), [rows, 0]),
+                |Factors { a, mask, scale, .. }| {
+                    let [rank, inner] = dims(a);
+                    let a = values(a);
+                    let down = Strips::of_columns([inner, rank], |r| row(a, r, inner));
+                    tensor(project(&masked(x, mask), &down, *scale), [rows, rank])
+                },
+            );
+            if self.is_last && is_second_run() {
+                return (zeros(x, weight), low);
             }
+            let bias = values(bias);
+            let of_bias = |_: usize, from: usize, to: &mut [f32]| {
+                to.copy_from_slice(&bias[from..][..to.len()])
+            };
+            let up = adapter.map(|Factors { b, .. }| {
+                let (rank, b) = (last(b), values(b));
+                move |column: usize, from: usize, to: &mut [f32]| {
+                    to.copy_from_slice(&row(b, column, rank)[from..][..to.len()])
+                }
+            });
+            let ones = vec![1f32; if self.has_bias { rows } else { 0 }];
+            let of_bias = self.has_bias.then_some(Product {
+                x: &ones,
+                weight: Lines::Rows(&of_bias),
+            });
+            let of_adapter = up.as_ref().map(|up| Product {
+                x: values(&low),
+                weight: Lines::Columns(up),
+            });
+            let more: Vec<Product> = of_bias.into_iter().chain(of_adapter).collect();
+            (product(x, weight, &more), low)
         }
     }
 
-    fn row(x: &FlexTensor, index: usize, width: usize) -> &[f32] {
-        &values(x)[index * width..][..width]
+    fn row(x: &[f32], index: usize, width: usize) -> &[f32] {
+        &x[index * width..][..width]
     }
 
     /// `mask * x`; an empty mask counts as none.
@@ -382,7 +407,7 @@ mod cpu {
     }
 
     fn rows_of(x: &FlexTensor) -> [usize; 2] {
-        [x.layout().num_elements() / last(x), last(x)]
+        [rows(x), last(x)]
     }
 }
 

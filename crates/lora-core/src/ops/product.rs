@@ -129,7 +129,7 @@ fn sum(x: &FlexTensor, outer: usize, weight: Lines<'_>, more: &[Product<'_>]) ->
 }
 
 /// How many rows of its last dimension a tensor has.
-fn rows(x: &FlexTensor) -> usize {
+pub(super) fn rows(x: &FlexTensor) -> usize {
     x.layout().num_elements() / last(x)
 }
 

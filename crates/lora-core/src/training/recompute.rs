@@ -6,8 +6,8 @@
 //! device (other kernels may be picked on the plain one) and that every block uses each shared input through one node.
 //!
 //! What a block adds last is not computed the second time where the block says so ([`last_linear`](crate::last_linear)): its
-//! value is read by the blocks behind, which had it the first time, and by no gradient. What is small beside the work that it
-//! takes can be kept from the first run for the second ([`computed_once`]).
+//! value is read by the blocks behind, which had it the first time, and by no gradient. What takes much work beside its size,
+//! the results of linear layers and of attention, can be kept from the first run for the second ([`computed_once`]).
 
 use std::any::Any;
 use std::cell::RefCell;
@@ -487,6 +487,62 @@ mod tests {
                 assert_eq!(COMPUTED.get(), 6 - with_results);
             }
         }
+    }
+
+    /// A model whose blocks lose the weight of their first layer after their first run.
+    struct Spoiled<'a>(&'a Model, Cell<usize>);
+
+    impl Blocks for Spoiled<'_> {
+        type Block = Block;
+        type Carry = Tensor<2>;
+        type Shared = Tensor<2>;
+        type Error = Infallible;
+
+        fn count(&self) -> usize {
+            self.0.count()
+        }
+
+        fn block(&self, index: usize) -> Result<Block, Infallible> {
+            let mut block = self.0.blocks[index].clone();
+            if self.1.replace(self.1.get() + 1) >= self.count() {
+                block.up = LinearConfig::new(8, 20).init(&Device::flex().autodiff());
+            }
+            Ok(block)
+        }
+
+        fn path(&self, index: usize) -> String {
+            self.0.path(index)
+        }
+
+        fn apply(block: &Block, x: Tensor<2>, shared: &Tensor<2>) -> Tensor<2> {
+            Model::apply(block, x, shared)
+        }
+    }
+
+    #[test]
+    fn what_linear_layers_gave_is_not_computed_again_where_it_is_kept() {
+        let model = Model::new(r"blocks\.\d\.down");
+        let [x, s] = [random([5, 8]), random([5, 8])].map(TensorTree::inner);
+        // The gradient of the last block's `down` reads what `up` gave, and nothing that `up` has.
+        let gradients = |with_results| {
+            let mut gradients = Gradients::default();
+            let recomputed = Recomputed {
+                blocks: 3,
+                with_results,
+            };
+            let spoiled = Spoiled(&model, Cell::new(0));
+            let (chain, last) =
+                Chain::run(&spoiled, recomputed, x.clone(), s.clone()).expect("blocks in memory");
+            let entry = chain.backward(last, None, &mut gradients);
+            assert!(entry.expect("blocks in memory").is_none());
+            let mut gradients = values(&gradients);
+            gradients.retain(|path, _| path.starts_with("blocks.2.down."));
+            assert_eq!(gradients.len(), 2);
+            gradients
+        };
+        let [none, one, all] = [0, 1, 3].map(gradients);
+        assert!(one == all);
+        assert!(none != one);
     }
 
     #[test]

@@ -23,7 +23,12 @@ use crate::device;
 use crate::output::say;
 
 /// Ways of doing it; the first is what the others are compared with.
-const WAYS: [&str; 3] = ["apply_lora", "lora-core", "lora-core, recompute"];
+const WAYS: [&str; 4] = [
+    "apply_lora",
+    "lora-core",
+    "lora-core, recompute",
+    "lora-core, kept",
+];
 const RANK: usize = 16;
 
 /// Times every way at every width, or one way in this process.
@@ -184,8 +189,15 @@ fn one(way: &str, args: &LoraCoreBenchArgs) -> anyhow::Result<()> {
                 });
                 gradients.take("", &model, &mut y.square().mean().backward());
             }
-            "lora-core, recompute" => {
-                let all = Recomputed::first(model.count());
+            "lora-core, recompute" | "lora-core, kept" => {
+                let all = Recomputed {
+                    blocks: model.count(),
+                    with_results: if way.ends_with("kept") {
+                        model.count()
+                    } else {
+                        0
+                    },
+                };
                 let (chain, y) = Chain::run(&model, all, x.clone(), shared)?;
                 let numel = y.shape().num_elements() as f64;
                 chain.backward(y.mul_scalar(2.0 / numel), None, &mut gradients)?;
