@@ -158,6 +158,17 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// Whether networks are run, for more than a moment.
+    pub fn runs_networks(&self) -> bool {
+        use Command::{Bench, Cache, Parity, Quickstart, Sample, Train};
+        matches!(
+            self,
+            Train(_) | Cache(_) | Sample(_) | Quickstart(_) | Parity(_) | Bench(_)
+        )
+    }
+}
+
 /// An argument that does not fit.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]

@@ -30,6 +30,7 @@
 //! | `device` | the only file that names a backend |
 //! | `kept_base` | base weights that are brought into few bits, once |
 //! | `memory` | how much a run takes, and how it is made to fit |
+//! | `heap` | how the C library keeps memory that is freed |
 //! | `progress`, `output` | bars, lines and events; what is said to whom |
 //! | `canary` | known faults for the fault suite; not in what ships |
 
@@ -54,6 +55,7 @@ pub mod fingerprint;
 pub mod generate;
 mod given;
 pub mod grid;
+pub mod heap;
 pub mod hub;
 mod image_file;
 pub mod inspect;

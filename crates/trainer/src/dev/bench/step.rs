@@ -22,11 +22,12 @@ use super::model::{self, BASELINE};
 use super::{cpu_seconds, in_own_process, median, peak_rss_mib, printed};
 use crate::cli::StepBenchArgs;
 use crate::device::{self, NamedDevice};
+use crate::heap;
 use crate::output::{print, say};
 use crate::step::step;
 use crate::workers::Workers;
 
-/// What is timed.
+/// What is timed; torch's checkpointing is beside the second and the third.
 const VARIANTS: [&str; 4] = ["plain", "recompute", "kept", "composed"];
 
 /// Runs one variant, or each in a process of its own so that peak memory belongs to it.
@@ -168,32 +169,40 @@ impl Visitor for BesideTorch<'_> {
         )];
         for &threads in &self.args.threads {
             let threads = threads.max(1).to_string();
-            for (variant, more, torch) in [
-                ("plain", None, "torch"),
-                ("recompute", Some("--checkpoint"), "torch, checkpointing"),
+            for (torch, more, variants) in [
+                ("torch", None, &VARIANTS[..1]),
+                (
+                    "torch, checkpointing",
+                    Some("--checkpoint"),
+                    &VARIANTS[1..3],
+                ),
             ] {
-                let mut own = Command::new(std::env::current_exe()?);
-                own.args(["bench", "step", "--steps", &steps, "--variant", variant])
-                    .env("RAYON_NUM_THREADS", &threads);
                 let mut theirs = Command::new(self.python);
                 theirs
                     .arg(SCRIPT)
                     .arg(case.to_string())
                     .args(["--steps", &steps, "--threads", &threads])
                     .args(more)
-                    .env("OMP_NUM_THREADS", &threads);
-                let mut found = [Vec::new(), Vec::new()];
+                    .env("OMP_NUM_THREADS", &threads)
+                    .env_remove(heap::VARIABLE); // torch as it is
+                let mut sides = vec![(torch.to_string(), theirs, Vec::new())];
+                for variant in variants {
+                    let mut own = Command::new(std::env::current_exe()?);
+                    own.args(["bench", "step", "--steps", &steps, "--variant", variant])
+                        .env("RAYON_NUM_THREADS", &threads);
+                    sides.push((format!("flux-lora, {variant}"), own, Vec::new()));
+                }
                 for _ in 0..self.args.rounds.max(1) {
-                    for (command, found) in [&mut theirs, &mut own].into_iter().zip(&mut found) {
+                    for (_, command, found) in &mut sides {
                         let said = printed(command)?;
                         print(&said)?;
                         found.push(Figures::of(&said)?);
                     }
                 }
-                let [theirs, own] = found.map(|found| Figures::median(&found));
-                for (name, figures) in [(torch, &theirs), (&*format!("flux-lora, {variant}"), &own)]
-                {
-                    let row = figures.0.iter().zip(&theirs.0).zip([3, 3, 0]);
+                let theirs = Figures::median(&sides[0].2);
+                for (name, _, found) in &sides {
+                    let row = Figures::median(found).0.into_iter();
+                    let row = row.zip(theirs.0).zip([3, 3, 0]);
                     let cells = row.map(|((own, theirs), digits)| {
                         format!(" {own:>9.digits$} {:>7.2}", own / theirs)
                     });
