@@ -15,6 +15,7 @@ use anyhow::Context;
 use burn::tensor::Device;
 use flux_model::family::Velocity;
 use lora_core::Gradients;
+use lora_core::ops::in_pool;
 use lora_core::state::with_trained_of;
 use lora_core::training::DropoutScope;
 
@@ -106,7 +107,13 @@ impl<N: Velocity> Workers<N> {
                         .spawn_scoped(scope, compute)
                 })
                 .collect();
-            let mut computed = vec![compute(model, rule, own)];
+            let mut computed = vec![match others.is_empty() {
+                true => {
+                    let model = model.clone();
+                    in_pool(move || compute(&model, rule, own))
+                }
+                false => compute(model, rule, own),
+            }];
             for thread in others {
                 computed.push(match thread.context("start a worker's thread") {
                     Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),

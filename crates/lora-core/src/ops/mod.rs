@@ -62,6 +62,21 @@ pub fn composed<R>(f: impl FnOnce() -> R) -> R {
     result
 }
 
+/// Runs `f` on a thread of the pool that kernels share their work among, where there are kernels: from a thread outside, each of
+/// them would wake one of the pool's, and wait for it. `f` must not wait for what needs the pool itself.
+pub fn in_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    #[cfg(feature = "flex")]
+    {
+        let is_composed = COMPOSED.get();
+        rayon::scope(|_| match is_composed {
+            true => composed(f),
+            false => f(),
+        })
+    }
+    #[cfg(not(feature = "flex"))]
+    f()
+}
+
 /// Whether operations have kernels where `x` is; else their composition is the way.
 pub fn has_kernels<const D: usize>(x: &Tensor<D>) -> bool {
     #[cfg(feature = "flex")]
