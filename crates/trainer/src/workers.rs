@@ -110,7 +110,7 @@ impl<N: Velocity> Workers<N> {
             let mut computed = vec![match others.is_empty() {
                 true => {
                     let model = model.clone();
-                    in_pool(move || compute(&model, rule, own))
+                    in_pool(&device, move || compute(&model, rule, own))
                 }
                 false => compute(model, rule, own),
             }];

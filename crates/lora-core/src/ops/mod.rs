@@ -35,7 +35,7 @@ pub mod tile;
 
 use std::cell::Cell;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 
 pub use composition::{Composition, compose};
 #[cfg(feature = "flex")]
@@ -62,18 +62,19 @@ pub fn composed<R>(f: impl FnOnce() -> R) -> R {
     result
 }
 
-/// Runs `f` on a thread of the pool that kernels share their work among, where there are kernels: from a thread outside, each of
-/// them would wake one of the pool's, and wait for it. `f` must not wait for what needs the pool itself.
-pub fn in_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+/// Runs `f`, which computes on `device`, on a thread of the pool that kernels share their work among, if there are kernels for it:
+/// from a thread outside, each of them would wake one of the pool's, and wait for it. `f` must not wait for what needs the pool
+/// itself.
+pub fn in_pool<R: Send>(device: &Device, f: impl FnOnce() -> R + Send) -> R {
     #[cfg(feature = "flex")]
-    {
+    if node::is_flex(device) {
         let is_composed = COMPOSED.get();
-        rayon::scope(|_| match is_composed {
+        return rayon::scope(|_| match is_composed {
             true => composed(f),
             false => f(),
-        })
+        });
     }
-    #[cfg(not(feature = "flex"))]
+    let _ = device;
     f()
 }
 

@@ -11,7 +11,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{
     Autodiff, Backend, Dispatch, DispatchDevice, DispatchTensor, Flex, backend_extension,
 };
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 
 use super::inputs::Inputs;
 
@@ -34,7 +34,15 @@ pub trait Operation<const N: usize>: Clone + Debug + Send + 'static {
 
 /// Whether there are kernels for the backend and the dtype of `x`.
 pub(super) fn has_kernels<const D: usize>(x: &Tensor<D>) -> bool {
-    matches!(x.device().inner().as_dispatch(), DispatchDevice::Flex(_)) && x.dtype() == DType::F32
+    is_flex(&x.device()) && x.dtype() == DType::F32
+}
+
+/// Whether `device` is of the backend with kernels.
+pub(super) fn is_flex(device: &Device) -> bool {
+    matches!(
+        device.clone().inner().as_dispatch(),
+        DispatchDevice::Flex(_)
+    )
 }
 
 /// Runs `operation` on tensors of [`has_kernels`](super::has_kernels), with its gradient where one is asked for.

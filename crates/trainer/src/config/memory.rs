@@ -23,7 +23,7 @@ pub struct MemorySection {
     /// before it computes, "auto" resident if all of them fit. Default "auto".
     pub base: BasePlace,
     /// How many blocks keep only their input, and are computed again in the backward pass: "all", "none", a number (the first so
-    /// many), "auto" as few as fit; and on flex, where memory is left, the result of their attention is kept. Default "auto".
+    /// many), "auto" as few as fit; and on flex, where memory is left, what their linear layers and attention gave is kept. Default "auto".
     #[schemars(schema_with = "word_or::<usize>")]
     pub recompute: Recompute,
 }
