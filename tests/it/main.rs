@@ -9,6 +9,8 @@ mod datasets;
 mod flux2;
 mod formats;
 mod golden;
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod heap;
 mod hostile;
 mod logs;
 mod nano;

@@ -15,7 +15,7 @@
 //!
 //! A block that is computed again takes `y` and `m + ln l` from its first run where they are kept ([`computed_once`]).
 //!
-//! [`computed_once`]: lora_core::training::recompute::computed_once
+//! [`computed_once`]: lora_core::ops::computed_once
 //!
 //! Source: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
 
@@ -58,9 +58,9 @@ pub fn attention(
 mod cpu {
     use burn::backend::flex::FlexTensor;
     use lora_core::ops::Operation;
+    use lora_core::ops::computed_once;
     use lora_core::ops::kernel::{ROWS, dims, exp, packed, simd, sum, tensor, values};
     use lora_core::ops::tile::{self, Kernel, Simd, block_times, columns_times};
-    use lora_core::training::recompute::computed_once;
     use rayon::prelude::*;
 
     #[derive(Debug, Clone)]

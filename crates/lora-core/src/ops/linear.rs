@@ -11,7 +11,7 @@
 //! is made f32 while it is packed; the side path and the bias are further rows of the same product (`ops::gemm`). `W` and
 //! `b` get gradients too where they are trained (`dW = xᵀ g`, `db` the sum of `g`). The composition casts or decodes `W` as a
 //! whole, in both passes, and keeps it as it is (`ops::decoded`). A block that is computed again takes `y` and `u` from its first
-//! run where they are kept ([`computed_once`](crate::training::recompute::computed_once)).
+//! run where they are kept ([`computed_once`](crate::ops::computed_once)).
 //!
 //! Source: Hu et al. 2021, arXiv:2106.09685; PEFT `lora.Linear.forward` (dropout on the adapter's input alone).
 
@@ -164,9 +164,9 @@ mod cpu {
     use crate::ops::gemm::{Lines, Product};
     use crate::ops::kernel::{CHUNK, dims, owned, packed, simd, tensor, transposed, values};
     use crate::ops::low_rank::{Strips, expand, outer, project};
+    use crate::ops::once::{computed_once, is_second_run};
     use crate::ops::product::{Stored, last, product, product_with_transposed, rows, zeros};
     use crate::ops::{Operation, apply, has_kernels};
-    use crate::training::recompute::{computed_once, is_second_run};
 
     /// Whether the kernels take these operands; what they do not take is left to the composition, and to its errors.
     pub fn takes<const D: usize>(

@@ -17,6 +17,7 @@ mod decoded;
 #[cfg(any(feature = "flex", feature = "wgpu", feature = "cuda"))]
 mod inputs;
 pub mod linear;
+pub(crate) mod once;
 
 #[cfg(feature = "flex")]
 pub mod check;
@@ -40,6 +41,7 @@ use burn::tensor::{Device, Tensor};
 pub use composition::{Composition, compose};
 #[cfg(feature = "flex")]
 pub use node::{Operation, apply};
+pub use once::computed_once;
 
 /// Names the kernels of `flex` in the fingerprint of a run, and what runs beside them: it changes with every change of their
 /// bits.

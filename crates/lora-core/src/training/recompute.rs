@@ -7,15 +7,12 @@
 //!
 //! What a block adds last is not computed the second time where the block says so ([`last_linear`](crate::last_linear)): its
 //! value is read by the blocks behind, which had it the first time, and by no gradient. What takes much work beside its size,
-//! the results of linear layers and of attention, can be kept from the first run for the second ([`computed_once`]).
-
-use std::any::Any;
-use std::cell::RefCell;
-use std::collections::VecDeque;
+//! the results of linear layers and of attention, can be kept from the first run for the second ([`computed_once`](crate::ops::computed_once)).
 
 use burn::module::Module;
 use burn::tensor::{Gradients as BurnGradients, Tensor};
 
+use crate::ops::once::{Results, Run, Running};
 use crate::training::gradients::Gradients;
 
 /// A tensor, a tuple or a list of them, or a type of your own made of them, that flows between blocks.
@@ -135,78 +132,12 @@ pub trait Blocks {
     fn apply(block: &Self::Block, carry: Self::Carry, shared: &Self::Shared) -> Self::Carry;
 }
 
-thread_local!(static RUN: RefCell<Run> = const { RefCell::new(Run::Only) });
-
-/// How the block that this thread computes is run.
-enum Run {
-    /// As any code is, or nothing is kept of it.
-    Only,
-    /// For the first time, and its results are kept.
-    First(Results),
-    /// For its gradients alone: nobody reads what it returns.
-    Second(Results),
-}
-
-/// What the calls of [`computed_once`] in a block made, in their order; none where it is not kept.
-type Results = VecDeque<Option<Box<dyn Any>>>;
-
-/// Whether a block runs a second time, for its gradients alone: nobody reads what it returns.
-pub(crate) fn is_second_run() -> bool {
-    RUN.with_borrow(|run| matches!(run, Run::Second(_)))
-}
-
-/// What `compute` makes. Where a chain keeps the results of a block, those of its first run that are to be kept are what its
-/// second run gets.
-///
-/// A block calls this as often in both runs, in the same order.
-pub fn computed_once<T: Clone + 'static>(is_kept: bool, compute: impl FnOnce() -> T) -> T {
-    let kept = RUN.with_borrow_mut(|run| match run {
-        Run::Second(results) => results.pop_front().flatten(),
-        Run::Only | Run::First(_) => None,
-    });
-    if let Some(kept) = kept {
-        let kept = kept.downcast().ok();
-        return *kept.expect("a block computes the same in both runs");
-    }
-    let made = compute();
-    RUN.with_borrow_mut(|run| {
-        if let Run::First(results) = run {
-            results.push_back(is_kept.then(|| Box::new(made.clone()) as Box<dyn Any>));
-        }
-    });
-    made
-}
-
-/// The way a block is run, until it is dropped.
-struct Running;
-
-impl Running {
-    fn begin(run: Run) -> Self {
-        RUN.set(run);
-        Self
-    }
-
-    /// What was kept.
-    fn end(self) -> Results {
-        match RUN.replace(Run::Only) {
-            Run::First(results) => results,
-            Run::Only | Run::Second(_) => Results::new(),
-        }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        RUN.set(Run::Only);
-    }
-}
-
 /// How many blocks of a chain are computed again in the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Recomputed {
     /// Blocks, from the first on; of all others the whole graph is kept.
     pub blocks: usize,
-    /// Of these, from the last on, those of which the results of [`computed_once`] are kept beside their input: when the backward
+    /// Of these, from the last on, those of which the results of [`computed_once`](crate::ops::computed_once) are kept beside their input: when the backward
     /// pass comes to the first blocks, they are gone.
     pub with_results: usize,
 }
@@ -313,7 +244,7 @@ impl<'a, B: Blocks> Chain<'a, B> {
 
 #[cfg(all(test, feature = "flex"))]
 mod tests {
-    use std::cell::Cell;
+    use std::cell::{Cell, RefCell};
     use std::collections::BTreeMap;
     use std::convert::Infallible;
 
@@ -324,7 +255,7 @@ mod tests {
     use super::*;
     use crate::ops::check::random;
     use crate::ops::kernel::{packed, tensor, values as values_of};
-    use crate::ops::{Operation, apply};
+    use crate::ops::{Operation, apply, computed_once};
     use crate::peft::{InitLoraWeights, Targets};
     use crate::{LoraConfig, attach, last_linear, linear};
 
