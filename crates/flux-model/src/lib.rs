@@ -17,7 +17,7 @@
 //! | `sampler` | noise to latents |
 //! | `joint_attention`, `modulation` | what the blocks of both families consist of |
 //! | `layers` | norms, rotary positions, sinusoidal embedding |
-//! | `ops/` | attention, norms, activations: operations with handwritten gradients and CPU kernels |
+//! | `ops/` | attention, norms, activations: operations with handwritten gradients and kernels |
 //! | `sizes` | what a configuration may say |
 //! | `lora` | LoRA files of every format, read and written |
 //! | `weights/` | loading, each tensor used or named in an error; what a stored tensor becomes in memory; blocks that stay on disk |

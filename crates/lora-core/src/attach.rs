@@ -19,6 +19,7 @@ use crate::kinds::module::ModuleAdapter;
 use crate::kinds::parts::{INITIAL_A, INITIAL_B, LORA_A, LORA_B, MAGNITUDE, Part};
 use crate::kinds::spec::AdapterSpec;
 use crate::kinds::{split, start};
+use crate::ops::matmul;
 use crate::peft::config::LoraConfig;
 use crate::peft::file::AdapterFile;
 use crate::random::name_hash;
@@ -468,9 +469,9 @@ fn initial_magnitudes<M: Module>(
         let factor = |t: &HostTensor| {
             Tensor::<2>::from_data(TensorData::new(t.to_f32(), matrix_size(t)), &device)
         };
-        let mut delta = factor(b).matmul(factor(a));
+        let mut delta = matmul(factor(b), factor(a));
         if let (Some(a), Some(b)) = (factors.get(INITIAL_A), factors.get(INITIAL_B)) {
-            delta = delta - factor(b).matmul(factor(a));
+            delta = delta - matmul(factor(b), factor(a));
         }
         let delta = delta.mul_scalar(module.spec.scale());
         let norm = (weight.cast(delta.dtype()) + delta.transpose())

@@ -5,7 +5,7 @@ use burn::tensor::{DType, Tensor};
 
 use crate::adapter::Adapter;
 use crate::adapters::Adapters;
-use crate::ops::linear::{Weight, last, linear as frozen_linear};
+use crate::ops::linear::linear_of;
 
 /// `x W + b + sum of scale * (dropout(x) Aᵀ) Bᵀ` over the active adapters, or what the other kinds add.
 ///
@@ -31,13 +31,9 @@ pub fn last_linear<const D: usize>(layer: &Linear, x: Tensor<D>) -> Tensor<D> {
 }
 
 fn compute<const D: usize>(layer: &Linear, x: Tensor<D>, is_last: bool) -> Tensor<D> {
-    let frozen = |x, weight: Weight, bias, low_rank, is_last| match is_last {
-        true => last(x, weight, bias, low_rank),
-        false => frozen_linear(x, weight, bias, low_rank),
-    };
     let bias = layer.bias.as_ref().map(|bias| bias.val());
     let Some(adapters) = layer.weight.reparameterization::<Adapters>() else {
-        return frozen(x, layer.weight.base().into(), bias, None, is_last);
+        return linear_of(x, layer.weight.base().into(), bias, None, is_last);
     };
     let weight = adapters.weight(layer.weight.base());
     let mut active = adapters.active().peekable();
@@ -48,7 +44,7 @@ fn compute<const D: usize>(layer: &Linear, x: Tensor<D>, is_last: bool) -> Tenso
         active.next();
     }
     let is_last = is_last && active.peek().is_none();
-    let result = frozen(x.clone(), weight.clone(), bias.clone(), low_rank, is_last);
+    let result = linear_of(x.clone(), weight.clone(), bias.clone(), low_rank, is_last);
     if active.peek().is_none() {
         return result;
     }

@@ -9,7 +9,7 @@
 //! |---|---|
 //! | `attach`, `scan`, `site` | `Plan`: checked first, attached after; factors are born from their source; which layers there are, what they sit on |
 //! | `adapter`, `adapters`, `walk` | the adapter type on Burn's reparameterization; all of a parameter; one walk over a model by path |
-//! | `forward`, `ops/` | the fast path; the operation under it, its handwritten gradient and CPU kernels |
+//! | `forward`, `ops/` | the fast path; the operation under it, its handwritten gradient and kernels |
 //! | `frozen` | weights that stay in few bits |
 //! | `edit`, `combine`, `merge` | activate, weight, delete, detach; one adapter of several; into the base weights |
 //! | `state` | the state of adapters alone, counts, values on the host |

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use lora_core::files::digest::digest_file;
-use lora_core::ops::{COMPOSITIONS, KERNELS};
+use lora_core::ops::{COMPOSITIONS, CUBE_KERNELS, KERNELS};
 use serde::{Deserialize, Serialize};
 
 use crate::device::NamedDevice;
@@ -38,6 +38,7 @@ impl Fingerprint {
             cpu_features: cpu_features(),
             kernels: match device.backend() {
                 "flex" => KERNELS.into(),
+                "wgpu" | "cuda" => CUBE_KERNELS.into(),
                 _ => COMPOSITIONS.into(),
             },
         })

@@ -5,7 +5,7 @@
 //! scores of a group are computed again, with `g` the gradient of `y`:
 //!
 //! ```text
-//! p = e^(s - log_sum)    dv += pᵀ g    ds = scale p (g vᵀ - sum(g y))    dq = ds k    dk += dsᵀ q
+//! s = q kᵀ    p = e^(scale s - log_sum)    dv += pᵀ g    ds = scale p (g vᵀ - sum(g y))    dq = ds k    dk += dsᵀ q
 //! ```
 //!
 //! Products are in the type of `q`, what is between them and the sums over groups in f32. Groups come in the order of their
@@ -14,14 +14,15 @@
 //! Source: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
 
 use burn::backend::DispatchTensor;
-use burn::tensor::activation::softmax;
+use burn::tensor::activation;
 use burn::tensor::{DType, Tensor};
-use lora_core::ops::Composition;
+use lora_core::ops::{Composition, matmul};
 
+use super::softmax::{softmax, softmax_gradient};
 use crate::layers::{in_f32, packed};
 
-/// Scores that are held at a time: 64 MiB in f32. It is part of what a result's bits depend on.
-const SCORES: usize = 1 << 24;
+/// Scores that are held at a time: 128 MiB in f32. It is part of what a result's bits depend on.
+const SCORES: usize = 1 << 25;
 
 /// Tensors of as many numbers in f32 that a group takes in the backward pass: `s`, `p`, `g vᵀ`, `ds`, and one that is copied.
 const COPIES: usize = 5;
@@ -50,13 +51,13 @@ pub(super) fn whole(
     bias: Option<Tensor<4>>,
 ) -> Tensor<3> {
     let [batch, heads, queries, head_dim] = q.dims();
-    let scores = q.mul_scalar(scale).matmul(k.swap_dims(2, 3));
+    let scores = matmul(q.mul_scalar(scale), k.swap_dims(2, 3));
     let scores = match bias {
         Some(bias) => scores + bias,
         None => scores,
     };
-    in_f32(scores, |scores| softmax(scores, 3))
-        .matmul(v)
+    let p = in_f32(scores, |scores| activation::softmax(scores, 3));
+    matmul(p, v)
         .swap_dims(1, 2)
         .reshape([batch, queries, heads * head_dim])
 }
@@ -86,12 +87,6 @@ impl Attention {
         let first = (0..queries).step_by(rows);
         first.map(move |first| (first, rows.min(queries - first)))
     }
-
-    /// `scale q kᵀ` in f32, `[batch, heads, queries, keys]`.
-    fn scores(&self, q: Tensor<4>, k: &Tensor<4>) -> Tensor<4> {
-        let scores = q.mul_scalar(self.scale).matmul(k.clone().swap_dims(2, 3));
-        packed(scores.cast(DType::F32))
-    }
 }
 
 impl Composition<3> for Attention {
@@ -101,16 +96,13 @@ impl Composition<3> for Attention {
         let [q, k, v] = <[_; 3]>::try_from(inputs)
             .expect("three inputs")
             .map(Tensor::<4>::from_dispatch);
-        let (dtype, [batch, heads, queries, dim]) = (q.dtype(), q.dims());
+        let [batch, heads, queries, dim] = q.dims();
         let [mut outs, mut log_sums] = [Vec::new(), Vec::new()];
         for (first, rows) in self.groups(queries) {
-            let scores = self.scores(q.clone().narrow(2, first, rows), &k);
-            let largest = scores.clone().max_dim(3);
-            let p = (scores - largest.clone()).exp();
-            let sum = p.clone().sum_dim(3);
-            let out = p.cast(dtype).matmul(v.clone()).cast(DType::F32) / sum.clone();
-            log_sums.push(largest + sum.log());
-            outs.push(out.cast(dtype).swap_dims(1, 2));
+            let q = q.clone().narrow(2, first, rows);
+            let (p, log_sum) = softmax(matmul(q, k.clone().swap_dims(2, 3)), self.scale);
+            log_sums.push(log_sum);
+            outs.push(matmul(p, v.clone()).swap_dims(1, 2));
         }
         let out = Tensor::cat(outs, 1).reshape([batch, queries, heads * dim]);
         let saved = Saved {
@@ -141,34 +133,31 @@ impl Composition<3> for Attention {
         let grad = by_head(Tensor::from_dispatch(grad));
         let products = grad.clone().cast(DType::F32) * by_head(out).cast(DType::F32);
         let along = products.sum_dim(3).swap_dims(1, 2);
-        let grad = grad.swap_dims(1, 2);
+        let grad = packed(grad.swap_dims(1, 2)); // once, not for each product
         let mut dq = Vec::new();
         let [mut dk, mut dv] = [None, None];
+        let one_group = self.rows >= queries;
         let add = |sum: &mut Option<Tensor<4>>, part: Tensor<4>| {
-            let part = part.cast(DType::F32);
             *sum = Some(match sum.take() {
-                Some(sum) => sum + part,
-                None => part,
+                Some(sum) => sum + part.cast(DType::F32),
+                None if one_group => part,
+                None => part.cast(DType::F32),
             });
         };
         for (first, rows) in self.groups(queries) {
             let part = |x: &Tensor<4>| x.clone().narrow(2, first, rows);
             let (q, grad) = (part(&q), part(&grad));
-            let p = (self.scores(q.clone(), &k) - part(&log_sum)).exp();
+            let scores = matmul(q.clone(), k.clone().swap_dims(2, 3));
+            let dp = matmul(grad.clone(), v.clone().swap_dims(2, 3));
+            let (p, ds) = softmax_gradient(scores, part(&log_sum), dp, part(&along), self.scale);
             if want_v {
-                let p = p.clone().cast(dtype).swap_dims(2, 3);
-                add(&mut dv, p.matmul(grad.clone()));
+                add(&mut dv, matmul(p.swap_dims(2, 3), grad));
             }
-            if want_q || want_k {
-                let products = grad.matmul(v.clone().swap_dims(2, 3)).cast(DType::F32);
-                let ds = (p * (products - part(&along))).mul_scalar(self.scale);
-                let ds = ds.cast(dtype);
-                if want_k {
-                    add(&mut dk, ds.clone().swap_dims(2, 3).matmul(q));
-                }
-                if want_q {
-                    dq.push(ds.matmul(k.clone()));
-                }
+            if want_k {
+                add(&mut dk, matmul(ds.clone().swap_dims(2, 3), q));
+            }
+            if want_q {
+                dq.push(matmul(ds, k.clone()));
             }
         }
         let dq = want_q.then(|| Tensor::cat(dq, 2));
@@ -278,9 +267,9 @@ mod tests {
     #[test]
     fn a_group_is_as_large_as_its_scores_allow() {
         let flux = [1, 24, 4096 + 512];
-        assert_eq!(queries_at_once(flux), 144);
-        assert_eq!(scores_bytes(flux), 5 * 24 * 144 * 4608 * 4);
-        assert_eq!(queries_at_once([8, 24, 4608]), 16);
+        assert_eq!(queries_at_once(flux), 288);
+        assert_eq!(scores_bytes(flux), 5 * 24 * 288 * 4608 * 4);
+        assert_eq!(queries_at_once([8, 24, 4608]), 32);
         assert_eq!(queries_at_once([64, 64, 1 << 20]), 1);
         assert_eq!(scores_bytes([1, 2, 10]), 5 * 2 * 10 * 10 * 4);
     }

@@ -35,6 +35,14 @@ pub fn gated_residual(x: Tensor<3>, gate: Tensor<3>, z: Tensor<3>) -> Tensor<3> 
             return lora_core::ops::apply::<_, 3, 3>(operation, inputs);
         }
     }
+    #[cfg(feature = "cube")]
+    if cube::takes(&x, &gate, &z) {
+        let operation = cube::GatedResidual {
+            of_gate: gate.is_tracked(),
+        };
+        let inputs = [x, gate, z].map(Tensor::into_dispatch);
+        return lora_core::ops::compose::<_, 3, 3>(operation, inputs.into());
+    }
     let gate = gate.cast(z.dtype());
     x + gate * z
 }
@@ -173,6 +181,92 @@ mod cpu {
     }
 }
 
+#[cfg(feature = "cube")]
+mod cube {
+    use burn::backend::DispatchTensor;
+    use burn::tensor::{DType, Tensor};
+    use cubecl::prelude::*;
+    use cubecl::std::tensor::layout::linear::{LinearView, LinearViewMut};
+    use lora_core::launch_as;
+    use lora_core::ops::Composition;
+    use lora_core::ops::cube::{
+        by_element, dispatch, empty_like, has_f32_kernels, has_kernels, tensor,
+    };
+
+    use crate::layers::packed;
+
+    pub fn takes(x: &Tensor<3>, gate: &Tensor<3>, z: &Tensor<3>) -> bool {
+        let [batch, _, width] = x.dims();
+        has_f32_kernels(gate)
+            && [x, z].into_iter().all(has_kernels)
+            && z.dtype() == x.dtype()
+            && z.dims() == x.dims()
+            && gate.dims() == [batch, 1, width]
+    }
+
+    #[derive(Debug, Clone)]
+    pub struct GatedResidual {
+        /// Whether the gate gets a gradient.
+        pub of_gate: bool,
+    }
+
+    impl Composition<3> for GatedResidual {
+        type Saved = (DispatchTensor, Option<DispatchTensor>);
+
+        fn forward(&self, inputs: Vec<DispatchTensor>) -> (DispatchTensor, Self::Saved) {
+            let [x, gate, z] = <[_; 3]>::try_from(inputs)
+                .expect("three inputs")
+                .map(tensor);
+            let y = empty_like(&x);
+            let (cubes, units) = by_element(&y);
+            launch_as!(
+                y.dtype,
+                gated_residual,
+                &y.client,
+                cubes,
+                units,
+                x.into_linear_view(),
+                gate.clone().into_linear_view_like(&y),
+                z.clone().into_linear_view(),
+                y.clone().into_linear_view(),
+            );
+            let saved = (dispatch(gate), self.of_gate.then(|| dispatch(z)));
+            (dispatch(y), saved)
+        }
+
+        /// Of Burn's operations: each gradient is one of them, or two.
+        fn backward(
+            &self,
+            (gate, z): Self::Saved,
+            grad: DispatchTensor,
+            [want_x, want_gate, want_z]: [bool; 3],
+        ) -> [Option<DispatchTensor>; 3] {
+            let [gate, grad] = [gate, grad].map(Tensor::<3>::from_dispatch);
+            let dgate = z.filter(|_| want_gate).map(|z| {
+                let z = Tensor::<3>::from_dispatch(z).cast(DType::F32);
+                let products = grad.clone().cast(DType::F32) * z; // the casts are free in f32
+                packed(products).sum_dim(1).into_dispatch()
+            });
+            let dz = want_z.then(|| (gate.cast(grad.dtype()) * grad.clone()).into_dispatch());
+            [want_x.then(|| grad.into_dispatch()), dgate, dz]
+        }
+    }
+
+    #[cube(launch)]
+    fn gated_residual<E: Float>(
+        x: LinearView<'_, E>,
+        gate: LinearView<'_, f32>,
+        z: LinearView<'_, E>,
+        mut y: LinearViewMut<'_, E>,
+    ) {
+        if y.is_in_bounds(ABSOLUTE_POS) {
+            let change = gate.read(ABSOLUTE_POS) * f32::cast_from(z.read(ABSOLUTE_POS));
+            let y_value = f32::cast_from(x.read(ABSOLUTE_POS)) + change;
+            y.write(ABSOLUTE_POS, E::cast_from(y_value));
+        }
+    }
+}
+
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;
@@ -185,6 +279,21 @@ mod tests {
                 [random([b, s, d]), random([b, 1, d]), random([b, s, d])],
                 |[x, gate, z]| gated_residual(x, gate, z),
             );
+        }
+    }
+
+    #[cfg(feature = "wgpu")]
+    #[test]
+    fn on_wgpu_it_agrees_with_its_composition() {
+        use lora_core::ops::check::agree_on_wgpu;
+
+        for [b, s, d] in [[1, 1, 17], [2, 7, 31], [3, 33, 96]] {
+            let inputs = [random([b, s, d]), random([b, 1, d]), random([b, s, d])];
+            agree_on_wgpu(inputs, |[x, gate, z]| gated_residual(x, gate, z));
+            let inputs = [random([s, b, d]), random([b, 1, d]), random([b, s, d])];
+            agree_on_wgpu(inputs, |[x, gate, z]| {
+                gated_residual(x.swap_dims(0, 1), gate, z)
+            });
         }
     }
 }

@@ -30,6 +30,10 @@ pub fn norm_rotate<const N: usize>(
     if cpu::takes(&streams.each_ref().map(|stream| &stream.x), heads) {
         return cpu::norm_rotate(streams, heads, rotary);
     }
+    #[cfg(feature = "cube")]
+    if cube::takes(&streams, heads) {
+        return cube::norm_rotate(streams, heads, rotary);
+    }
     let dtype = streams[0].x.dtype();
     let normed = streams.map(|Stream { x, norm, eps }| {
         rms_norm(split_heads(x, heads).cast(DType::F32), norm, eps) // the casts are free in f32
@@ -337,6 +341,250 @@ mod cpu {
     }
 }
 
+#[cfg(feature = "cube")]
+mod cube {
+    use burn::backend::DispatchTensor;
+    use burn::tensor::Tensor;
+    use cubecl::prelude::*;
+    use cubecl::std::tensor::layout::linear::{LinearView, LinearViewMut};
+    use lora_core::launch_as;
+    use lora_core::ops::cube::{
+        CubeTensor, dispatch, empty, empty_like, has_f32_kernels, has_kernels, sum_of_units, tensor,
+    };
+    use lora_core::ops::{Composition, compose};
+
+    use crate::layers::{RotaryTable, Stream};
+
+    /// Units that share a head of a token.
+    const UNITS: u32 = 32;
+
+    /// Cubes that every device takes along an axis.
+    const CUBES: usize = 65535;
+
+    /// One or two streams of one type, with frozen norms.
+    pub fn takes<const N: usize>(streams: &[Stream; N], heads: usize) -> bool {
+        let [batch, _, width] = streams[0].x.dims();
+        let fits = |stream: &Stream| {
+            has_kernels(&stream.x)
+                && has_f32_kernels(&stream.norm)
+                && !stream.norm.is_tracked()
+                && stream.x.dtype() == streams[0].x.dtype()
+                && stream.x.dims()[1] <= CUBES
+        };
+        width.is_multiple_of(2 * heads)
+            && (1..=2).contains(&N)
+            && heads.max(batch) <= CUBES
+            && streams.iter().all(fits)
+    }
+
+    pub fn norm_rotate<const N: usize>(
+        streams: [Stream; N],
+        heads: usize,
+        rotary: &RotaryTable,
+    ) -> Tensor<4> {
+        let eps = streams.each_ref().map(|stream| stream.eps as f32);
+        let operation = NormRotate {
+            heads,
+            eps: [eps[0], eps[N - 1]],
+            streams: N,
+        };
+        let [mut inputs, mut constants] = [Vec::new(), Vec::new()];
+        for Stream { x, norm, .. } in streams {
+            inputs.push(x.into_dispatch());
+            constants.push(norm.into_dispatch());
+        }
+        constants.extend([&rotary.cos, &rotary.sin].map(|table| table.clone().into_dispatch()));
+        if N == 1 {
+            inputs.extend(constants);
+            return compose::<_, 1, 4>(operation, inputs);
+        }
+        inputs.extend(constants);
+        compose::<_, 2, 4>(operation, inputs)
+    }
+
+    /// Inputs: the streams, their norms, cosines, sines.
+    #[derive(Debug, Clone)]
+    struct NormRotate {
+        heads: usize,
+        eps: [f32; 2],
+        streams: usize,
+    }
+
+    impl<const N: usize> Composition<N> for NormRotate {
+        type Saved = Vec<CubeTensor>;
+
+        fn forward(&self, inputs: Vec<DispatchTensor>) -> (DispatchTensor, Vec<CubeTensor>) {
+            let inputs: Vec<_> = inputs.into_iter().map(tensor).collect();
+            let (streams, constants) = inputs.split_at(self.streams);
+            let (norms, tables) = constants.split_at(self.streams);
+            let shape = streams[0].meta.shape();
+            let (batch, width) = (shape[0], shape[2]);
+            let tokens = streams.iter().map(|x| x.meta.shape()[1]).sum::<usize>();
+            let dim = width / self.heads;
+            let y = empty([batch, self.heads, tokens, dim], &streams[0]);
+            let mut first = 0;
+            for ((x, norm), eps) in streams.iter().zip(norms).zip(self.eps) {
+                let own = x.meta.shape()[1];
+                launch_as!(
+                    x.dtype,
+                    norm_rotate_kernel,
+                    &y.client,
+                    CubeCount::new_3d(own as u32, self.heads as u32, batch as u32),
+                    CubeDim::new_1d(UNITS),
+                    x.clone().into_linear_view(),
+                    norm.clone().into_linear_view(),
+                    tables[0].clone().into_linear_view(),
+                    tables[1].clone().into_linear_view(),
+                    y.clone().into_linear_view(),
+                    first,
+                    tokens,
+                    dim / 2,
+                    eps,
+                );
+                first += own;
+            }
+            (dispatch(y), inputs)
+        }
+
+        fn backward(
+            &self,
+            inputs: Vec<CubeTensor>,
+            grad: DispatchTensor,
+            wanted: [bool; N],
+        ) -> [Option<DispatchTensor>; N] {
+            let (streams, constants) = inputs.split_at(self.streams);
+            let (norms, tables) = constants.split_at(self.streams);
+            let grad = tensor(grad);
+            let (batch, tokens, dim) = (
+                grad.meta.shape()[0],
+                grad.meta.shape()[2],
+                grad.meta.shape()[3],
+            );
+            let mut first = 0;
+            std::array::from_fn(|index| {
+                let (x, eps) = (&streams[index], self.eps[index]);
+                let own = x.meta.shape()[1];
+                let start = first;
+                first += own;
+                wanted[index].then(|| {
+                    let dx = empty_like(x);
+                    launch_as!(
+                        x.dtype,
+                        norm_rotate_backward,
+                        &dx.client,
+                        CubeCount::new_3d(own as u32, self.heads as u32, batch as u32),
+                        CubeDim::new_1d(UNITS),
+                        x.clone().into_linear_view(),
+                        norms[index].clone().into_linear_view(),
+                        tables[0].clone().into_linear_view(),
+                        tables[1].clone().into_linear_view(),
+                        grad.clone().into_linear_view(),
+                        dx.clone().into_linear_view(),
+                        start,
+                        tokens,
+                        dim / 2,
+                        eps,
+                    );
+                    dispatch(dx)
+                })
+            })
+        }
+    }
+
+    /// Where the head of this cube begins in a stream, `[batch, tokens, heads, 2 pairs]`.
+    #[cube]
+    fn in_stream(pairs: usize) -> usize {
+        let token = CUBE_POS_Z as usize * CUBE_COUNT_X as usize + CUBE_POS_X as usize;
+        (token * CUBE_COUNT_Y as usize + CUBE_POS_Y as usize) * 2 * pairs
+    }
+
+    /// The same among heads, `[batch, heads, tokens, 2 pairs]`, whose `first` tokens are of another stream.
+    #[cube]
+    fn among_heads(first: usize, tokens: usize, pairs: usize) -> usize {
+        let head = CUBE_POS_Z as usize * CUBE_COUNT_Y as usize + CUBE_POS_Y as usize;
+        (head * tokens + first + CUBE_POS_X as usize) * 2 * pairs
+    }
+
+    #[cube]
+    fn reciprocal_rms<E: Float>(x: LinearView<'_, E>, from: usize, pairs: usize, eps: f32) -> f32 {
+        let mut squares = 0.0f32;
+        for k in range_stepped(UNIT_POS as usize, 2 * pairs, CUBE_DIM as usize) {
+            let value = f32::cast_from(x.read(from + k));
+            squares += value * value;
+        }
+        1.0f32 / f32::sqrt(sum_of_units(squares) / f32::cast_from(2 * pairs) + eps)
+    }
+
+    #[cube(launch)]
+    fn norm_rotate_kernel<E: Float>(
+        x: LinearView<'_, E>,
+        norm: LinearView<'_, f32>,
+        cos: LinearView<'_, f32>,
+        sin: LinearView<'_, f32>,
+        mut y: LinearViewMut<'_, E>,
+        first: usize,
+        tokens: usize,
+        pairs: usize,
+        eps: f32,
+    ) {
+        let from = in_stream(pairs);
+        let to = among_heads(first, tokens, pairs);
+        let angles = (first + CUBE_POS_X as usize) * pairs;
+        let r = reciprocal_rms::<E>(x, from, pairs, eps);
+        for k in range_stepped(UNIT_POS as usize, pairs, CUBE_DIM as usize) {
+            let even = f32::cast_from(x.read(from + 2 * k)) * r * norm.read(2 * k);
+            let odd = f32::cast_from(x.read(from + 2 * k + 1)) * r * norm.read(2 * k + 1);
+            let cos = cos.read(angles + k);
+            let sin = sin.read(angles + k);
+            y.write(to + 2 * k, E::cast_from(even * cos - odd * sin));
+            y.write(to + 2 * k + 1, E::cast_from(even * sin + odd * cos));
+        }
+    }
+
+    #[cube(launch)]
+    fn norm_rotate_backward<E: Float>(
+        x: LinearView<'_, E>,
+        norm: LinearView<'_, f32>,
+        cos: LinearView<'_, f32>,
+        sin: LinearView<'_, f32>,
+        grad: LinearView<'_, E>,
+        mut dx: LinearViewMut<'_, E>,
+        first: usize,
+        tokens: usize,
+        pairs: usize,
+        eps: f32,
+    ) {
+        let from = in_stream(pairs);
+        let of_grad = among_heads(first, tokens, pairs);
+        let angles = (first + CUBE_POS_X as usize) * pairs;
+        let r = reciprocal_rms::<E>(x, from, pairs, eps);
+        let mut along = 0.0f32;
+        for k in range_stepped(UNIT_POS as usize, pairs, CUBE_DIM as usize) {
+            let even = f32::cast_from(grad.read(of_grad + 2 * k));
+            let odd = f32::cast_from(grad.read(of_grad + 2 * k + 1));
+            let cos = cos.read(angles + k);
+            let sin = sin.read(angles + k);
+            let h_even = norm.read(2 * k) * (even * cos + odd * sin);
+            let h_odd = norm.read(2 * k + 1) * (odd * cos - even * sin);
+            along += h_even * f32::cast_from(x.read(from + 2 * k));
+            along += h_odd * f32::cast_from(x.read(from + 2 * k + 1));
+        }
+        let along = sum_of_units(along) * r * r / f32::cast_from(2 * pairs);
+        for k in range_stepped(UNIT_POS as usize, pairs, CUBE_DIM as usize) {
+            let even = f32::cast_from(grad.read(of_grad + 2 * k));
+            let odd = f32::cast_from(grad.read(of_grad + 2 * k + 1));
+            let cos = cos.read(angles + k);
+            let sin = sin.read(angles + k);
+            let h_even = norm.read(2 * k) * (even * cos + odd * sin);
+            let h_odd = norm.read(2 * k + 1) * (odd * cos - even * sin);
+            let x_even = f32::cast_from(x.read(from + 2 * k));
+            let x_odd = f32::cast_from(x.read(from + 2 * k + 1));
+            dx.write(from + 2 * k, E::cast_from(r * (h_even - x_even * along)));
+            dx.write(from + 2 * k + 1, E::cast_from(r * (h_odd - x_odd * along)));
+        }
+    }
+}
+
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use lora_core::ops::check::{agree, random};
@@ -372,6 +620,33 @@ mod tests {
             );
             agree([random([b, s + t, h * d]), random([1, 1, d])], |[x, w]| {
                 norm_rotate([stream(x, w)], h, &rotary)
+            });
+        }
+    }
+
+    #[cfg(feature = "wgpu")]
+    #[test]
+    fn on_wgpu_frozen_norms_agree_with_their_composition() {
+        use lora_core::ops::check::{agree_on_wgpu, wgpu};
+
+        for [b, s, t, h, d] in [[1, 1, 1, 1, 2], [2, 7, 3, 3, 6], [2, 33, 20, 2, 130]] {
+            let angle = random([s + t, d / 2]).inner().to_device(&wgpu().inner());
+            let rotary = RotaryTable {
+                cos: angle.clone().cos(),
+                sin: angle.sin(),
+            };
+            let norms = [random([d]), random([d])].map(|w| w.inner().to_device(&wgpu()));
+            let stream = |x: Tensor<3>, norm: usize| Stream {
+                x,
+                norm: norms[norm].clone(),
+                eps: 1e-6,
+            };
+            let both = [random([b, s, h * d]), random([b, t, h * d])];
+            agree_on_wgpu(both, |[x, y]| {
+                norm_rotate([stream(x, 0), stream(y, 1)], h, &rotary)
+            });
+            agree_on_wgpu([random([b, s + t, h * d])], |[x]| {
+                norm_rotate([stream(x, 1)], h, &rotary)
             });
         }
     }

@@ -38,6 +38,11 @@ pub fn layer_norm_modulate(
             return lora_core::ops::apply::<_, 3, 3>(operation, inputs);
         }
     }
+    #[cfg(feature = "cube")]
+    if cube::takes(&x, &scale, &shift) {
+        let inputs = [x, scale, shift].map(Tensor::into_dispatch);
+        return lora_core::ops::compose::<_, 3, 3>(cube::LayerNormModulate { eps }, inputs.into());
+    }
     in_f32(x, |x| layer_norm(x, eps) * (scale + 1.0) + shift)
 }
 
@@ -184,6 +189,171 @@ mod cpu {
     }
 }
 
+#[cfg(feature = "cube")]
+mod cube {
+    use burn::backend::DispatchTensor;
+    use burn::tensor::{DType, Tensor};
+    use cubecl::prelude::*;
+    use cubecl::std::tensor::layout::linear::{LinearView, LinearViewMut};
+    use lora_core::launch_as;
+    use lora_core::ops::Composition;
+    use lora_core::ops::cube::{
+        CubeTensor, by_row, dispatch, empty_like, has_f32_kernels, has_row_kernels, sum_of_units,
+        tensor,
+    };
+
+    use crate::layers::{layer_norm, packed};
+
+    pub fn takes(x: &Tensor<3>, scale: &Tensor<3>, shift: &Tensor<3>) -> bool {
+        let [batch, _, width] = x.dims();
+        let modulation = [scale, shift];
+        has_row_kernels(x)
+            && modulation.map(|x| x.dims()) == [[batch, 1, width]; 2]
+            && modulation.into_iter().all(has_f32_kernels)
+    }
+
+    #[derive(Debug, Clone)]
+    pub struct LayerNormModulate {
+        pub eps: f64,
+    }
+
+    impl Composition<3> for LayerNormModulate {
+        type Saved = [CubeTensor; 2];
+
+        fn forward(&self, inputs: Vec<DispatchTensor>) -> (DispatchTensor, Self::Saved) {
+            let [x, scale, shift] = <[_; 3]>::try_from(inputs)
+                .expect("three inputs")
+                .map(tensor);
+            let y = empty_like(&x);
+            let (cubes, units) = by_row(&y);
+            launch_as!(
+                y.dtype,
+                layer_norm_modulate,
+                &y.client,
+                cubes,
+                units,
+                x.clone().into_linear_view(),
+                scale.clone().into_linear_view(),
+                shift.into_linear_view(),
+                y.clone().into_linear_view(),
+                y.meta.shape()[2],
+                self.eps as f32,
+            );
+            (dispatch(y), [x, scale])
+        }
+
+        fn backward(
+            &self,
+            [x, scale]: Self::Saved,
+            grad: DispatchTensor,
+            [want_x, want_scale, want_shift]: [bool; 3],
+        ) -> [Option<DispatchTensor>; 3] {
+            let dx = want_x.then(|| {
+                let dx = empty_like(&x);
+                let (cubes, units) = by_row(&dx);
+                launch_as!(
+                    dx.dtype,
+                    layer_norm_modulate_backward,
+                    &dx.client,
+                    cubes,
+                    units,
+                    x.clone().into_linear_view(),
+                    scale.into_linear_view(),
+                    tensor(grad.clone()).into_linear_view(),
+                    dx.clone().into_linear_view(),
+                    dx.meta.shape()[2],
+                    self.eps as f32,
+                );
+                dispatch(dx)
+            });
+            // Only where a layer that makes them is trained, so of Burn's operations.
+            let [x, grad] =
+                [dispatch(x), grad].map(|x| Tensor::<3>::from_dispatch(x).cast(DType::F32));
+            let over_tokens = |x: Tensor<3>| packed(x).sum_dim(1).into_dispatch();
+            let dscale = want_scale.then(|| over_tokens(grad.clone() * layer_norm(x, self.eps)));
+            let dshift = want_shift.then(|| over_tokens(grad));
+            [dx, dscale, dshift]
+        }
+    }
+
+    #[cube(launch)]
+    fn layer_norm_modulate<E: Float>(
+        x: LinearView<'_, E>,
+        scale: LinearView<'_, f32>,
+        shift: LinearView<'_, f32>,
+        mut y: LinearViewMut<'_, E>,
+        width: usize,
+        eps: f32,
+    ) {
+        let row = CUBE_POS * width;
+        let sample = CUBE_POS_Y as usize * width;
+        let mean = mean(x, row, width);
+        let rstd = reciprocal_deviation(x, row, width, mean, eps);
+        for j in range_stepped(UNIT_POS as usize, width, CUBE_DIM as usize) {
+            let n = (f32::cast_from(x.read(row + j)) - mean) * rstd;
+            let scale = scale.read(sample + j) + 1.0;
+            y.write(row + j, E::cast_from(n * scale + shift.read(sample + j)));
+        }
+    }
+
+    #[cube(launch)]
+    fn layer_norm_modulate_backward<E: Float>(
+        x: LinearView<'_, E>,
+        scale: LinearView<'_, f32>,
+        grad: LinearView<'_, E>,
+        mut dx: LinearViewMut<'_, E>,
+        width: usize,
+        eps: f32,
+    ) {
+        let row = CUBE_POS * width;
+        let sample = CUBE_POS_Y as usize * width;
+        let mean = mean(x, row, width);
+        let rstd = reciprocal_deviation(x, row, width, mean, eps);
+        let mut along_one = 0.0f32;
+        let mut along_n = 0.0f32;
+        for j in range_stepped(UNIT_POS as usize, width, CUBE_DIM as usize) {
+            let h = f32::cast_from(grad.read(row + j)) * (scale.read(sample + j) + 1.0);
+            along_one += h;
+            along_n += h * ((f32::cast_from(x.read(row + j)) - mean) * rstd);
+        }
+        let along_one = sum_of_units(along_one) / f32::cast_from(width);
+        let along_n = sum_of_units(along_n) / f32::cast_from(width);
+        for j in range_stepped(UNIT_POS as usize, width, CUBE_DIM as usize) {
+            let h = f32::cast_from(grad.read(row + j)) * (scale.read(sample + j) + 1.0);
+            let n = (f32::cast_from(x.read(row + j)) - mean) * rstd;
+            dx.write(row + j, E::cast_from((h - along_one - n * along_n) * rstd));
+        }
+    }
+
+    /// Of the row of this cube.
+    #[cube]
+    fn mean<E: Float>(x: LinearView<'_, E>, row: usize, width: usize) -> f32 {
+        let mut sum = 0.0f32;
+        for j in range_stepped(UNIT_POS as usize, width, CUBE_DIM as usize) {
+            sum += f32::cast_from(x.read(row + j));
+        }
+        sum_of_units(sum) / f32::cast_from(width)
+    }
+
+    /// `1 / sqrt(variance + eps)` of the row of this cube.
+    #[cube]
+    fn reciprocal_deviation<E: Float>(
+        x: LinearView<'_, E>,
+        row: usize,
+        width: usize,
+        mean: f32,
+        eps: f32,
+    ) -> f32 {
+        let mut sum = 0.0f32;
+        for j in range_stepped(UNIT_POS as usize, width, CUBE_DIM as usize) {
+            let centered = f32::cast_from(x.read(row + j)) - mean;
+            sum += centered * centered;
+        }
+        let variance = sum_of_units(sum) / f32::cast_from(width);
+        1.0f32 / f32::sqrt(variance + eps)
+    }
+}
+
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::*;
@@ -196,6 +366,24 @@ mod tests {
                 [random([b, s, d]), random([b, 1, d]), random([b, 1, d])],
                 |[x, scale, shift]| layer_norm_modulate(x, scale, shift, 1e-6),
             );
+        }
+    }
+
+    #[cfg(feature = "wgpu")]
+    #[test]
+    fn on_wgpu_they_agree_with_their_composition() {
+        use lora_core::ops::check::agree_on_wgpu;
+
+        for [b, s, d] in [[1, 1, 17], [2, 7, 31], [3, 33, 96], [2, 5, 1000]] {
+            let modulation = [random([b, 1, d]), random([b, 1, d])];
+            let [scale, shift] = modulation.clone();
+            agree_on_wgpu([random([b, s, d]), scale, shift], |[x, scale, shift]| {
+                layer_norm_modulate(x, scale, shift, 1e-6)
+            });
+            let [scale, shift] = modulation;
+            agree_on_wgpu([random([s, b, d]), scale, shift], |[x, scale, shift]| {
+                layer_norm_modulate(x.swap_dims(0, 1), scale, shift, 1e-6)
+            });
         }
     }
 }

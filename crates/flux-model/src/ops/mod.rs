@@ -12,6 +12,7 @@
 //! | `heads` | tokens to heads: RMS norm, rotary positions and layout |
 //! | `layer_norm` | layer norm and modulation |
 //! | `silu` | SiLU, alone and as a gate |
+//! | `softmax` | softmax of scores and its gradient, for `attention_composed` |
 
 #[cfg(feature = "flex")]
 mod activation;
@@ -24,6 +25,7 @@ pub mod group_norm;
 pub mod heads;
 pub mod layer_norm;
 pub mod silu;
+mod softmax;
 
 #[cfg(all(test, feature = "flex"))]
 mod bits;

@@ -32,6 +32,10 @@ pub fn swiglu(x: Tensor<3>) -> Tensor<3> {
     if lora_core::ops::has_kernels(&x) && x.shape().num_elements() > 0 && x.dims()[2] == 2 * half {
         return lora_core::ops::apply::<_, 1, 3>(cpu::Swiglu, vec![x.into_dispatch()]);
     }
+    #[cfg(feature = "cube")]
+    if lora_core::ops::cube::has_row_kernels(&x) && x.dims()[2] == 2 * half {
+        return lora_core::ops::compose::<_, 1, 3>(cube::Swiglu, vec![x.into_dispatch()]);
+    }
     let gate = x.clone().narrow(2, 0, half);
     in_f32(gate, burn::tensor::activation::silu) * x.narrow(2, half, half)
 }
@@ -144,6 +148,99 @@ mod cpu {
     }
 }
 
+#[cfg(feature = "cube")]
+mod cube {
+    use burn::backend::DispatchTensor;
+    use cubecl::prelude::*;
+    use cubecl::std::tensor::layout::linear::{LinearView, LinearViewMut};
+    use lora_core::launch_as;
+    use lora_core::ops::Composition;
+    use lora_core::ops::cube::{CubeTensor, by_row, dispatch, empty, empty_like, tensor};
+
+    #[derive(Debug, Clone)]
+    pub struct Swiglu;
+
+    impl Composition<1> for Swiglu {
+        type Saved = CubeTensor;
+
+        fn forward(&self, inputs: Vec<DispatchTensor>) -> (DispatchTensor, CubeTensor) {
+            let [x] = <[_; 1]>::try_from(inputs).expect("one input").map(tensor);
+            let shape = x.meta.shape();
+            let [batch, tokens, half] = [shape[0], shape[1], shape[2] / 2];
+            let y = empty([batch, tokens, half], &x);
+            let (cubes, units) = by_row(&y);
+            launch_as!(
+                y.dtype,
+                swiglu,
+                &y.client,
+                cubes,
+                units,
+                x.clone().into_linear_view(),
+                y.clone().into_linear_view(),
+                half,
+            );
+            (dispatch(y), x)
+        }
+
+        fn backward(
+            &self,
+            x: CubeTensor,
+            grad: DispatchTensor,
+            _: [bool; 1],
+        ) -> [Option<DispatchTensor>; 1] {
+            let dx = empty_like(&x);
+            let (cubes, units) = by_row(&dx);
+            launch_as!(
+                dx.dtype,
+                swiglu_backward,
+                &dx.client,
+                cubes,
+                units,
+                x.into_linear_view(),
+                tensor(grad).into_linear_view(),
+                dx.clone().into_linear_view(),
+                dx.meta.shape()[2] / 2,
+            );
+            [Some(dispatch(dx))]
+        }
+    }
+
+    /// `s`.
+    #[cube]
+    fn gate(x: f32) -> f32 {
+        1.0f32 / (f32::exp(-x) + 1.0)
+    }
+
+    #[cube(launch)]
+    fn swiglu<E: Float>(x: LinearView<'_, E>, mut y: LinearViewMut<'_, E>, half: usize) {
+        let row = CUBE_POS * half;
+        for j in range_stepped(UNIT_POS as usize, half, CUBE_DIM as usize) {
+            let a = f32::cast_from(x.read(2 * row + j));
+            let b = f32::cast_from(x.read(2 * row + half + j));
+            y.write(row + j, E::cast_from(a * gate(a) * b));
+        }
+    }
+
+    #[cube(launch)]
+    fn swiglu_backward<E: Float>(
+        x: LinearView<'_, E>,
+        grad: LinearView<'_, E>,
+        mut dx: LinearViewMut<'_, E>,
+        half: usize,
+    ) {
+        let row = CUBE_POS * half;
+        for j in range_stepped(UNIT_POS as usize, half, CUBE_DIM as usize) {
+            let a = f32::cast_from(x.read(2 * row + j));
+            let b = f32::cast_from(x.read(2 * row + half + j));
+            let g = f32::cast_from(grad.read(row + j));
+            let s = gate(a);
+            let of_gate = s + a * s * (1.0f32 - s);
+            dx.write(2 * row + j, E::cast_from(g * b * of_gate));
+            dx.write(2 * row + half + j, E::cast_from(g * (a * s)));
+        }
+    }
+}
+
 #[cfg(all(test, feature = "flex"))]
 mod tests {
     use super::{silu, swiglu};
@@ -160,6 +257,17 @@ mod tests {
     fn a_gated_activation_agrees_with_its_composition() {
         for shape in [[1, 1, 2], [2, 7, 34], [1, 33, 514]] {
             agree([random(shape)], |[x]| swiglu(x));
+        }
+    }
+
+    #[cfg(feature = "wgpu")]
+    #[test]
+    fn on_wgpu_a_gated_activation_agrees_with_its_composition() {
+        use lora_core::ops::check::agree_on_wgpu;
+
+        for shape in [[1, 1, 2], [2, 7, 34], [1, 33, 514]] {
+            agree_on_wgpu([random(shape)], |[x]| swiglu(x));
+            agree_on_wgpu([random(shape)], |[x]| swiglu(x.swap_dims(0, 1)));
         }
     }
 }

@@ -1,16 +1,17 @@
 //! LoRA (Hu et al. 2021, arXiv:2106.09685), DoRA (Liu et al. 2024, arXiv:2402.09353) and the bias of the up projection.
 
 use burn::tensor::Tensor;
-use burn::tensor::module::linear;
 
 use crate::kinds::factors::{Factor, Factors, Layer};
 use crate::kinds::parts::{INITIAL_A, INITIAL_B, LORA_A, LORA_B, LORA_BIAS, MAGNITUDE};
+use crate::ops::linear::times;
+use crate::ops::matmul;
 
 /// `B A`, less where it started, `[out, in]`.
 pub(super) fn delta(factors: &Factors<Factor>) -> Tensor<2> {
-    let now = factors[LORA_B].matrix().matmul(factors[LORA_A].matrix());
+    let now = matmul(factors[LORA_B].matrix(), factors[LORA_A].matrix());
     match (factors.get(INITIAL_A), factors.get(INITIAL_B)) {
-        (Some(a), Some(b)) => now - b.matrix().matmul(a.matrix()),
+        (Some(a), Some(b)) => now - matmul(b.matrix(), a.matrix()),
         _ => now,
     }
 }
@@ -29,8 +30,8 @@ pub(super) fn forward<const D: usize>(
         mask,
     } = layer;
     let through = |x: Tensor<D>, a: &Factor, b: &Factor, bias: Option<Tensor<1>>| {
-        let hidden = linear(x, a.matrix().transpose(), None);
-        linear(hidden, b.matrix().transpose(), bias).mul_scalar(scale)
+        let hidden = times(x, a.matrix().transpose(), None);
+        times(hidden, b.matrix().transpose(), bias).mul_scalar(scale)
     };
     // What the adapter started from is a part of the base weight: no dropout.
     let less_start =
@@ -56,7 +57,7 @@ pub(super) fn forward<const D: usize>(
     let norm = Tensor::<2>::from_inner(norm).flatten::<1>(0, 1);
     let factor: Tensor<D> = (magnitude.vector() / norm).unsqueeze();
     let unadapted = match (dropped, bias) {
-        (true, _) => less_start(x.clone(), linear(x, base, None)),
+        (true, _) => less_start(x.clone(), times(x, base, None)),
         (false, Some(bias)) => result.clone() - bias.unsqueeze(),
         (false, None) => result.clone(),
     };

@@ -7,6 +7,7 @@ use burn::tensor::Tensor;
 use crate::files::host::HostTensor;
 use crate::kinds::factors::{Factor, Factors, Side};
 use crate::kinds::parts::{LOHA, Part, SIDES};
+use crate::ops::matmul;
 use crate::peft::config::{InitLoraWeights, LoraConfig};
 use crate::peft::selection::PeftType;
 use crate::random::{Stream, name_hash};
@@ -15,7 +16,7 @@ use crate::site::Site;
 pub(super) fn loha_delta(factors: &Factors<Factor>) -> Option<Tensor<2>> {
     let [first, second] = factors
         .products()?
-        .map(|[a, b]| a.matrix().matmul(b.matrix()));
+        .map(|[a, b]| matmul(a.matrix(), b.matrix()));
     Some(first * second)
 }
 
@@ -23,11 +24,11 @@ pub(super) fn loha_delta(factors: &Factors<Factor>) -> Option<Tensor<2>> {
 pub(super) fn lokr_delta(factors: &Factors<Factor>) -> Option<Tensor<2>> {
     let [w1, w2] = factors.sides()?.map(|side| match side {
         Side::Full(part) => part.matrix(),
-        Side::Product(a, b) => a.matrix().matmul(b.matrix()),
+        Side::Product(a, b) => matmul(a.matrix(), b.matrix()),
     });
     let ([a, b], [c, d]) = (w1.dims(), w2.dims());
     // Outer product as a matmul of a column with a row: no reduction of a broadcast operand in the backward pass.
-    let product = w1.reshape([a * b, 1]).matmul(w2.reshape([1, c * d]));
+    let product = matmul(w1.reshape([a * b, 1]), w2.reshape([1, c * d]));
     let product = product.reshape([a, b, c, d]).swap_dims(1, 2);
     Some(product.reshape([a * c, b * d]))
 }
@@ -44,10 +45,11 @@ pub(super) fn lokr_forward<const D: usize>(
     };
     // `x wᵀ` for `x: [rows, columns of w]`.
     let apply = |side: &Side<&Factor>, x: Tensor<2>| match side {
-        Side::Full(part) => x.matmul(part.matrix().transpose()),
-        Side::Product(a, b) => x
-            .matmul(b.matrix().transpose())
-            .matmul(a.matrix().transpose()),
+        Side::Full(part) => matmul(x, part.matrix().transpose()),
+        Side::Product(a, b) => {
+            let inner = matmul(x, b.matrix().transpose());
+            matmul(inner, a.matrix().transpose())
+        }
     };
     let (Side::Full(last) | Side::Product(_, last)) = &w1;
     let (b, shape) = (last.matrix().dims()[1], result.dims());

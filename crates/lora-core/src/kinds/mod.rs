@@ -50,14 +50,14 @@ impl Factors<Factor> {
         layer: Layer<D>,
         result: Tensor<D>,
     ) -> Tensor<D> {
-        use burn::tensor::module::linear;
+        use crate::ops::linear::times;
         match self.kind() {
             Kind::Lora => lora::forward(self, scale, layer, result),
             Kind::Lokr => lycoris::lokr_forward(self, scale, layer.x, result),
             Kind::Loha | Kind::Diff | Kind::Whole => match self.delta() {
                 Some(delta) => {
                     let delta = delta.mul_scalar(scale).transpose();
-                    result + linear(layer.x, delta, None)
+                    result + times(layer.x, delta, None)
                 }
                 None => result, // it is `base` already
             },

@@ -33,22 +33,7 @@ pub fn agree<const K: usize, const D: usize, const E: usize>(
     f: impl Fn([Tensor<D>; K]) -> Tensor<E>,
 ) {
     let shapes = inputs.each_ref().map(|x| x.dims());
-    let run = || {
-        COUNT.set(1000);
-        let inputs = inputs.clone().map(|x| x.detach().require_grad());
-        let y = f(inputs.clone());
-        let n = y.shape().num_elements();
-        let weights: Vec<f32> = (0..n)
-            .map(|i| ((i * 7919 % 1013) as f32 / 500.0 - 1.0).sin())
-            .collect();
-        let weights = Tensor::from_data(TensorData::new(weights, y.dims()), &y.device());
-        let gradients = (y.clone() * weights).sum().backward();
-        let mut all = vec![values(y.detach())];
-        for x in inputs {
-            all.push(values(x.grad(&gradients).expect("a gradient")));
-        }
-        all
-    };
+    let run = || results(&inputs, &f);
     for (i, (found, expected)) in run().iter().zip(composed(run)).enumerate() {
         let largest = expected.iter().fold(0.02f32, |top, x| top.max(x.abs()));
         assert_eq!(found.len(), expected.len());
@@ -60,6 +45,53 @@ pub fn agree<const K: usize, const D: usize, const E: usize>(
             );
         }
     }
+}
+
+/// The first wgpu device, with autodiff.
+#[cfg(feature = "wgpu")]
+pub fn wgpu() -> Device {
+    let devices = Device::enumerate(burn::tensor::DeviceType::Wgpu).into_vec();
+    devices.into_iter().next().expect("a device").autodiff()
+}
+
+/// The same as [`agree`] there, for operations whose kernels take each of `inputs`. It also asserts that a second run has the
+/// same bits.
+#[cfg(feature = "wgpu")]
+pub fn agree_on_wgpu<const K: usize, const D: usize, const E: usize>(
+    inputs: [Tensor<D>; K],
+    f: impl Fn([Tensor<D>; K]) -> Tensor<E>,
+) {
+    let device = wgpu();
+    let inputs = inputs.map(|x| x.to_device(&device));
+    for x in &inputs {
+        assert!(super::cube::has_kernels(x), "{:?} has no kernels", x.dims());
+    }
+    assert!(
+        results(&inputs, &f) == results(&inputs, &f),
+        "two runs have other bits"
+    );
+    agree(inputs, f);
+}
+
+/// `f`'s result, and the gradients of its inputs of a loss that weighs each element differently.
+fn results<const K: usize, const D: usize, const E: usize>(
+    inputs: &[Tensor<D>; K],
+    f: &impl Fn([Tensor<D>; K]) -> Tensor<E>,
+) -> Vec<Vec<f32>> {
+    COUNT.set(1000);
+    let inputs = inputs.clone().map(|x| x.detach().require_grad());
+    let y = f(inputs.clone());
+    let n = y.shape().num_elements();
+    let weights: Vec<f32> = (0..n)
+        .map(|i| ((i * 7919 % 1013) as f32 / 500.0 - 1.0).sin())
+        .collect();
+    let weights = Tensor::from_data(TensorData::new(weights, y.dims()), &y.device());
+    let gradients = (y.clone() * weights).sum().backward();
+    let mut all = vec![values(y.detach())];
+    for x in inputs {
+        all.push(values(x.grad(&gradients).expect("a gradient")));
+    }
+    all
 }
 
 fn values<const D: usize>(x: Tensor<D>) -> Vec<f32> {

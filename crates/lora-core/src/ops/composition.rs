@@ -33,7 +33,7 @@ pub fn compose<O: Composition<N>, const N: usize, const D: usize>(
 ) -> Tensor<D> {
     let device = inputs.first().map(|x| Device::new(x.device()));
     let out = match device.is_some_and(|device| has_node(&device)) {
-        #[cfg(any(feature = "flex", feature = "wgpu", feature = "cuda"))]
+        #[cfg(any(feature = "flex", feature = "cube"))]
         true => routed::compose(operation, inputs),
         _ => operation.forward(inputs).0,
     };
@@ -45,14 +45,14 @@ pub(crate) fn has_node(device: &Device) -> bool {
     match device.clone().inner().as_dispatch() {
         #[cfg(feature = "flex")]
         burn::backend::DispatchDevice::Flex(_) => true,
-        #[cfg(any(feature = "wgpu", feature = "cuda"))]
+        #[cfg(feature = "cube")]
         burn::backend::DispatchDevice::Cube(_) => true,
         _ => false,
     }
 }
 
-#[cfg(any(feature = "flex", feature = "wgpu", feature = "cuda"))]
-mod routed {
+#[cfg(any(feature = "flex", feature = "cube"))]
+pub(super) mod routed {
     use burn::backend::autodiff::checkpoint::base::Checkpointer;
     use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
     use burn::backend::autodiff::grads::Gradients;
@@ -76,9 +76,9 @@ mod routed {
     #[backend_extension(
         Autodiff,
         Flex: cfg(feature = "flex"),
-        Cube: cfg(any(feature = "wgpu", feature = "cuda"))
+        Cube: cfg(feature = "cube")
     )]
-    trait Composed: Backend {
+    pub trait Composed: Backend {
         fn composed<O: Composition<N>, const N: usize>(
             operation: O,
             #[extension_type] inputs: Inputs<Self>,
@@ -86,7 +86,7 @@ mod routed {
     }
 
     /// A backend whose tensors can be handed to Burn's tensor operations and taken back.
-    trait Routed: Composed {
+    pub trait Routed: Composed {
         fn to(tensor: FloatTensor<Self>) -> DispatchTensor;
         fn of(tensor: DispatchTensor) -> FloatTensor<Self>;
     }
@@ -124,7 +124,7 @@ mod routed {
 
     #[cfg(feature = "flex")]
     on!(Flex);
-    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    #[cfg(feature = "cube")]
     on!(Cube);
 
     impl<B: Routed, C: CheckpointStrategy> Composed for Autodiff<B, C> {

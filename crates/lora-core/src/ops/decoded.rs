@@ -12,6 +12,7 @@ use burn::tensor::{DType, Tensor};
 
 use super::codes::Codes;
 use super::composition::{Composition, compose};
+use super::matmul;
 
 /// A frozen weight, without autodiff.
 #[derive(Debug, Clone)]
@@ -56,12 +57,12 @@ impl Composition<1> for Product {
         let [x] = <[_; 1]>::try_from(inputs).expect("one input");
         let x = Tensor::<2>::from_dispatch(x);
         let weight = self.0.to(x.dtype());
-        (x.matmul(weight).into_dispatch(), ())
+        (matmul(x, weight).into_dispatch(), ())
     }
 
     fn backward(&self, (): (), grad: DispatchTensor, _: [bool; 1]) -> [Option<DispatchTensor>; 1] {
         let grad = Tensor::<2>::from_dispatch(grad);
         let weight = self.0.to(grad.dtype());
-        [Some(grad.matmul(weight.transpose()).into_dispatch())]
+        [Some(matmul(grad, weight.transpose()).into_dispatch())]
     }
 }

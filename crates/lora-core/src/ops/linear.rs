@@ -85,26 +85,23 @@ pub fn linear<const D: usize>(
     bias: Option<Tensor<1>>,
     adapter: Option<LowRank<D>>,
 ) -> Tensor<D> {
-    let weight = weight.into();
-    #[cfg(feature = "flex")]
-    if cpu::takes(&x, &weight, adapter.as_ref()) {
-        return cpu::linear(x, weight, bias, adapter, false);
-    }
-    plain(x, weight, bias, adapter)
+    linear_of(x, weight.into(), bias, adapter, false)
 }
 
-/// [`linear`] whose result is not read by the block that it is in. Where that block is computed again for its gradients, the
-/// result is zero, if there are kernels.
-pub(crate) fn last<const D: usize>(
+/// [`linear`]; `is_last` says that the block it is in does not read the result. Where that block is computed again for its
+/// gradients, the result is then zero, if there are kernels.
+pub(crate) fn linear_of<const D: usize>(
     x: Tensor<D>,
     weight: Weight,
     bias: Option<Tensor<1>>,
     adapter: Option<LowRank<D>>,
+    is_last: bool,
 ) -> Tensor<D> {
     #[cfg(feature = "flex")]
     if cpu::takes(&x, &weight, adapter.as_ref()) {
-        return cpu::linear(x, weight, bias, adapter, true);
+        return cpu::linear(x, weight, bias, adapter, is_last);
     }
+    let _ = is_last;
     plain(x, weight, bias, adapter)
 }
 
@@ -124,8 +121,8 @@ fn plain<const D: usize>(
         Some(mask) => x * mask.cast(dtype),
         None => x,
     };
-    let low = burn_linear(x, a.transpose().cast(dtype), None);
-    result + burn_linear(low, b.transpose().cast(dtype), None).mul_scalar(scale)
+    let low = times(x, a.transpose().cast(dtype), None).mul_scalar(scale);
+    result + times(low, b.transpose().cast(dtype), None)
 }
 
 /// `x W + b`.
@@ -140,13 +137,34 @@ fn base<const D: usize>(x: Tensor<D>, weight: Weight, bias: Option<Tensor<1>>) -
     };
     let Some(kept) = kept else {
         let weight = weight.dense(&x.device()).cast(dtype);
-        return burn_linear(x, weight, bias);
+        return times(x, weight, bias);
     };
     let product = decoded::times(x, kept);
     match bias {
         Some(bias) => product + bias.unsqueeze(),
         None => product,
     }
+}
+
+/// `x W + b` of a `W` of the type of `x`, as Burn has it, with this crate's [`matmul`](crate::ops::matmul) on a GPU.
+pub(crate) fn times<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+) -> Tensor<D> {
+    #[cfg(feature = "cube")]
+    if crate::ops::cube::is_counted(&x) {
+        let mut shape = x.dims();
+        let rows = shape[..D - 1].iter().product::<usize>();
+        let product = crate::ops::matmul(x.reshape([rows, shape[D - 1]]), weight);
+        shape[D - 1] = product.dims()[1];
+        let product = product.reshape(shape);
+        return match bias {
+            Some(bias) => product + bias.unsqueeze(),
+            None => product,
+        };
+    }
+    burn_linear(x, weight, bias)
 }
 
 #[cfg(feature = "flex")]

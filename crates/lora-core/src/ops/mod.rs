@@ -1,4 +1,5 @@
-//! Operations with handwritten gradients: one node of the autodiff graph each, computed by own loops on Burn's CPU backend.
+//! Operations with handwritten gradients: one node of the autodiff graph each, computed by own loops on Burn's CPU backend,
+//! and some of them by own kernels on GPUs.
 //!
 //! Burn composes a layer of a network from many small operations; on the CPU each of them reads and writes its tensors once
 //! more, most on one thread. An operation here reads its inputs once, keeps only what its backward pass needs, and computes
@@ -6,7 +7,7 @@
 //!
 //! An operation is a file: its maths, its kernels, its composition of Burn's operations. The composition is what the kernels
 //! are tested against, and what runs on every backend without kernels. Kernels exist on `flex` under the cargo feature of
-//! that name.
+//! that name, and for simple operations on wgpu and CUDA under theirs (`cube`).
 //!
 //! The bits of a result depend neither on the number of threads nor on the width of the vector unit: work is cut into
 //! pieces of fixed size, sums have a fixed order, and a fused multiply-add is used only where it is written.
@@ -14,13 +15,15 @@
 pub(crate) mod codes;
 mod composition;
 mod decoded;
-#[cfg(any(feature = "flex", feature = "wgpu", feature = "cuda"))]
+#[cfg(any(feature = "flex", feature = "cube"))]
 mod inputs;
 pub mod linear;
 pub(crate) mod once;
 
 #[cfg(feature = "flex")]
 pub mod check;
+#[cfg(feature = "cube")]
+pub mod cube;
 #[cfg(feature = "flex")]
 pub mod gemm;
 #[cfg(feature = "flex")]
@@ -46,13 +49,16 @@ pub use once::computed_once;
 /// Names the kernels of `flex` in the fingerprint of a run, and what runs beside them: it changes with every change of their
 /// bits.
 pub const KERNELS: &str = if cfg!(feature = "flex") {
-    "flex 3, composed 2"
+    "flex 3, composed 3"
 } else {
     COMPOSITIONS
 };
 
+/// The same of wgpu and CUDA.
+pub const CUBE_KERNELS: &str = "cube 1, composed 3";
+
 /// The same of backends without kernels, for the compositions of Burn's operations.
-pub const COMPOSITIONS: &str = "composed 2";
+pub const COMPOSITIONS: &str = "composed 3";
 
 thread_local!(static COMPOSED: Cell<bool> = const { Cell::new(false) });
 
@@ -78,6 +84,19 @@ pub fn in_pool<R: Send>(device: &Device, f: impl FnOnce() -> R + Send) -> R {
     }
     let _ = device;
     f()
+}
+
+/// `a b` of the matrices in the last two dimensions, as Burn has it; on a GPU by a kernel that is chosen here where
+/// both have as many matrices.
+pub fn matmul<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> Tensor<D> {
+    #[cfg(feature = "cube")]
+    if cube::matmul::takes(&a, &b) {
+        let operation = cube::matmul::Matmul::<D> {
+            wanted: [a.is_tracked(), b.is_tracked()],
+        };
+        return compose::<_, 2, D>(operation, vec![a.into_dispatch(), b.into_dispatch()]);
+    }
+    a.matmul(b)
 }
 
 /// Whether operations have kernels where `x` is; else their composition is the way.
