@@ -448,9 +448,21 @@ pub struct StepBenchArgs {
     /// project's own kernels); all, each in a process of its own, if absent
     #[arg(long)]
     pub variant: Option<String>,
+    /// Dimensions of a published model, with random weights, instead of the mid-size one; captions have 512 tokens
+    #[arg(long, value_enum)]
+    pub model: Option<FullSizeModel>,
+    /// Pictures in a step of --model
+    #[arg(long, default_value_t = 1, requires = "model")]
+    pub batch: usize,
+    /// Side of its pictures in pixels
+    #[arg(long, default_value_t = 512, requires = "model")]
+    pub resolution: u32,
+    /// What blocks compute in, and what the matrices of the model are kept as
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
+    pub compute: String,
     /// In turns with the same step in torch with PEFT, which this Python has (with diffusers); plain and recompute, each with every number of
     /// --threads
-    #[arg(long, value_name = "PYTHON", conflicts_with_all = ["variant", "device"])]
+    #[arg(long, value_name = "PYTHON", conflicts_with_all = ["variant", "device", "model", "compute"])]
     pub torch: Option<PathBuf>,
     /// Threads, beside torch
     #[arg(long, value_delimiter = ',', default_values_t = [2, 1], requires = "torch")]
@@ -498,6 +510,12 @@ pub struct FullSizeArgs {
     /// `model.base_dtype` of the run, such as nf4
     #[arg(long, value_name = "TYPE", default_value = "as-stored")]
     pub base_dtype: String,
+    /// Device, as for train
+    #[arg(long, default_value = crate::device::default_name())]
+    pub device: String,
+    /// `model.compute` of the run
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
+    pub compute: String,
     /// Leave everything where it is; the next run uses the weights that are there, as it does after an interruption
     #[arg(long)]
     pub keep: bool,

@@ -11,13 +11,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
 use flux_model::autoencoder::AutoencoderConfig;
 use flux_model::flux1::config::FluxConfig;
 use flux_model::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
 use flux_model::text::clip::ClipConfig;
 use flux_model::text::decoder::DecoderConfig;
 use flux_model::text::t5::T5Config;
+use lora_core::ops::matmul;
 use lora_core::random::Stream;
 use serde::Serialize;
 use serde_json::Value;
@@ -44,6 +45,7 @@ pub fn run(args: &FullSizeArgs) -> anyhow::Result<()> {
     write_pipeline(model.template, &model.configs, &pipeline)?;
     let config = write_run(args, &work)?;
 
+    let start = |run: &Path, resume| Training::start(&config, run, &args.device, resume);
     let straight = work.join("straight");
     let resumed = work.join("resumed");
     for run in [&straight, &resumed] {
@@ -52,14 +54,16 @@ pub fn run(args: &FullSizeArgs) -> anyhow::Result<()> {
         }
     }
     say!(
-        "\n{} ({}) at {} px, {} text tokens, limit {}",
+        "\n{} ({}, computed in {}) on {} at {} px, {} text tokens, limit {}",
         args.model,
         args.base_dtype,
+        args.compute,
+        args.device,
         args.resolution,
         args.tokens,
         args.limit
     )?;
-    let said = Training::start(&config, &straight, false)?.finish()?.text;
+    let said = start(&straight, false)?.finish()?.text;
     let steps = numbers_after(&said, "s_per_step=\"");
     for line in said.lines().filter(|line| line.contains("memory")) {
         say!("{}", line.trim())?;
@@ -79,11 +83,11 @@ pub fn run(args: &FullSizeArgs) -> anyhow::Result<()> {
         .map(|line| format!("{line}\n"))
         .collect();
     fs::write(resumed.join("metrics.jsonl"), log)?;
-    let killed = Training::start(&config, &resumed, true)?;
+    let killed = start(&resumed, true)?;
     killed.kill_inside_a_step(Duration::from_secs_f64(
         steps.first().copied().unwrap_or(1.0) / 3.0,
     ))?;
-    Training::start(&config, &resumed, true)?.finish()?;
+    start(&resumed, true)?.finish()?;
     let last = format!("ckpt-{:010}", args.steps);
     for file in [
         "lora.safetensors".to_string(),
@@ -175,7 +179,7 @@ impl Model {
         let attention = self.blocks * 4.0 * tokens * tokens * self.width;
         // Forward and the gradients of inputs; attention's backward pass costs two forward passes.
         let needed = 2.0 * forward + 3.0 * attention;
-        let rate = gemm_rate(tokens as usize, self.width as usize)?;
+        let rate = gemm_rate(args, tokens as usize, self.width as usize)?;
         let step = steps.iter().copied().fold(f64::INFINITY, f64::min); // what else the machine does only adds
         say!(
             "step {step:.1} s of {:.2} TFLOP needed; GEMM {:.1} GFLOP/s: {:.2} times its time",
@@ -191,19 +195,23 @@ fn json(config: &impl Serialize) -> Value {
     serde_json::to_value(config).unwrap_or_default()
 }
 
-/// FLOP/s of `[tokens, width] x [width, 4 * width]` in f32 on the default device, the fastest of seven.
-fn gemm_rate(tokens: usize, width: usize) -> anyhow::Result<f64> {
-    let device = device::open(device::default_name())?.device;
+/// FLOP/s of `[tokens, width] x [width, 4 * width]` in what the run computed in, the fastest of seven.
+fn gemm_rate(args: &FullSizeArgs, tokens: usize, width: usize) -> anyhow::Result<f64> {
+    let device = device::open(&args.device)?.device;
+    let dtype = match args.compute.as_str() {
+        "bf16" => DType::BF16,
+        _ => DType::F32,
+    };
     let matrix = |rows: usize, columns: usize| {
         let values = Stream::new(1, "gemm", 0, rows as u64).normals(columns);
         let row = Tensor::<2>::from_data(TensorData::new(values, [1, columns]), &device);
-        row.repeat(&[rows, 1])
+        row.repeat(&[rows, 1]).cast(dtype)
     };
     let (x, weight) = (matrix(tokens, width), matrix(width, 4 * width));
     let mut times = Vec::new();
     for _ in 0..7 {
         let started = Instant::now();
-        let y = x.clone().matmul(weight.clone());
+        let y = matmul(x.clone(), weight.clone());
         device
             .sync()
             .map_err(|error| anyhow::anyhow!("{error:?}"))?;
@@ -223,6 +231,7 @@ fn write_run(args: &FullSizeArgs, work: &Path) -> anyhow::Result<PathBuf> {
         r#"[model]
 path = "pipeline"
 base_dtype = "{dtype}"
+compute = "{compute}"
 [dataset]
 path = "data"
 resolution = {side}
@@ -247,6 +256,7 @@ width = {side}
         steps = args.steps,
         limit = args.limit,
         dtype = args.base_dtype,
+        compute = args.compute,
     );
     fs::write(&config, text).with_context(|| format!("write {}", config.display()))?;
     Ok(config)

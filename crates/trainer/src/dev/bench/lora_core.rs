@@ -192,10 +192,9 @@ fn one(way: &str, args: &LoraCoreBenchArgs) -> anyhow::Result<()> {
             "lora-core, recompute" | "lora-core, kept" => {
                 let all = Recomputed {
                     blocks: model.count(),
-                    with_results: if way.ends_with("kept") {
-                        model.count()
-                    } else {
-                        0
+                    with_results: match way {
+                        "lora-core, kept" => model.count(),
+                        _ => 0,
                     },
                 };
                 let (chain, y) = Chain::run(&model, all, x.clone(), shared)?;

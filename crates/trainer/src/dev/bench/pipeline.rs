@@ -191,10 +191,16 @@ pub(super) struct Said {
 }
 
 impl Training {
-    pub(super) fn start(config: &Path, run: &Path, resume: bool) -> anyhow::Result<Self> {
+    pub(super) fn start(
+        config: &Path,
+        run: &Path,
+        device: &str,
+        resume: bool,
+    ) -> anyhow::Result<Self> {
         let started = Instant::now();
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("train").arg(config).arg("--output").arg(run);
+        command.args(["--device", device]);
         if resume {
             command.arg("--resume");
         }

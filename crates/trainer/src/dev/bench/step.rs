@@ -1,8 +1,8 @@
-//! `flux-lora bench step`: one training step of a mid-size random model, with and without recompute, with recompute that keeps
+//! `flux-lora bench step`: one training step of a random model, with and without recompute, with recompute that keeps
 //! results, and without the project's own kernels; or in turns with the same step in torch with PEFT.
 //!
-//! The model, adapter and inputs are those of the project's torch baseline: 122 M base parameters, 2.1 M in the adapter,
-//! 256 image and 128 text tokens, f32. Phases are wall time; GFLOP/s count the multiplications of linear layers and
+//! The model, adapter and inputs are those of the project's torch baseline, 122 M base parameters, 2.1 M in the adapter,
+//! 256 image and 128 text tokens, or those of a published model. Phases are wall time; GFLOP/s count the multiplications of linear layers and
 //! attention that the maths needs (recompute does more).
 
 use std::path::Path;
@@ -13,6 +13,7 @@ use anyhow::{Context, bail};
 use burn::tensor::Device;
 use flux_model::families::{self, Visitor};
 use flux_model::family::Family;
+use flux_model::weights::Compute;
 use lora_core::ops::composed;
 use lora_core::state::count_parameters;
 use lora_core::training::recompute::Recomputed;
@@ -27,7 +28,7 @@ use crate::output::{print, say};
 use crate::step::step;
 use crate::workers::Workers;
 
-/// What is timed; torch's checkpointing is beside the second and the third.
+/// What is timed.
 const VARIANTS: [&str; 4] = ["plain", "recompute", "kept", "composed"];
 
 /// Runs one variant, or each in a process of its own so that peak memory belongs to it.
@@ -40,6 +41,7 @@ pub fn run(args: &StepBenchArgs) -> anyhow::Result<()> {
         let device = device::open(name)?;
         let run = |blocks, with_results| {
             let work = TimeSteps {
+                args,
                 device: &device,
                 variant,
                 recomputed: Recomputed {
@@ -48,7 +50,8 @@ pub fn run(args: &StepBenchArgs) -> anyhow::Result<()> {
                 },
                 steps: args.steps.max(1),
             };
-            families::named("flux1", work).context("no FLUX.1")?
+            let family = args.model.map_or("flux1", model::family);
+            families::named(family, work).with_context(|| format!("no {family}"))?
         };
         return match variant.as_str() {
             "plain" => run(0, 0),
@@ -63,23 +66,29 @@ pub fn run(args: &StepBenchArgs) -> anyhow::Result<()> {
         return families::named("flux1", beside).context("no FLUX.1")?;
     }
     for variant in VARIANTS {
-        let steps = args.steps.to_string();
-        let output = in_own_process(&[
-            "step",
-            "--device",
-            name,
-            "--variant",
-            variant,
-            "--steps",
-            &steps,
-        ])?;
-        print(output)?;
+        let [steps, batch, resolution] =
+            [args.steps as u64, args.batch as u64, args.resolution.into()].map(|n| n.to_string());
+        let model = args.model.map(|model| model.to_string());
+        let mut words = vec!["step", "--device", name, "--variant", variant];
+        words.extend(["--steps", &steps, "--compute", &args.compute]);
+        if let Some(model) = &model {
+            words.extend([
+                "--model",
+                model,
+                "--batch",
+                &batch,
+                "--resolution",
+                &resolution,
+            ]);
+        }
+        print(in_own_process(&words)?)?;
     }
     Ok(())
 }
 
-/// Times one variant on FLUX.1.
+/// Times one variant.
 struct TimeSteps<'a> {
+    args: &'a StepBenchArgs,
     device: &'a NamedDevice,
     variant: &'a str,
     recomputed: Recomputed,
@@ -91,10 +100,29 @@ impl Visitor for TimeSteps<'_> {
 
     fn visit<F: Family>(self) -> Self::Output {
         let (raw, autodiff) = (&self.device.device, self.device.device.clone().autodiff());
-        let mut training = model::training::<F>(model::network::<F>(&autodiff)?)?;
+        let compute = match self.args.compute.as_str() {
+            "bf16" => Compute::Bf16,
+            _ => Compute::F32,
+        };
+        if let Some(problem) = compute.problem(raw) {
+            bail!("--compute {compute}: {problem}");
+        }
+        let (network, size) = match self.args.model {
+            Some(model) => {
+                let (config, size) = model::published(model, self.args.batch, self.args.resolution);
+                (model::drawn::<F>(config, compute, &autodiff)?, size)
+            }
+            None if compute == Compute::F32 => (model::network::<F>(&autodiff)?, BASELINE),
+            None => (
+                model::drawn::<F>(model::config(BASELINE), compute, &autodiff)?,
+                BASELINE,
+            ),
+        };
+        let mut training = model::training::<F>(network)?;
         let count = count_parameters(&training.model);
         let rule = model::rule(self.recomputed, 1e-4);
 
+        let drawn = model::draw_of::<F>(size, 0, &autodiff);
         let mut workers = Workers::alone(&autodiff);
         let (mut gradient_time, mut total, mut losses) = (Vec::new(), Vec::new(), Vec::new());
         let mut began = None;
@@ -103,7 +131,7 @@ impl Visitor for TimeSteps<'_> {
                 began = cpu_seconds().ok(); // the first step is not like the others
             }
             let started = Instant::now();
-            let draw = |_, device: &Device| Ok(model::draw::<F>(0, device));
+            let draw = |_, _: &Device| Ok(drawn.clone());
             let stepped = step(&mut training, &rule, &mut workers, draw)?;
             raw.sync().map_err(|error| anyhow::anyhow!("{error:?}"))?;
             if i > 0 {
@@ -128,7 +156,7 @@ impl Visitor for TimeSteps<'_> {
             median(&optimizer_time),
             total.iter().min().map_or(0.0, Duration::as_secs_f64),
             cpu.as_deref().unwrap_or("?"),
-            BASELINE.flops() / seconds / 1e9,
+            size.flops() / seconds / 1e9,
             peak_rss_mib().map_or("?".into(), |mib| mib.to_string()),
             losses[0],
             losses[losses.len() - 1],
@@ -160,7 +188,7 @@ impl Visitor for BesideTorch<'_> {
             "targets": model::targets::<F>(),
             "rank": model::RANK,
             "image_side": BASELINE.image_side,
-            "text_tokens": model::TEXT_TOKENS,
+            "text_tokens": BASELINE.text[0],
         });
         let steps = self.args.steps.max(1).to_string();
         let mut table = vec![format!(
@@ -170,11 +198,11 @@ impl Visitor for BesideTorch<'_> {
         for &threads in &self.args.threads {
             let threads = threads.max(1).to_string();
             for (torch, more, variants) in [
-                ("torch", None, &VARIANTS[..1]),
+                ("torch", None, ["plain"].as_slice()),
                 (
                     "torch, checkpointing",
                     Some("--checkpoint"),
-                    &VARIANTS[1..3],
+                    &["recompute", "kept"],
                 ),
             ] {
                 let mut theirs = Command::new(self.python);

@@ -19,6 +19,7 @@ use super::model::{self, BASELINE};
 use super::pipeline::{Scratch, Training, write_pictures, write_pipeline};
 use crate::cli::TrainerBenchArgs;
 use crate::dev::random_weights::copy_folder;
+use crate::device;
 use crate::output::say;
 use crate::run::timings::{Timing, read_timings};
 
@@ -48,9 +49,11 @@ pub fn run(args: &TrainerBenchArgs) -> anyhow::Result<()> {
         }
     }
     // The first run encodes; the second finds everything encoded, its files in the page cache.
-    Training::start(&config, &cold, false)?.finish()?;
+    Training::start(&config, &cold, device::default_name(), false)?.finish()?;
     copy_folder(&cold.join("cache"), &warm.join("cache"))?;
-    let began = Training::start(&config, &warm, false)?.finish()?.began;
+    let began = Training::start(&config, &warm, device::default_name(), false)?
+        .finish()?
+        .began;
     let steps = Steps::of(&read_timings(&warm.join("timings.jsonl")))?;
 
     say!("\na step {:.3} s, {} of them", steps.median, args.steps)?;
@@ -188,7 +191,7 @@ recompute = "none"
 [checkpoint]
 every = 2
 "#,
-            tokens = model::TEXT_TOKENS,
+            tokens = BASELINE.text[0],
             rank = model::RANK,
             targets = json!(model::targets::<F>()),
             steps = args.steps,
