@@ -1,10 +1,11 @@
 """One training step of the model of `flux-lora bench step`, in torch and PEFT: what `gpu-check.sh` puts beside ours.
 
-    python gpu-check-torch.py [--variant f32|f32-checkpointing|bf16] [--steps N] [--device cuda]
+    python gpu-check-torch.py [--variant f32|f32-checkpointing|bf16|bf16-checkpointing] [--model baseline|dev] [--steps N] [--device cuda]
 
-FLUX.1's blocks written in plain torch (3 double-stream and 6 single-stream blocks of width 768, 12 heads, 256 image and 128
-text tokens), random weights, a LoRA of rank 16 by PEFT on the layers that ours adapts, AdamW with clipping. Attention is
-`scaled_dot_product_attention`; f32 has TF32 off; in bf16 the adapter stays f32 under autocast. Nothing is compiled ahead.
+FLUX.1's blocks written in plain torch, random weights, a LoRA of rank 16 by PEFT on the layers that ours adapts, AdamW with
+clipping. `baseline` has 3 double-stream and 6 single-stream blocks of width 768, 12 heads, 256 image and 128 text tokens; `dev`
+has the dimensions of FLUX.1-dev, a picture of 512 pixels and 512 text tokens. Attention is `scaled_dot_product_attention`; f32
+has TF32 off; in bf16 the adapter stays f32 under autocast. Nothing is compiled ahead.
 """
 
 import argparse
@@ -18,8 +19,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-WIDTH, HEADS, SIDE, TEXT, CHANNELS = 768, 12, 16, 128, 64
-AXES = (16, 24, 24)
+CHANNELS = 64
+# Width, heads, axes of positions, double- and single-stream blocks, image tokens along a side, text tokens and their width.
+MODELS = {
+    "baseline": (768, 12, (16, 24, 24), (3, 6), 16, 128, 1024),
+    "dev": (3072, 24, (16, 56, 56), (19, 38), 32, 512, 4096),
+}
 
 
 def norm(x):
@@ -112,10 +117,10 @@ def waves(t):
 class Flux(nn.Module):
     def __init__(self):
         super().__init__()
-        self.x_in, self.text_in = nn.Linear(CHANNELS, WIDTH), nn.Linear(1024, WIDTH)
+        self.x_in, self.text_in = nn.Linear(CHANNELS, WIDTH), nn.Linear(TEXT_WIDTH, WIDTH)
         self.time, self.guidance, self.pooled = Embedder(256), Embedder(256), Embedder(768)
-        self.double_blocks = nn.ModuleList(Double() for _ in range(3))
-        self.single_blocks = nn.ModuleList(Single() for _ in range(6))
+        self.double_blocks = nn.ModuleList(Double() for _ in range(BLOCKS[0]))
+        self.single_blocks = nn.ModuleList(Single() for _ in range(BLOCKS[1]))
         self.last_modulation, self.x_out = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, CHANNELS)
 
     def forward(self, x, text, pooled, t, guidance, rope, again):
@@ -136,21 +141,24 @@ TARGETS = r"double_blocks\..*\.(to_q|to_k|to_v|to_out|ff_in|ff_out)|single_block
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--variant", choices=["f32", "f32-checkpointing", "bf16"], default="f32")
+    parser.add_argument("--variant", choices=["f32", "f32-checkpointing", "bf16", "bf16-checkpointing"], default="f32")
+    parser.add_argument("--model", choices=list(MODELS), default="baseline")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
-    device, halves = torch.device(args.device), args.variant == "bf16"
+    global WIDTH, HEADS, AXES, BLOCKS, SIDE, TEXT, TEXT_WIDTH
+    WIDTH, HEADS, AXES, BLOCKS, SIDE, TEXT, TEXT_WIDTH = MODELS[args.model]
+    device, halves = torch.device(args.device), args.variant.startswith("bf16")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(1234)
     with device:
+        torch.set_default_dtype(torch.bfloat16 if halves else torch.float32)  # 24 GB rather than 48 GB for dev
         model = Flux()
+        torch.set_default_dtype(torch.float32)
         for p in model.parameters():
             if p.ndim > 1:
                 nn.init.normal_(p, std=0.7 / p.shape[1] ** 0.5)
         model.requires_grad_(False)
-        if halves:
-            model.to(torch.bfloat16)
         lora = LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, init_lora_weights="gaussian")
         model = inject_adapter_in_model(lora, model).to(device)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -158,7 +166,7 @@ def main():
             p.data = p.data.float()
         optimizer = torch.optim.AdamW(trained, lr=1e-4, eps=1e-8, weight_decay=1e-2)
         latents, noise = (torch.randn(1, SIDE * SIDE, CHANNELS) for _ in range(2))
-        text, pooled = torch.randn(1, TEXT, 1024), torch.randn(1, 768)
+        text, pooled = torch.randn(1, TEXT, TEXT_WIDTH), torch.randn(1, 768)
         grid = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE)).float()
         ids = torch.cat([torch.zeros(TEXT, 3), torch.cat([torch.zeros(SIDE * SIDE, 1), grid], 1)])
         t, guidance = torch.tensor([0.6]), torch.tensor([3.5])
@@ -186,7 +194,7 @@ def main():
     count = sum(p.numel() for p in trained)
     base = sum(p.numel() for p in model.parameters()) - count
     print(
-        f"torch {torch.__version__} {args.variant}: base {base / 1e6:.1f} M, LoRA {count / 1e6:.2f} M; "
+        f"torch {torch.__version__} {args.model}, {args.variant}: base {base / 1e6:.1f} M, LoRA {count / 1e6:.2f} M; "
         f"step {statistics.median(times):.4f} s (min {min(times):.4f}){memory}; loss {losses[1]:.4f} -> {losses[-1]:.4f}"
     )
 

@@ -71,19 +71,24 @@ devices() {
   esac
 }
 
-# Cases whose kind is one of $2, in one process, so that kernels are compiled once. One row a kind.
+# Cases whose kind is one of $2, at $3 times twice their tolerance, in a process of their own; they go at the same time, since most of it
+# is the compilation of kernels.
 parity() {
-  local name=$1 kinds=$2 since=$SECONDS limit log=$work/parity-$1.log cases=()
-  limit=$(left "$3")
-  local file
+  local name=$1 kinds=$2 scale=$3 limit=$4 log=$work/parity-${1//[^a-z]/-}.log cases=() file
   while read -r file; do
     grep -qE "\"kind\": *\"($kinds)\"" "$file" && cases+=("$(dirname "$file")")
   done < <(find "$root/tests/fixtures/parity" -name case.json | sort)
-  if [ "$limit" -lt 10 ]; then row "parity: $name" "not reached" "${#cases[@]} cases" "$since"; return; fi
-  timeout "$limit" "$program" parity --device "$device" --tolerance-scale 2 "${cases[@]}" >"$log" 2>"$log.err"
-  local code=$?
+  echo "${#cases[@]}" >"$log.cases"
+  timeout "$limit" "$program" parity --device "$device" --tolerance-scale "$((2 * scale))" "${cases[@]}" >"$log" 2>"$log.err"
+  echo $? >"$log.code"
+}
+
+# The row of what `parity` of the same name found; $2 is when it began.
+parity_row() {
+  local name=$1 since=$2 log=$work/parity-${1//[^a-z]/-}.log code
+  code=$(cat "$log.code" 2>/dev/null || echo 124)
   # A line without indent begins a case; one with, has a name, what was found, what is allowed, and the verdict.
-  awk -v all=${#cases[@]} -v code=$code -v cut="$limit" '
+  awk -v all="$(cat "$log.cases")" -v code="$code" '
     /^[^ ].* \(.*\)$/ { cases++; name = $1 }
     /^  FAIL / { bad++; if (bad == 1) first = name ":" substr($0, 7, 90) }
     /^  .* (ok|FAIL)$/ {
@@ -96,7 +101,8 @@ parity() {
       seen = cases " of " all " cases, " tensors + 0 " tensors"
       if (bad) seen = seen "; " bad " too far off; first " first
       else if (where) seen = seen "; worst: " where
-      if (code == 124) seen = seen "; cut after " cut " s"
+      if (code == 124) seen = seen "; cut for time"
+      if (!bad && !code && !tensors) { bad++; seen = "nothing was compared" }
       verdict = bad ? "FAIL" : code == 124 ? "not reached" : code ? "FAIL (" code ")" : "ok"
       if (!bad && code && code != 124) seen = "the program ended with " code
       print verdict "\t" seen
@@ -196,9 +202,12 @@ TOML
   kill -9 "${pids[@]}" 2>/dev/null
 }
 
+# The card's number for nvidia-smi.
+case $device in *:*) card=${device#*:} ;; *) card=0 ;; esac
+
 # MiB of the card in use, every fifth of a second, until killed.
 watch_memory() {
-  while true; do nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits -i "${device#*:}"; sleep 0.2; done
+  while true; do nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits -i "$card" | grep -E '^[0-9]+$'; sleep 0.2; done
 }
 
 # bench NAME LIMIT COMMAND...: runs a benchmark, with the card's memory beside it; what it says is its last line.
@@ -219,7 +228,7 @@ bench() {
   if [ -n "$watcher" ]; then
     kill "$watcher" 2>/dev/null
     wait "$watcher" 2>/dev/null
-    memory="; GPU memory $(($(sort -n "$log.mib" | tail -n 1) - ${before:-0})) MiB"
+    [ -s "$log.mib" ] && memory="; GPU memory $(($(sort -n "$log.mib" | tail -n 1) - ${before:-0})) MiB"
   fi
   case $code in
     0) row "$name" ok "$(last_of "$log" | sed 's/^.*; step/step/')$memory" "$since" ;;
@@ -238,32 +247,59 @@ same_losses() {
   else row "recompute: same losses" FAIL "$plain without, $recompute with" "$since"; fi
 }
 
+# The same steps in torch: $1 is the model, then its variants.
 torch() {
-  local since=$SECONDS why
-  if [[ $device != cuda* ]]; then row "torch: step" "-" "asked for on cuda alone" "$since"; return; fi
+  local since=$SECONDS why model=$1
+  shift
+  if [[ $device != cuda* ]]; then row "torch: step, $model" "-" "asked for on cuda alone" "$since"; return; fi
   if ! why=$("$python" -c 'import torch, peft; assert torch.cuda.is_available(), "torch sees no GPU"' 2>&1); then
-    row "torch: step" "-" "not measured: $(echo "$why" | tail -n 1)" "$since"
+    row "torch: step, $model" "-" "not measured: $(echo "$why" | tail -n 1)" "$since"
     return
   fi
-  for variant in f32 f32-checkpointing bf16; do
-    bench "torch: step, $variant" 60 "$python" "$root/tools/gpu-check-torch.py" --variant "$variant" --steps "$steps"
+  for variant in "$@"; do
+    bench "torch: step, $model, $variant" 60 "$python" "$root/tools/gpu-check-torch.py" --model "$model" --variant "$variant" --steps "$steps"
   done
+}
+
+# One step of a model of real dimensions, in bf16, all blocks computed again, if the card has memory for it.
+real_size() {
+  local model=$1 needs=$2 since=$SECONDS total
+  shift 2
+  total=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits -i "$card" 2>/dev/null | grep -E '^[0-9]+$' | head -n 1)
+  if [[ $device != cuda* ]]; then row "step: $model" "-" "asked for on cuda alone" "$since"; return 1; fi
+  if [ "${total:-0}" -lt "$needs" ]; then row "step: $model" "-" "needs $needs MiB, and the card has ${total:-an unknown number of}" "$since"; return 1; fi
+  bench "step: $model${*:+, $*}" 60 "$program" bench step --device "$device" --model "$model" --compute bf16 --variant recompute --steps 3 "$@"
 }
 
 printf '%s, %s, %s\n\n' "$("$program" --version)" "$(date -u +%Y-%m-%d)" "$(nproc) CPU cores"
 printf '| %-34s | %-11s | %-78s | %5s |\n|---|---|---|---|\n' part result seen s
 if devices; then
+  # What must be right first, all at the same time: most of it is the compilation of kernels. Then what takes how long, one by one.
+  began_parity=$SECONDS
+  limit=$(left 150)
+  parity "networks" "transformer_forward|single_file_transformer" 1 "$limit" &
+  parity "adapters" "lora_forward|lora_format" 1 "$limit" &
+  parity "training" "train" 1 "$limit" &
+  parity "text encoders" "clip_text|t5_encoder|qwen3_text" 1 "$limit" &
+  # Convolutions are TF32 on a card that has it, as they are in torch by default: three digits.
+  parity "autoencoders" "vae|single_file_vae|tiny_vae" "$([[ $device == cuda* ]] && echo 10 || echo 1)" "$limit" &
+  parity "pipelines" "pipeline" "$([[ $device == cuda* ]] && echo 10 || echo 1)" "$limit" &
+  parity "optimizers" "optimizer" 1 "$limit" &
   exactness 170
+  wait
+  for name in "networks" "adapters" "training" "text encoders" "autoencoders" "pipelines" "optimizers"; do
+    parity_row "$name" "$began_parity"
+  done
   bench "step: plain" 60 "$program" bench step --device "$device" --variant plain --steps "$steps"
   bench "step: recompute" 60 "$program" bench step --device "$device" --variant recompute --steps "$steps"
   same_losses
-  torch
-  parity "networks" "transformer_forward|single_file_transformer" 70
-  parity "adapters" "lora_forward|lora_format" 60
-  parity "training" "train" 60
-  parity "encoders, autoencoders" "vae|single_file_vae|tiny_vae|clip_text|t5_encoder|qwen3_text" 60
-  parity "optimizers" "optimizer" 30
-  parity "pipelines" "pipeline" 60
+  if [[ $device == cuda* ]]; then
+    bench "step: bf16" 60 "$program" bench step --device "$device" --variant plain --compute bf16 --steps "$steps"
+  fi
+  torch baseline f32 f32-checkpointing bf16
+  real_size klein-4b 14000 --batch 2
+  steps=3
+  real_size dev 30000 && torch dev bf16-checkpointing
 fi
 printf '\n%s s in all\n' "$((SECONDS - began))"
 exit $failed
