@@ -349,7 +349,8 @@ mod cube {
     use cubecl::std::tensor::layout::linear::{LinearView, LinearViewMut};
     use lora_core::launch_as;
     use lora_core::ops::cube::{
-        CubeTensor, dispatch, empty, empty_like, has_f32_kernels, has_kernels, sum_of_units, tensor,
+        CUBES, CubeTensor, dispatch, empty, empty_like, has_f32_kernels, has_kernels, sum_of_units,
+        tensor,
     };
     use lora_core::ops::{Composition, compose};
 
@@ -357,9 +358,6 @@ mod cube {
 
     /// Units that share a head of a token.
     const UNITS: u32 = 32;
-
-    /// Cubes that every device takes along an axis.
-    const CUBES: usize = 65535;
 
     /// One or two streams of one type, with frozen norms.
     pub fn takes<const N: usize>(streams: &[Stream; N], heads: usize) -> bool {
@@ -386,20 +384,13 @@ mod cube {
         let operation = NormRotate {
             heads,
             eps: [eps[0], eps[N - 1]],
-            streams: N,
         };
-        let [mut inputs, mut constants] = [Vec::new(), Vec::new()];
-        for Stream { x, norm, .. } in streams {
-            inputs.push(x.into_dispatch());
-            constants.push(norm.into_dispatch());
-        }
-        constants.extend([&rotary.cos, &rotary.sin].map(|table| table.clone().into_dispatch()));
-        if N == 1 {
-            inputs.extend(constants);
-            return compose::<_, 1, 4>(operation, inputs);
-        }
-        inputs.extend(constants);
-        compose::<_, 2, 4>(operation, inputs)
+        let norms = streams.each_ref().map(|stream| stream.norm.clone());
+        let tokens = streams.map(|stream| stream.x.into_dispatch());
+        let tables = [&rotary.cos, &rotary.sin].map(|table| table.clone().into_dispatch());
+        let constants = norms.map(Tensor::into_dispatch).into_iter().chain(tables);
+        let inputs = tokens.into_iter().chain(constants).collect();
+        compose::<_, N, 4>(operation, inputs)
     }
 
     /// Inputs: the streams, their norms, cosines, sines.
@@ -407,7 +398,6 @@ mod cube {
     struct NormRotate {
         heads: usize,
         eps: [f32; 2],
-        streams: usize,
     }
 
     impl<const N: usize> Composition<N> for NormRotate {
@@ -415,8 +405,8 @@ mod cube {
 
         fn forward(&self, inputs: Vec<DispatchTensor>) -> (DispatchTensor, Vec<CubeTensor>) {
             let inputs: Vec<_> = inputs.into_iter().map(tensor).collect();
-            let (streams, constants) = inputs.split_at(self.streams);
-            let (norms, tables) = constants.split_at(self.streams);
+            let (streams, constants) = inputs.split_at(N);
+            let (norms, tables) = constants.split_at(N);
             let shape = streams[0].meta.shape();
             let (batch, width) = (shape[0], shape[2]);
             let tokens = streams.iter().map(|x| x.meta.shape()[1]).sum::<usize>();
@@ -452,8 +442,8 @@ mod cube {
             grad: DispatchTensor,
             wanted: [bool; N],
         ) -> [Option<DispatchTensor>; N] {
-            let (streams, constants) = inputs.split_at(self.streams);
-            let (norms, tables) = constants.split_at(self.streams);
+            let (streams, constants) = inputs.split_at(N);
+            let (norms, tables) = constants.split_at(N);
             let grad = tensor(grad);
             let (batch, tokens, dim) = (
                 grad.meta.shape()[0],

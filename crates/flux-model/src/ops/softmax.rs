@@ -54,12 +54,9 @@ mod cube {
     use cubecl::std::tensor::layout::linear::{LinearView, LinearViewMut};
     use lora_core::launch_as;
     use lora_core::ops::cube::{
-        CubeTensor, UNITS, by_element, dispatch, empty_as, empty_like, has_kernels,
+        CUBES, CubeTensor, UNITS, by_element, dispatch, empty_as, empty_like, has_kernels,
         largest_of_units, sum_of_units, tensor,
     };
-
-    /// Cubes that every device takes along an axis.
-    const CUBES: usize = 65535;
 
     pub fn takes(scores: &Tensor<4>) -> bool {
         let [batch, heads, queries, _] = scores.dims();

@@ -38,7 +38,7 @@ pub type CubeTensor = FloatTensor<Cube>;
 pub const UNITS: usize = 256;
 
 /// Cubes that every device takes along an axis.
-const CUBES: usize = 65535;
+pub const CUBES: usize = 65535;
 
 /// Whether kernels take `x`: on a GPU, in f32 or bf16, not empty, with elements that four bytes count.
 pub fn has_kernels<const D: usize>(x: &Tensor<D>) -> bool {
