@@ -282,8 +282,10 @@ if devices; then
   parity "training" "train" 1 "$limit" &
   parity "text encoders" "clip_text|t5_encoder|qwen3_text" 1 "$limit" &
   # Convolutions are TF32 on a card that has it, as they are in torch by default: three digits.
-  parity "autoencoders" "vae|single_file_vae|tiny_vae" "$([[ $device == cuda* ]] && echo 10 || echo 1)" "$limit" &
-  parity "pipelines" "pipeline" "$([[ $device == cuda* ]] && echo 10 || echo 1)" "$limit" &
+  with_convolutions=1
+  if [[ $device == cuda* ]]; then with_convolutions=10; fi
+  parity "autoencoders" "vae|single_file_vae|tiny_vae" "$with_convolutions" "$limit" &
+  parity "pipelines" "pipeline" "$with_convolutions" "$limit" &
   parity "optimizers" "optimizer" 1 "$limit" &
   exactness 170
   wait

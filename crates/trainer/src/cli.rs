@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::builder::PossibleValuesParser;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use flux_model::weights::Compute;
 
 use crate::config::preset;
 use crate::output::Output;
@@ -452,14 +453,14 @@ pub struct StepBenchArgs {
     #[arg(long, value_enum)]
     pub model: Option<FullSizeModel>,
     /// Pictures in a step of --model
-    #[arg(long, default_value_t = 1, requires = "model")]
-    pub batch: usize,
+    #[arg(long, default_value_t = 1, requires = "model", value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch: u32,
     /// Side of its pictures in pixels
-    #[arg(long, default_value_t = 512, requires = "model")]
+    #[arg(long, default_value_t = 512, requires = "model", value_parser = clap::value_parser!(u32).range(16..))]
     pub resolution: u32,
     /// What blocks compute in, and what the matrices of the model are kept as
-    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
-    pub compute: String,
+    #[arg(long, default_value = "f32", value_parser = compute())]
+    pub compute: Compute,
     /// In turns with the same step in torch with PEFT, which this Python has (with diffusers); plain and recompute, each with every number of
     /// --threads
     #[arg(long, value_name = "PYTHON", conflicts_with_all = ["variant", "device", "model", "compute"])]
@@ -514,14 +515,21 @@ pub struct FullSizeArgs {
     #[arg(long, default_value = crate::device::default_name())]
     pub device: String,
     /// `model.compute` of the run
-    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
-    pub compute: String,
+    #[arg(long, default_value = "f32", value_parser = compute())]
+    pub compute: Compute,
     /// Leave everything where it is; the next run uses the weights that are there, as it does after an interruption
     #[arg(long)]
     pub keep: bool,
     /// At most so many blocks of each kind, for trying the benchmark out
     #[arg(long, hide = true)]
     pub layers: Option<usize>,
+}
+
+fn compute() -> impl TypedValueParser<Value = Compute> {
+    PossibleValuesParser::new(["f32", "bf16"]).map(|name| match name.as_str() {
+        "bf16" => Compute::Bf16,
+        _ => Compute::F32,
+    })
 }
 
 /// A published model.

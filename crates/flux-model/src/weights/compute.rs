@@ -32,7 +32,8 @@ impl Compute {
         tokens.into_iter().map(lower).collect()
     }
 
-    fn dtype(self) -> DType {
+    /// Of tensors that are computed in it.
+    pub fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
             Self::Bf16 => DType::BF16,

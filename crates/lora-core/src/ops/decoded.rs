@@ -12,6 +12,7 @@ use burn::tensor::{DType, Tensor};
 
 use super::codes::Codes;
 use super::composition::{Composition, compose};
+use super::linear::by_rows;
 use super::matmul;
 
 /// A frozen weight, without autodiff.
@@ -38,12 +39,9 @@ impl Kept {
 
 /// `x W` in the type of `x`.
 pub(super) fn times<const D: usize>(x: Tensor<D>, weight: Kept) -> Tensor<D> {
-    let mut shape = x.dims();
-    let rows = shape[..D - 1].iter().product::<usize>();
-    let x = x.reshape([rows, shape[D - 1]]);
-    let product = compose::<_, 1, 2>(Product(weight), vec![x.into_dispatch()]);
-    shape[D - 1] = product.dims()[1];
-    product.reshape(shape)
+    by_rows(x, |x| {
+        compose::<_, 1, 2>(Product(weight), vec![x.into_dispatch()])
+    })
 }
 
 /// `x W` of `x`, `[rows, in]`.

@@ -139,11 +139,26 @@ fn base<const D: usize>(x: Tensor<D>, weight: Weight, bias: Option<Tensor<1>>) -
         let weight = weight.dense(&x.device()).cast(dtype);
         return times(x, weight, bias);
     };
-    let product = decoded::times(x, kept);
+    plus(decoded::times(x, kept), bias)
+}
+
+fn plus<const D: usize>(product: Tensor<D>, bias: Option<Tensor<1>>) -> Tensor<D> {
     match bias {
         Some(bias) => product + bias.unsqueeze(),
         None => product,
     }
+}
+
+/// `f` of `[rows, in]`, for `x` of `[..., in]`; returns `[..., out]`.
+pub(super) fn by_rows<const D: usize>(
+    x: Tensor<D>,
+    f: impl FnOnce(Tensor<2>) -> Tensor<2>,
+) -> Tensor<D> {
+    let mut shape = x.dims();
+    let rows = shape[..D - 1].iter().product::<usize>();
+    let y = f(x.reshape([rows, shape[D - 1]]));
+    shape[D - 1] = y.dims()[1];
+    y.reshape(shape)
 }
 
 /// `x W + b` of a `W` of the type of `x`, as Burn has it, with this crate's [`matmul`](crate::ops::matmul) on a GPU.
@@ -154,15 +169,7 @@ pub(crate) fn times<const D: usize>(
 ) -> Tensor<D> {
     #[cfg(feature = "cube")]
     if crate::ops::cube::is_counted(&x) {
-        let mut shape = x.dims();
-        let rows = shape[..D - 1].iter().product::<usize>();
-        let product = crate::ops::matmul(x.reshape([rows, shape[D - 1]]), weight);
-        shape[D - 1] = product.dims()[1];
-        let product = product.reshape(shape);
-        return match bias {
-            Some(bias) => product + bias.unsqueeze(),
-            None => product,
-        };
+        return plus(by_rows(x, |x| crate::ops::matmul(x, weight)), bias);
     }
     burn_linear(x, weight, bias)
 }

@@ -11,13 +11,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use flux_model::autoencoder::AutoencoderConfig;
 use flux_model::flux1::config::FluxConfig;
 use flux_model::flux2::config::{Flux2AutoencoderConfig, Flux2Config};
 use flux_model::text::clip::ClipConfig;
 use flux_model::text::decoder::DecoderConfig;
 use flux_model::text::t5::T5Config;
+use flux_model::weights::Compute;
 use lora_core::ops::matmul;
 use lora_core::random::Stream;
 use serde::Serialize;
@@ -34,6 +35,10 @@ use crate::output::say;
 /// # Errors
 /// Too little room on the disk, a run that fails, or results that differ.
 pub fn run(args: &FullSizeArgs) -> anyhow::Result<()> {
+    let device = device::open(&args.device)?.device;
+    if let Some(problem) = args.compute.problem(&device) {
+        bail!("--compute {}: {problem}", args.compute);
+    }
     let model = Model::new(args);
     let work = args.dir.join(format!("full-size-{}", args.model));
     let pipeline = work.join("pipeline");
@@ -68,7 +73,7 @@ pub fn run(args: &FullSizeArgs) -> anyhow::Result<()> {
     for line in said.lines().filter(|line| line.contains("memory")) {
         say!("{}", line.trim())?;
     }
-    model.print_rate(args, &steps)?;
+    model.print_rate(args, &device, &steps)?;
 
     // From the first save of that run, killed inside the next step, resumed to its end.
     fs::create_dir_all(&resumed)?;
@@ -172,14 +177,19 @@ impl Model {
     }
 
     /// Seconds of the fastest step beside what a GEMM of the same shape takes for the same work.
-    fn print_rate(&self, args: &FullSizeArgs, steps: &[f64]) -> anyhow::Result<()> {
+    fn print_rate(
+        &self,
+        args: &FullSizeArgs,
+        device: &Device,
+        steps: &[f64],
+    ) -> anyhow::Result<()> {
         let side = f64::from(args.resolution) / 16.0;
         let tokens = side * side + args.tokens as f64;
         let forward = self.blocks * self.linears * tokens * self.width * self.width;
         let attention = self.blocks * 4.0 * tokens * tokens * self.width;
         // Forward and the gradients of inputs; attention's backward pass costs two forward passes.
         let needed = 2.0 * forward + 3.0 * attention;
-        let rate = gemm_rate(args, tokens as usize, self.width as usize)?;
+        let rate = gemm_rate(device, args.compute, tokens as usize, self.width as usize)?;
         let step = steps.iter().copied().fold(f64::INFINITY, f64::min); // what else the machine does only adds
         say!(
             "step {step:.1} s of {:.2} TFLOP needed; GEMM {:.1} GFLOP/s: {:.2} times its time",
@@ -196,16 +206,16 @@ fn json(config: &impl Serialize) -> Value {
 }
 
 /// FLOP/s of `[tokens, width] x [width, 4 * width]` in what the run computed in, the fastest of seven.
-fn gemm_rate(args: &FullSizeArgs, tokens: usize, width: usize) -> anyhow::Result<f64> {
-    let device = device::open(&args.device)?.device;
-    let dtype = match args.compute.as_str() {
-        "bf16" => DType::BF16,
-        _ => DType::F32,
-    };
+fn gemm_rate(
+    device: &Device,
+    compute: Compute,
+    tokens: usize,
+    width: usize,
+) -> anyhow::Result<f64> {
     let matrix = |rows: usize, columns: usize| {
         let values = Stream::new(1, "gemm", 0, rows as u64).normals(columns);
-        let row = Tensor::<2>::from_data(TensorData::new(values, [1, columns]), &device);
-        row.repeat(&[rows, 1]).cast(dtype)
+        let row = Tensor::<2>::from_data(TensorData::new(values, [1, columns]), device);
+        row.repeat(&[rows, 1]).cast(compute.dtype())
     };
     let (x, weight) = (matrix(tokens, width), matrix(width, 4 * width));
     let mut times = Vec::new();

@@ -144,10 +144,7 @@ pub(super) fn drawn<F: Family>(
     device.seed(1234);
     let mut draw = Draw {
         path: Vec::new(),
-        matrices: match compute {
-            Compute::F32 => DType::F32,
-            Compute::Bf16 => DType::BF16,
-        },
+        matrices: compute.dtype(),
         device,
     };
     Ok(network.map(&mut draw).with_compute(compute))

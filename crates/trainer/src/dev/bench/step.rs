@@ -66,11 +66,11 @@ pub fn run(args: &StepBenchArgs) -> anyhow::Result<()> {
         return families::named("flux1", beside).context("no FLUX.1")?;
     }
     for variant in VARIANTS {
-        let [steps, batch, resolution] =
-            [args.steps as u64, args.batch as u64, args.resolution.into()].map(|n| n.to_string());
+        let [batch, resolution] = [args.batch, args.resolution].map(|n| n.to_string());
+        let (steps, compute) = (args.steps.to_string(), args.compute.to_string());
         let model = args.model.map(|model| model.to_string());
         let mut words = vec!["step", "--device", name, "--variant", variant];
-        words.extend(["--steps", &steps, "--compute", &args.compute]);
+        words.extend(["--steps", &steps, "--compute", &compute]);
         if let Some(model) = &model {
             words.extend([
                 "--model",
@@ -100,16 +100,14 @@ impl Visitor for TimeSteps<'_> {
 
     fn visit<F: Family>(self) -> Self::Output {
         let (raw, autodiff) = (&self.device.device, self.device.device.clone().autodiff());
-        let compute = match self.args.compute.as_str() {
-            "bf16" => Compute::Bf16,
-            _ => Compute::F32,
-        };
+        let compute = self.args.compute;
         if let Some(problem) = compute.problem(raw) {
             bail!("--compute {compute}: {problem}");
         }
         let (network, size) = match self.args.model {
             Some(model) => {
-                let (config, size) = model::published(model, self.args.batch, self.args.resolution);
+                let (config, size) =
+                    model::published(model, self.args.batch as usize, self.args.resolution);
                 (model::drawn::<F>(config, compute, &autodiff)?, size)
             }
             None if compute == Compute::F32 => (model::network::<F>(&autodiff)?, BASELINE),
