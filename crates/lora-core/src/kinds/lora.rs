@@ -4,8 +4,7 @@ use burn::tensor::Tensor;
 
 use crate::kinds::factors::{Factor, Factors, Layer};
 use crate::kinds::parts::{INITIAL_A, INITIAL_B, LORA_A, LORA_B, LORA_BIAS, MAGNITUDE};
-use crate::ops::linear::times;
-use crate::ops::matmul;
+use crate::ops::matmul::{matmul, times};
 
 /// `B A`, less where it started, `[out, in]`.
 pub(super) fn delta(factors: &Factors<Factor>) -> Tensor<2> {

@@ -50,7 +50,7 @@ impl Factors<Factor> {
         layer: Layer<D>,
         result: Tensor<D>,
     ) -> Tensor<D> {
-        use crate::ops::linear::times;
+        use crate::ops::matmul::times;
         match self.kind() {
             Kind::Lora => lora::forward(self, scale, layer, result),
             Kind::Lokr => lycoris::lokr_forward(self, scale, layer.x, result),

@@ -12,8 +12,7 @@ use burn::tensor::{DType, Tensor};
 
 use super::codes::Codes;
 use super::composition::{Composition, compose};
-use super::linear::by_rows;
-use super::matmul;
+use super::matmul::{by_rows, matmul};
 
 /// A frozen weight, without autodiff.
 #[derive(Debug, Clone)]

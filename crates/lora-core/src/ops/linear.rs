@@ -17,12 +17,12 @@
 
 use std::sync::Arc;
 
-use burn::tensor::module::linear as burn_linear;
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::files::quantised::Quantised;
 use crate::ops::composition::has_node;
 use crate::ops::decoded::{self, Kept};
+use crate::ops::matmul::{plus, times};
 
 /// The weight of [`linear`].
 #[derive(Debug, Clone)]
@@ -140,38 +140,6 @@ fn base<const D: usize>(x: Tensor<D>, weight: Weight, bias: Option<Tensor<1>>) -
         return times(x, weight, bias);
     };
     plus(decoded::times(x, kept), bias)
-}
-
-fn plus<const D: usize>(product: Tensor<D>, bias: Option<Tensor<1>>) -> Tensor<D> {
-    match bias {
-        Some(bias) => product + bias.unsqueeze(),
-        None => product,
-    }
-}
-
-/// `f` of `[rows, in]`, for `x` of `[..., in]`; returns `[..., out]`.
-pub(super) fn by_rows<const D: usize>(
-    x: Tensor<D>,
-    f: impl FnOnce(Tensor<2>) -> Tensor<2>,
-) -> Tensor<D> {
-    let mut shape = x.dims();
-    let rows = shape[..D - 1].iter().product::<usize>();
-    let y = f(x.reshape([rows, shape[D - 1]]));
-    shape[D - 1] = y.dims()[1];
-    y.reshape(shape)
-}
-
-/// `x W + b` of a `W` of the type of `x`, as Burn has it, with this crate's [`matmul`](crate::ops::matmul) on a GPU.
-pub(crate) fn times<const D: usize>(
-    x: Tensor<D>,
-    weight: Tensor<2>,
-    bias: Option<Tensor<1>>,
-) -> Tensor<D> {
-    #[cfg(feature = "cube")]
-    if crate::ops::cube::is_counted(&x) {
-        return plus(by_rows(x, |x| crate::ops::matmul(x, weight)), bias);
-    }
-    burn_linear(x, weight, bias)
 }
 
 #[cfg(feature = "flex")]

@@ -18,6 +18,7 @@ mod decoded;
 #[cfg(any(feature = "flex", feature = "cube"))]
 mod inputs;
 pub mod linear;
+pub(crate) mod matmul;
 pub(crate) mod once;
 
 #[cfg(feature = "flex")]
@@ -42,6 +43,7 @@ use std::cell::Cell;
 use burn::tensor::{Device, Tensor};
 
 pub use composition::{Composition, compose};
+pub use matmul::matmul;
 #[cfg(feature = "flex")]
 pub use node::{Operation, apply};
 pub use once::computed_once;
@@ -84,19 +86,6 @@ pub fn in_pool<R: Send>(device: &Device, f: impl FnOnce() -> R + Send) -> R {
     }
     let _ = device;
     f()
-}
-
-/// `a b` of the matrices in the last two dimensions, as Burn has it; on a GPU by a kernel that is chosen here where
-/// both have as many matrices.
-pub fn matmul<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> Tensor<D> {
-    #[cfg(feature = "cube")]
-    if cube::matmul::takes(&a, &b) {
-        let operation = cube::matmul::Matmul::<D> {
-            wanted: [a.is_tracked(), b.is_tracked()],
-        };
-        return compose::<_, 2, D>(operation, vec![a.into_dispatch(), b.into_dispatch()]);
-    }
-    a.matmul(b)
 }
 
 /// Whether operations have kernels where `x` is; else their composition is the way.
