@@ -112,12 +112,13 @@ impl Checkpoint {
         }))
     }
 
-    /// The bytes of a tensor that is not in few bits, to where they are wanted.
+    /// The bytes of a tensor that is not in few bits, to where they are wanted, and the index of the first value that is not
+    /// finite.
     pub(super) fn read_into(
         &self,
         location: &Location,
         out: &mut [u8],
-    ) -> Result<(), WeightsError> {
+    ) -> Result<Option<usize>, WeightsError> {
         let name = format!("{}{}", self.prefix, location.key);
         Ok(self.tensors.read_into(&name, location.rows.clone(), out)?)
     }

@@ -1,7 +1,7 @@
 //! A parameter's place in a checkpoint, checked, and what is stored there.
 
 use burn::tensor::Device;
-use lora_core::files::host::{Dtype, first_non_finite};
+use lora_core::files::host::Dtype;
 use lora_core::files::quantised::Codec;
 
 use super::checkpoint::Checkpoint;
@@ -167,12 +167,10 @@ impl Checkpoint {
     pub(super) fn read_as_stored(
         &self,
         parameter: &Parameter,
-        dtype: Dtype,
         out: &mut [u8],
     ) -> Result<(), WeightsError> {
         let location = &parameter.place.location;
-        self.read_into(location, out)?;
-        match first_non_finite(dtype, out) {
+        match self.read_into(location, out)? {
             None => Ok(()),
             Some(index) => Err(self.not_finite(&location.key, index)),
         }

@@ -193,9 +193,9 @@ impl Shared {
             return Err(WeightsError::Memory { path, bytes: len });
         };
         for (parameter, as_stored) in parameters.iter().zip(&as_stored) {
-            if let Some((dtype, range)) = as_stored {
+            if let Some((_, range)) = as_stored {
                 let out = &mut buffer.as_mut()[range.clone()];
-                (self.checkpoint).read_as_stored(parameter, *dtype, out)?;
+                (self.checkpoint).read_as_stored(parameter, out)?;
             }
         }
         let bytes = bytes::Bytes::from_owner(buffer);

@@ -8,6 +8,7 @@ use lora_core::LoraConfig;
 use lora_core::files::host::Dtype;
 use lora_core::files::safetensors::{TensorFile, serialize};
 use lora_core::peft::InitLoraWeights;
+use lora_core::training::recompute::Blocks;
 use tempfile::TempDir;
 
 use super::{Base, BaseDtype, Checkpoint, Compute};
@@ -180,26 +181,32 @@ fn blocks_on_disk_compute_the_bits_of_blocks_in_memory() {
 
 #[test]
 fn a_value_that_is_not_finite_is_named_when_its_block_is_read() {
-    let folder = stored_as("transformer", Dtype::F32);
-    let weights = weights_of(folder.path());
-    let file = TensorFile::open(&weights).expect("a copy");
-    let read = |name: &str| (name.to_string(), file.read(name).expect("a tensor"));
-    let mut tensors: std::collections::BTreeMap<_, _> = file.names().map(read).collect();
-    let name = "single_transformer_blocks.0.proj_out.weight";
-    tensors.get_mut(name).expect("there").bytes[4..8].copy_from_slice(&f32::NAN.to_le_bytes());
-    std::fs::write(&weights, serialize(&tensors, file.metadata())).expect("a copy");
-    let error = FluxConfig::load(folder.path(), None, Base::default(), &Device::flex());
-    let expected = error.expect_err("not finite").to_string();
-    assert!(
-        expected.contains(name) && expected.ends_with("element 1"),
-        "{expected}"
-    );
-    let network = load(folder.path(), STREAMED);
-    let blocks = 0..lora_core::training::recompute::Blocks::count(&network);
-    let mut errors = blocks
-        .filter_map(|index| lora_core::training::recompute::Blocks::block(&network, index).err());
-    assert_eq!(errors.next().expect("not finite").to_string(), expected);
-    assert!(errors.next().is_none(), "one block");
+    // bf16 is read to where it is computed with.
+    for (dtype, not_a_number) in [
+        (Dtype::F32, &f32::NAN.to_le_bytes()[..]),
+        (Dtype::Bf16, &[0xc0, 0x7f]),
+    ] {
+        let folder = stored_as("transformer", dtype);
+        let weights = weights_of(folder.path());
+        let file = TensorFile::open(&weights).expect("a copy");
+        let read = |name: &str| (name.to_string(), file.read(name).expect("a tensor"));
+        let mut tensors: std::collections::BTreeMap<_, _> = file.names().map(read).collect();
+        let name = "single_transformer_blocks.0.proj_out.weight";
+        let bytes = &mut tensors.get_mut(name).expect("there").bytes;
+        bytes[not_a_number.len()..][..not_a_number.len()].copy_from_slice(not_a_number);
+        std::fs::write(&weights, serialize(&tensors, file.metadata())).expect("a copy");
+        let error = FluxConfig::load(folder.path(), None, Base::default(), &Device::flex());
+        let expected = error.expect_err("not finite").to_string();
+        assert!(
+            expected.contains(name) && expected.ends_with("element 1"),
+            "{expected}"
+        );
+        let network = load(folder.path(), STREAMED);
+        let mut errors =
+            (0..Blocks::count(&network)).filter_map(|index| Blocks::block(&network, index).err());
+        assert_eq!(errors.next().expect("not finite").to_string(), expected);
+        assert!(errors.next().is_none(), "one block");
+    }
 }
 
 #[test]

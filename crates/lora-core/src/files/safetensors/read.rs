@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::files::host::{Dtype, HostTensor};
+use crate::files::host::{Dtype, HostTensor, first_non_finite};
 
 use super::check::{TensorInfo, header_len, locate};
 use super::error::{FileError, TensorProblem};
@@ -109,7 +109,8 @@ impl TensorFile {
         self.read_span(name, self.span(name, Some(rows))?)
     }
 
-    /// Reads the elements of a tensor, or of a slice of its outermost axis, to where they are wanted.
+    /// Reads the elements of a tensor, or of a slice of its outermost axis, to where they are wanted; returns the index of the first
+    /// that is not finite. They are looked at piece by piece, while they are in the processor's cache.
     ///
     /// # Errors
     /// As [`read_rows`](Self::read_rows).
@@ -120,11 +121,22 @@ impl TensorFile {
         name: &str,
         rows: Option<Range<usize>>,
         out: &mut [u8],
-    ) -> Result<(), FileError> {
+    ) -> Result<Option<usize>, FileError> {
+        const PIECE: usize = 1 << 17;
         let span = self.span(name, rows)?;
         assert_eq!(out.len(), span.len(), "bytes of `{name}`");
-        let outcome = self.source.read_exact_at(span.offset, out);
-        outcome.map_err(FileError::read(&self.path))
+        let mut first = None;
+        for (index, piece) in out.chunks_mut(PIECE).enumerate() {
+            let start = index * PIECE;
+            (self.source)
+                .read_exact_at(span.offset + start as u64, piece)
+                .map_err(FileError::read(&self.path))?;
+            first = first.or_else(|| {
+                let within = first_non_finite(span.dtype, piece)?;
+                Some(start / span.dtype.size() + within)
+            });
+        }
+        Ok(first)
     }
 
     /// Where a tensor is, or a slice of its outermost axis.

@@ -120,7 +120,8 @@ impl TensorSet {
         self.owner(name)?.read_rows(name, rows)
     }
 
-    /// Reads the elements of a tensor, or of a slice of its outermost axis, to where they are wanted.
+    /// Reads the elements of a tensor, or of a slice of its outermost axis, to where they are wanted; returns the index of the first
+    /// that is not finite.
     ///
     /// # Errors
     /// As [`TensorFile::read_into`].
@@ -131,7 +132,7 @@ impl TensorSet {
         name: &str,
         rows: Option<Range<usize>>,
         out: &mut [u8],
-    ) -> Result<(), FileError> {
+    ) -> Result<Option<usize>, FileError> {
         self.owner(name)?.read_into(name, rows, out)
     }
 

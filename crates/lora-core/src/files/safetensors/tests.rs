@@ -170,6 +170,27 @@ fn data_longer_than_a_piece_is_read_whole() {
 }
 
 #[test]
+fn what_is_read_to_where_it_is_wanted_names_its_first_value_that_is_not_finite() {
+    let mut values = Vec::from_iter((0..1 << 17).map(|i| i as f32));
+    for index in [70_001, 100_000] {
+        values[index] = f32::NAN;
+    }
+    let long = HostTensor::from_f32([1 << 15, 4], &values);
+    let bytes = serialize(&tensors([("l", long.clone())]), &strings([]));
+    let file = open_on_disk(&bytes).expect("a sound file");
+    for (rows, first) in [
+        (0..1 << 15, Some(70_001)),
+        (0..17_500, None),
+        (17_501..30_000, Some(100_000 - 4 * 17_501)),
+    ] {
+        let expected = long.rows(rows.clone()).bytes;
+        let mut read = vec![0; expected.len()];
+        let found = file.read_into("l", Some(rows), &mut read).expect("rows");
+        assert_eq!((found, read == expected), (first, true));
+    }
+}
+
+#[test]
 fn a_file_cut_short_after_opening_is_an_error() {
     let written = tensors([("m", HostTensor::from_f32([2], &[0., 1.]))]);
     let folder = folder([("x.safetensors", &serialize(&written, &strings([]))[..])]);
