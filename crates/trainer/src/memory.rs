@@ -97,6 +97,8 @@ pub struct Need {
     pub state_bytes: u64,
     /// Micro-batches that are computed at once on one device.
     pub at_once: u64,
+    /// Whether gradients of micro-batches are added up: their sum stands beside those that are computed.
+    pub accumulates: bool,
     /// Bytes of text encoders that are trained, and of what they keep for the backward pass.
     pub text: u64,
     /// Whether blocks can keep results for being computed again: where operations have kernels.
@@ -122,6 +124,11 @@ impl Need {
                 false => 0,
             }
         };
+        // The backward pass has gradients of what is trained in the blocks behind it.
+        let trained = self.trained * F32;
+        let count = blocks.len() as u64;
+        let gradients =
+            |index: usize| self.at_once * trained * (count - index as u64) / count.max(1);
         // A block's graph and the gradients in it, beside what is kept of those before it.
         let (mut kept, mut peak) = (0, 0);
         for (index, block) in blocks[..again].iter().enumerate() {
@@ -129,18 +136,20 @@ impl Need {
             if again - index <= recomputed.with_results {
                 kept += block.results;
             }
-            peak = peak.max(tokens * (kept + 2 * block.activations) + streamed(index));
+            let graph = tokens * (kept + 2 * block.activations);
+            peak = peak.max(graph + streamed(index) + gradients(index));
         }
         let graphs = blocks[again..].iter().map(|block| block.activations);
         let running = 2 * graphs.clone().max().unwrap_or(0);
-        let peak = peak.max(tokens * (kept + graphs.sum::<u64>() + running));
-        let gradients = self.trained * F32 * (self.at_once + 1);
+        let graphs = tokens * (kept + graphs.sum::<u64>() + running);
+        let peak = peak.max(graphs + gradients(again));
+        let sum = if self.accumulates { trained } else { 0 };
         let scores = match self.keeps_results {
             true => 0, // the kernels that keep results hold none
             false => self.at_once * self.scores,
         };
-        let backward = peak + scores + gradients;
-        let update = self.trained * F32 * (COPIES - 1) + streamed(0);
+        let backward = peak + scores + sum;
+        let update = trained * (COPIES - 1) + streamed(0);
         let always =
             self.sizes.rest + resident + self.text + self.trained * (F32 + self.state_bytes);
         always + backward.max(update)
@@ -230,6 +239,7 @@ pub fn need<F: Family>(
         trained: trained as u64,
         state_bytes: config.optimizer.rule.state_bytes() + u64::from(config.ema.is_some()) * F32,
         at_once: most_on_one(devices) as u64,
+        accumulates: config.train.gradient_accumulation_steps > 1,
         text: text(config, family, &devices[0])?,
         keeps_results: devices[0].has_kernels() && config.model.compute == Compute::F32,
     })
@@ -400,9 +410,10 @@ mod tests {
             },
             tokens: 5,
             scores: 0,
-            trained: 3,
+            trained: 4,
             state_bytes: 8,
             at_once: 1,
+            accumulates: false,
             text: 0,
             keeps_results: true,
         }
@@ -418,22 +429,39 @@ mod tests {
     #[test]
     fn as_few_blocks_are_computed_again_as_fit_and_none_is_in_memory_where_even_that_is_too_much() {
         let need = need();
-        // Weights 4100, what is trained 36 and its gradients 24; a graph of 200 for each block that is kept, 40 for the input of each
-        // that is not, 80 for its results, twice a graph to run.
-        let always = 4100 + 36 + 24;
-        assert_eq!(need.estimate(false, some(0, 0)), always + 800 + 400);
-        assert_eq!(need.estimate(false, some(4, 0)), always + 160 + 400);
-        assert_eq!(need.estimate(false, some(1, 0)), always + 40 + 600 + 400);
-        assert_eq!(need.estimate(false, some(4, 3)), always + 160 + 240 + 400);
-        assert_eq!(need.estimate(true, some(4, 0)), always - 2000 + 160 + 400);
+        // Weights 4100, what is trained 48, and its gradients 4 a block; a graph of 200 for each block that is kept, 40 for the input of
+        // each that is not, 80 for its results, twice a graph to run.
+        let always = 4100 + 48;
+        assert_eq!(need.estimate(false, some(0, 0)), always + 800 + 400 + 16);
+        assert_eq!(need.estimate(false, some(4, 0)), always + 160 + 400 + 4);
+        assert_eq!(
+            need.estimate(false, some(1, 0)),
+            always + 40 + 600 + 400 + 12
+        );
+        assert_eq!(
+            need.estimate(false, some(4, 3)),
+            always + 160 + 240 + 400 + 4
+        );
+        assert_eq!(
+            need.estimate(true, some(4, 0)),
+            always - 2000 + 160 + 400 + 4
+        );
+        let accumulates = Need {
+            accumulates: true,
+            ..need.clone()
+        };
+        assert_eq!(
+            accumulates.estimate(false, some(4, 0)),
+            always + 160 + 400 + 4 + 16
+        );
         // Two workers share the weights in memory, and nothing else.
         let two = Need {
             at_once: 2,
             ..need.clone()
         };
         let all = some(4, 0);
-        assert_eq!(two.estimate(false, all), always + 12 + 2 * (160 + 400));
-        let streamed = always - 4000 + 12 + 2 * (2000 + 160 + 400);
+        assert_eq!(two.estimate(false, all), always + 2 * (160 + 400 + 4));
+        let streamed = always - 4000 + 2 * (2000 + 160 + 400 + 4);
         assert_eq!(two.estimate(true, all), streamed);
         // Each holds the scores of the block it runs.
         let scores = Need {
@@ -443,7 +471,7 @@ mod tests {
         };
         assert_eq!(
             scores.estimate(false, all),
-            always + 12 + 2 * (160 + 400 + 30)
+            always + 2 * (160 + 400 + 4 + 30)
         );
         let plan = |need: &Need, limit| {
             let plan = need.plan(&RunConfig::default(), limit, true);
@@ -474,7 +502,8 @@ mod tests {
         let mut need = need();
         need.sizes.blocks[0].weights = 3000;
         need.sizes.blocks[1].weights = 3000;
-        let always = 100 + 36 + 24;
+        // What is trained in three of the blocks has gradients there.
+        let always = 100 + 48 + 12;
         // At the second block, the results of those behind are gone.
         let estimate = |with_results| need.estimate(true, some(4, with_results));
         assert_eq!(estimate(0), always + 6000 + 80 + 400);
