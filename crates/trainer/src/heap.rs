@@ -16,8 +16,9 @@ pub fn keep_freed_memory() {
     use std::os::unix::process::CommandExt;
     use std::process::Command;
 
-    // Large pages; what has 32 MiB or more comes from the system and goes back to it, of the rest 256 MiB may lie idle.
-    const TUNABLES: &str = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=268435456";
+    // Large pages; what has 8 MiB or more comes from the system and goes back to it, of the rest 256 MiB may lie idle. A tensor of
+    // a real model has more than that, and takes far longer to compute than to get; among smaller ones it would leave holes.
+    const TUNABLES: &str = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8388608:glibc.malloc.trim_threshold=268435456";
     if env::var_os(VARIABLE).is_some() {
         return;
     }
