@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::error::WeightsError;
 use crate::lora::{Component, ModelShape};
-pub use crate::network::{Network, Velocity};
+pub use crate::network::{Network, Sees, Velocity};
 use crate::network_config::NetworkConfig;
 use crate::pipeline::PipelineFolder;
 use crate::scheduler::SchedulerConfig;

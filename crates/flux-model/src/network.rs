@@ -75,6 +75,32 @@ pub trait Network: Velocity {
     ) -> Result<Self::Input, String>;
 }
 
+/// The tokens that a linear layer is computed of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sees {
+    /// None: the conditioning, once a picture.
+    Conditioning,
+    /// Those of the text.
+    Text,
+    /// Those of the image.
+    Image,
+    /// All.
+    All,
+}
+
+impl Sees {
+    /// Of the layer at `path`, by the names that both families have from diffusers.
+    pub fn of(path: &str) -> Self {
+        let has = |part| path.contains(part);
+        match path {
+            _ if has("norm") || has("time") || has("modulation") => Self::Conditioning,
+            _ if has("context") || has("add_") => Self::Text,
+            _ if path.starts_with("single_") => Self::All,
+            _ => Self::Image,
+        }
+    }
+}
+
 /// An argument of diffusers' `forward`, see [`Network::named_input`].
 pub(crate) fn argument<const D: usize>(
     tensors: &BTreeMap<String, HostTensor>,
@@ -133,4 +159,42 @@ fn named<'a>(
     tensors
         .get(name)
         .ok_or_else(|| format!("no input `{name}`"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Sees;
+
+    #[test]
+    fn layers_see_the_tokens_of_their_stream() {
+        for (path, sees) in [
+            ("x_embedder", Sees::Image),
+            ("context_embedder", Sees::Text),
+            (
+                "time_text_embed.timestep_embedder.linear_1",
+                Sees::Conditioning,
+            ),
+            (
+                "transformer_blocks.0.norm1_context.linear",
+                Sees::Conditioning,
+            ),
+            ("transformer_blocks.0.attn.add_k_proj", Sees::Text),
+            ("transformer_blocks.0.attn.to_add_out", Sees::Text),
+            ("transformer_blocks.0.attn.to_out.0", Sees::Image),
+            ("transformer_blocks.0.ff_context.net.2", Sees::Text),
+            (
+                "single_transformer_blocks.3.norm.linear",
+                Sees::Conditioning,
+            ),
+            ("single_transformer_blocks.3.proj_mlp", Sees::All),
+            (
+                "single_transformer_blocks.3.attn.to_qkv_mlp_proj",
+                Sees::All,
+            ),
+            ("double_stream_modulation_img.linear", Sees::Conditioning),
+            ("proj_out", Sees::Image),
+        ] {
+            assert_eq!(Sees::of(path), sees, "{path}");
+        }
+    }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Device, Tensor};
-use flux_model::family::Family;
+use flux_model::family::{Family, Sees};
 use flux_model::weights::Compute;
 use lora_core::LoraConfig;
 use lora_core::attach::targeted;
@@ -59,17 +59,11 @@ pub(crate) fn step_operations<F: Family>(
     let layers = targeted(outline, &all)?;
     let mut linear = 0.0;
     for (path, [inputs, outputs]) in &layers {
-        let tokens = match path.as_str() {
-            // Once an image, whatever its size.
-            path if path.contains("norm")
-                || path.contains("time")
-                || path.contains("modulation") =>
-            {
-                1.0
-            }
-            path if path.contains("context") || path.contains("add_") => text,
-            path if path.starts_with("single_") => text + image,
-            _ => image,
+        let tokens = match Sees::of(path) {
+            Sees::Conditioning => 1.0,
+            Sees::Text => text,
+            Sees::Image => image,
+            Sees::All => text + image,
         };
         linear += 2.0 * (inputs * outputs) as f64 * tokens;
     }

@@ -7,7 +7,7 @@ use lora_core::files::host::Dtype;
 use super::storage::Kept;
 use super::walk::Walk;
 use super::{BaseDtype, Checkpoint, Layout};
-use crate::network::Network;
+use crate::network::{Network, Sees};
 
 /// Sizes of a network's parts.
 #[derive(Debug, Clone, Default)]
@@ -82,8 +82,7 @@ impl Checkpoint {
                         block.weights += bytes;
                         if is_linear {
                             block.activations += shape.iter().sum::<usize>() as u64;
-                            // a modulation is computed once a picture
-                            if !key.contains(".norm") {
+                            if Sees::of(&key) != Sees::Conditioning {
                                 block.results += shape[1] as u64;
                             }
                             self.linears[index] += 1;
