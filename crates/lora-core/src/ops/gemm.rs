@@ -19,8 +19,10 @@ use rayon::prelude::*;
 use super::kernel::{self, arch, simd};
 use super::tile::{Simd, columns_times};
 
-/// Columns of a panel, and elements that are read from a line of `W` at a time.
+/// Columns of a panel. A wide one has twice as many: of each row of `W` that many adjacent elements are read at a time, and
+/// what is not in a cache comes the faster the more of it is read in one go.
 const LINE: usize = 64;
+const WIDE: usize = 2 * LINE;
 /// Most rows of `W` that are packed at a time, which a tile is summed up over: a strip of so many rows fits into the first cache.
 const DEPTH: usize = 256;
 /// Rows of `x` that are taken at a time: they and a packed panel fit into the second cache.
@@ -173,18 +175,19 @@ fn blocked<const C: usize, const R: usize>(
     let mut y = vec![0f32; rows * columns];
     let (x, inner) = pack_left::<R>(rows, products);
     let depth = inner.div_ceil(inner.div_ceil(DEPTH));
+    let width = panel_width(columns);
     let mut panels: Vec<Vec<&mut [f32]>> = Vec::new();
-    panels.resize_with(columns.div_ceil(LINE), || Vec::with_capacity(rows));
+    panels.resize_with(columns.div_ceil(width), || Vec::with_capacity(rows));
     for row in y.chunks_exact_mut(columns) {
-        for (panel, part) in panels.iter_mut().zip(row.chunks_mut(LINE)) {
+        for (panel, part) in panels.iter_mut().zip(row.chunks_mut(width)) {
             panel.push(part);
         }
     }
-    let memory = || vec![[0f32; C]; LINE / C * depth];
+    let memory = || vec![[0f32; C]; width / C * depth];
     let tasks = panels.into_par_iter().enumerate();
     tasks.for_each_init(memory, |packed, (index, mut y)| {
-        let first = index * LINE;
-        let strips = LINE.min(columns - first).div_ceil(C);
+        let first = index * width;
+        let strips = width.min(columns - first).div_ceil(C);
         for k in (0..inner).step_by(depth) {
             let depth = depth.min(inner - k);
             let strips = &mut packed[..strips * depth];
@@ -200,6 +203,14 @@ fn blocked<const C: usize, const R: usize>(
         }
     });
     y
+}
+
+/// Columns of a panel: wide where there are enough for all threads. No bit depends on it.
+fn panel_width(columns: usize) -> usize {
+    match columns >= 4 * rayon::current_num_threads() * WIDE {
+        true => WIDE,
+        false => LINE,
+    }
 }
 
 /// All left sides beside each other, `[rows / R, inner, R]`, filled up with zeros, and `inner`.
@@ -247,9 +258,9 @@ fn pack_right<const C: usize>(
             let rows = from - before..to - before;
             match weight {
                 Lines::Rows(read) => {
+                    let mut line = [0f32; WIDE];
+                    let count = (strips.len() / deep * C).min(columns - first);
                     for (i, row) in rows.enumerate() {
-                        let mut line = [0f32; LINE];
-                        let count = LINE.min(columns - first);
                         read(row, first, &mut line[..count]);
                         let strips = strips.chunks_exact_mut(deep);
                         for (strip, line) in strips.zip(line.as_chunks::<C>().0) {
