@@ -505,6 +505,12 @@ mod cube {
         1.0f32 / f32::sqrt(sum_of_units(squares) / f32::cast_from(2 * pairs) + eps)
     }
 
+    /// A pair as f32.
+    #[cube]
+    fn pair<E: Float>(x: LinearView<'_, E>, at: usize) -> (f32, f32) {
+        (f32::cast_from(x.read(at)), f32::cast_from(x.read(at + 1)))
+    }
+
     #[cube(launch)]
     fn norm_rotate_kernel<E: Float>(
         x: LinearView<'_, E>,
@@ -522,13 +528,34 @@ mod cube {
         let angles = (first + CUBE_POS_X as usize) * pairs;
         let r = reciprocal_rms::<E>(x, from, pairs, eps);
         for k in range_stepped(UNIT_POS as usize, pairs, CUBE_DIM as usize) {
-            let even = f32::cast_from(x.read(from + 2 * k)) * r * norm.read(2 * k);
-            let odd = f32::cast_from(x.read(from + 2 * k + 1)) * r * norm.read(2 * k + 1);
+            let (x_even, x_odd) = pair::<E>(x, from + 2 * k);
+            let even = x_even * r * norm.read(2 * k);
+            let odd = x_odd * r * norm.read(2 * k + 1);
             let cos = cos.read(angles + k);
             let sin = sin.read(angles + k);
             y.write(to + 2 * k, E::cast_from(even * cos - odd * sin));
             y.write(to + 2 * k + 1, E::cast_from(even * sin + odd * cos));
         }
+    }
+
+    /// `h` of pair `k`.
+    #[cube]
+    fn turned_back<E: Float>(
+        grad: LinearView<'_, E>,
+        of_grad: usize,
+        norm: LinearView<'_, f32>,
+        cos: LinearView<'_, f32>,
+        sin: LinearView<'_, f32>,
+        angles: usize,
+        k: usize,
+    ) -> (f32, f32) {
+        let (even, odd) = pair::<E>(grad, of_grad + 2 * k);
+        let cos = cos.read(angles + k);
+        let sin = sin.read(angles + k);
+        (
+            norm.read(2 * k) * (even * cos + odd * sin),
+            norm.read(2 * k + 1) * (odd * cos - even * sin),
+        )
     }
 
     #[cube(launch)]
@@ -550,25 +577,15 @@ mod cube {
         let r = reciprocal_rms::<E>(x, from, pairs, eps);
         let mut along = 0.0f32;
         for k in range_stepped(UNIT_POS as usize, pairs, CUBE_DIM as usize) {
-            let even = f32::cast_from(grad.read(of_grad + 2 * k));
-            let odd = f32::cast_from(grad.read(of_grad + 2 * k + 1));
-            let cos = cos.read(angles + k);
-            let sin = sin.read(angles + k);
-            let h_even = norm.read(2 * k) * (even * cos + odd * sin);
-            let h_odd = norm.read(2 * k + 1) * (odd * cos - even * sin);
-            along += h_even * f32::cast_from(x.read(from + 2 * k));
-            along += h_odd * f32::cast_from(x.read(from + 2 * k + 1));
+            let (h_even, h_odd) = turned_back::<E>(grad, of_grad, norm, cos, sin, angles, k);
+            let (x_even, x_odd) = pair::<E>(x, from + 2 * k);
+            along += h_even * x_even;
+            along += h_odd * x_odd;
         }
         let along = sum_of_units(along) * r * r / f32::cast_from(2 * pairs);
         for k in range_stepped(UNIT_POS as usize, pairs, CUBE_DIM as usize) {
-            let even = f32::cast_from(grad.read(of_grad + 2 * k));
-            let odd = f32::cast_from(grad.read(of_grad + 2 * k + 1));
-            let cos = cos.read(angles + k);
-            let sin = sin.read(angles + k);
-            let h_even = norm.read(2 * k) * (even * cos + odd * sin);
-            let h_odd = norm.read(2 * k + 1) * (odd * cos - even * sin);
-            let x_even = f32::cast_from(x.read(from + 2 * k));
-            let x_odd = f32::cast_from(x.read(from + 2 * k + 1));
+            let (h_even, h_odd) = turned_back::<E>(grad, of_grad, norm, cos, sin, angles, k);
+            let (x_even, x_odd) = pair::<E>(x, from + 2 * k);
             dx.write(from + 2 * k, E::cast_from(r * (h_even - x_even * along)));
             dx.write(from + 2 * k + 1, E::cast_from(r * (h_odd - x_odd * along)));
         }

@@ -287,8 +287,7 @@ mod cube {
     ) {
         let row = CUBE_POS * width;
         let sample = CUBE_POS_Y as usize * width;
-        let mean = mean(x, row, width);
-        let rstd = reciprocal_deviation(x, row, width, mean, eps);
+        let (mean, rstd) = moments::<E>(x, row, width, eps);
         for j in range_stepped(UNIT_POS as usize, width, CUBE_DIM as usize) {
             let n = (f32::cast_from(x.read(row + j)) - mean) * rstd;
             let scale = scale.read(sample + j) + 1.0;
@@ -307,8 +306,7 @@ mod cube {
     ) {
         let row = CUBE_POS * width;
         let sample = CUBE_POS_Y as usize * width;
-        let mean = mean(x, row, width);
-        let rstd = reciprocal_deviation(x, row, width, mean, eps);
+        let (mean, rstd) = moments::<E>(x, row, width, eps);
         let mut along_one = 0.0f32;
         let mut along_n = 0.0f32;
         for j in range_stepped(UNIT_POS as usize, width, CUBE_DIM as usize) {
@@ -325,32 +323,21 @@ mod cube {
         }
     }
 
-    /// Of the row of this cube.
+    /// Mean and `1 / sqrt(variance + eps)` of the row of this cube.
     #[cube]
-    fn mean<E: Float>(x: LinearView<'_, E>, row: usize, width: usize) -> f32 {
+    fn moments<E: Float>(x: LinearView<'_, E>, row: usize, width: usize, eps: f32) -> (f32, f32) {
         let mut sum = 0.0f32;
         for j in range_stepped(UNIT_POS as usize, width, CUBE_DIM as usize) {
             sum += f32::cast_from(x.read(row + j));
         }
-        sum_of_units(sum) / f32::cast_from(width)
-    }
-
-    /// `1 / sqrt(variance + eps)` of the row of this cube.
-    #[cube]
-    fn reciprocal_deviation<E: Float>(
-        x: LinearView<'_, E>,
-        row: usize,
-        width: usize,
-        mean: f32,
-        eps: f32,
-    ) -> f32 {
-        let mut sum = 0.0f32;
+        let mean = sum_of_units(sum) / f32::cast_from(width);
+        let mut squares = 0.0f32;
         for j in range_stepped(UNIT_POS as usize, width, CUBE_DIM as usize) {
             let centered = f32::cast_from(x.read(row + j)) - mean;
-            sum += centered * centered;
+            squares += centered * centered;
         }
-        let variance = sum_of_units(sum) / f32::cast_from(width);
-        1.0f32 / f32::sqrt(variance + eps)
+        let variance = sum_of_units(squares) / f32::cast_from(width);
+        (mean, 1.0f32 / f32::sqrt(variance + eps))
     }
 }
 

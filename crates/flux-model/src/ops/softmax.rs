@@ -20,7 +20,7 @@ pub(super) fn softmax(scores: Tensor<4>, factor: f64) -> (Tensor<4>, Tensor<4>) 
         return cube::softmax(scores, factor);
     }
     let dtype = scores.dtype();
-    let scores = packed(scores.cast(DType::F32)).mul_scalar(factor);
+    let scores = scaled(scores, factor);
     let largest = scores.clone().max_dim(3);
     let sum = (scores.clone() - largest.clone()).exp().sum_dim(3);
     let log_sum = largest + sum.log();
@@ -41,10 +41,15 @@ pub(super) fn softmax_gradient(
         return cube::softmax_gradient(scores, log_sum, dp, along, factor);
     }
     let dtype = scores.dtype();
-    let scores = packed(scores.cast(DType::F32)).mul_scalar(factor);
+    let scores = scaled(scores, factor);
     let p = (scores - log_sum).exp();
     let ds = (p.clone() * (dp.cast(DType::F32) - along)).mul_scalar(factor);
     (p.cast(dtype), ds.cast(dtype))
+}
+
+/// `c s`.
+fn scaled(scores: Tensor<4>, factor: f64) -> Tensor<4> {
+    packed(scores.cast(DType::F32)).mul_scalar(factor)
 }
 
 #[cfg(feature = "cube")]
@@ -120,6 +125,12 @@ mod cube {
         (back(p), back(ds))
     }
 
+    /// `c s`.
+    #[cube]
+    fn scaled<E: Float>(scores: LinearView<'_, E>, at: usize, factor: f32) -> f32 {
+        f32::cast_from(scores.read(at)) * factor
+    }
+
     #[cube(launch)]
     fn softmax_of_rows<E: Float>(
         scores: LinearView<'_, E>,
@@ -131,18 +142,18 @@ mod cube {
         let from = CUBE_POS * keys;
         let unit = UNIT_POS as usize;
         // Some element of the row where this unit has none.
-        let mut largest = f32::cast_from(scores.read(from)) * factor;
+        let mut largest = scaled::<E>(scores, from, factor);
         for j in range_stepped(unit, keys, CUBE_DIM as usize) {
-            largest = f32::max(largest, f32::cast_from(scores.read(from + j)) * factor);
+            largest = f32::max(largest, scaled::<E>(scores, from + j, factor));
         }
         let largest = largest_of_units(largest);
         let mut sum = 0.0f32;
         for j in range_stepped(unit, keys, CUBE_DIM as usize) {
-            sum += f32::exp(f32::cast_from(scores.read(from + j)) * factor - largest);
+            sum += f32::exp(scaled::<E>(scores, from + j, factor) - largest);
         }
         let total = largest + f32::ln(sum_of_units(sum));
         for j in range_stepped(unit, keys, CUBE_DIM as usize) {
-            let value = f32::exp(f32::cast_from(scores.read(from + j)) * factor - total);
+            let value = f32::exp(scaled::<E>(scores, from + j, factor) - total);
             p.write(from + j, E::cast_from(value));
         }
         if unit == 0 {
@@ -163,7 +174,7 @@ mod cube {
     ) {
         if p.is_in_bounds(ABSOLUTE_POS) {
             let row = ABSOLUTE_POS / keys;
-            let score = f32::cast_from(scores.read(ABSOLUTE_POS)) * factor;
+            let score = scaled::<E>(scores, ABSOLUTE_POS, factor);
             let value = f32::exp(score - log_sum.read(row));
             let change = f32::cast_from(dp.read(ABSOLUTE_POS)) - along.read(row);
             p.write(ABSOLUTE_POS, E::cast_from(value));
