@@ -2,7 +2,7 @@
 //!
 //! The estimate is of what grows with the model: base weights, what the blocks keep for the backward pass, the adapter with its
 //! gradients and moments. It takes a block's graph for as large as what its linear layers read and write, which is close
-//! for these networks, and leaves out what does not grow.
+//! for these networks, and takes what does not grow for [`PROGRAM`].
 
 use std::fs;
 use std::path::Path;
@@ -21,6 +21,8 @@ use crate::device::NamedDevice;
 use crate::run::adapter::text_layers;
 use crate::workers::most_on_one;
 
+/// Bytes of the program itself (26 MiB at rest), of its threads, and of what is free in their heaps.
+const PROGRAM: u64 = 64 << 20;
 /// Bytes of a number in f32.
 const F32: u64 = 4;
 /// What a trained parameter takes after the backward pass besides the optimizer's state: itself, its gradient, and copies while
@@ -150,8 +152,8 @@ impl Need {
         };
         let backward = peak + scores + sum;
         let update = trained * (COPIES - 1) + streamed(0);
-        let always =
-            self.sizes.rest + resident + self.text + self.trained * (F32 + self.state_bytes);
+        let state = self.trained * (F32 + self.state_bytes);
+        let always = PROGRAM + self.sizes.rest + resident + self.text + state;
         always + backward.max(update)
     }
 
@@ -431,7 +433,7 @@ mod tests {
         let need = need();
         // Weights 4100, what is trained 48, and its gradients 4 a block; a graph of 200 for each block that is kept, 40 for the input of
         // each that is not, 80 for its results, twice a graph to run.
-        let always = 4100 + 48;
+        let always = PROGRAM + 4100 + 48;
         assert_eq!(need.estimate(false, some(0, 0)), always + 800 + 400 + 16);
         assert_eq!(need.estimate(false, some(4, 0)), always + 160 + 400 + 4);
         assert_eq!(
@@ -503,7 +505,7 @@ mod tests {
         need.sizes.blocks[0].weights = 3000;
         need.sizes.blocks[1].weights = 3000;
         // What is trained in three of the blocks has gradients there.
-        let always = 100 + 48 + 12;
+        let always = PROGRAM + 100 + 48 + 12;
         // At the second block, the results of those behind are gone.
         let estimate = |with_results| need.estimate(true, some(4, with_results));
         assert_eq!(estimate(0), always + 6000 + 80 + 400);
@@ -529,7 +531,7 @@ mod tests {
             (false, all)
         );
         assert_eq!(
-            plan(|c| c.memory.recompute = Recompute::All, Some(1 << 20)),
+            plan(|c| c.memory.recompute = Recompute::All, Some(1 << 30)),
             (false, all)
         );
         assert_eq!(
