@@ -2,7 +2,7 @@
 //!
 //! The estimate is of what grows with the model: base weights, what the blocks keep for the backward pass, the adapter with its
 //! gradients and moments. It takes a block's graph for as large as what its linear layers read and write, which is close
-//! for these networks, and takes what does not grow for [`PROGRAM`].
+//! for these networks, and takes what does not grow for a fixed amount.
 
 use std::fs;
 use std::path::Path;
