@@ -90,14 +90,6 @@ pub enum WeightsError {
         /// What the checkpoint holds.
         found: Vec<usize>,
     },
-    /// The weights of a block do not fit into what memory is left.
-    #[error("`{}`: there is no memory for {bytes} bytes, the weights of one block; close other programs, or use a machine with more", path.display())]
-    Memory {
-        /// The checkpoint.
-        path: PathBuf,
-        /// How many.
-        bytes: usize,
-    },
     /// NaN or infinity in a weight.
     #[error("`{}`: tensor `{key}` holds a value that is not finite at element {index}", path.display())]
     NotFinite {

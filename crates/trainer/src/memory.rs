@@ -6,6 +6,9 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -117,9 +120,12 @@ impl Need {
             true => 0,
             false => blocks.iter().map(|block| block.weights).sum(),
         };
-        // A streamed block, and the one that is read meanwhile.
+        // What a streamed block reads, and the one that is read meanwhile.
         let streamed = |index: usize| {
-            let weights = |index: usize| blocks.get(index).map_or(0, |block| block.weights);
+            let weights = |index: usize| {
+                let block = blocks.get(index);
+                block.map_or(0, |block| block.weights - block.mapped)
+            };
             let others = weights(index + 1).max(index.checked_sub(1).map_or(0, weights));
             match is_streamed {
                 true => self.at_once * (weights(index) + others),
@@ -231,7 +237,12 @@ pub fn need<F: Family>(
     devices: &[NamedDevice],
 ) -> anyhow::Result<Need> {
     let tokens = picture_tokens(config, family, samples) + config.dataset.max_sequence_length;
-    let sizes = family.sizes(config.model.base_dtype, &devices[0].device)?;
+    let mut sizes = family.sizes(config.model.base_dtype, &devices[0].device)?;
+    if !devices[0].is_cpu() {
+        for block in &mut sizes.blocks {
+            block.mapped = 0; // it is copied to the device
+        }
+    }
     let batch = config.train.batch_size;
     let scores = scores_bytes([batch, sizes.heads as usize, tokens]);
     Ok(Need {
@@ -330,25 +341,41 @@ fn available() -> Option<u64> {
     Some(group.map_or(machine, |group| group.min(machine)) / 10 * 9)
 }
 
-/// What each phase of a run took at most, where the system tells it, and how long.
+/// What each phase of a run took at most, where the system tells it, and how long. Files that are mapped are not counted: the
+/// system takes their memory back when it needs it.
 pub struct Peaks {
     phases: Vec<(&'static str, Option<u64>, Duration)>,
     began: Instant,
+    /// Of this phase so far, as a thread sees it.
+    most: Arc<AtomicU64>,
 }
 
 impl Peaks {
     /// Begins to measure.
     pub fn begin() -> Self {
-        forget_peak();
+        const INTERVAL: Duration = Duration::from_millis(20);
+        let most = Arc::new(AtomicU64::new(0));
+        let watched = Arc::downgrade(&most);
+        let watch = move || {
+            while let Some(most) = watched.upgrade() {
+                most.fetch_max(own_memory().unwrap_or(0), Ordering::Relaxed);
+                drop(most);
+                thread::sleep(INTERVAL);
+            }
+        };
+        // Without a thread it is what is taken where phases end.
+        let _watching = thread::Builder::new().name("memory".into()).spawn(watch);
         Self {
             phases: Vec::new(),
             began: Instant::now(),
+            most,
         }
     }
 
     /// What came since the last call was `phase`, or more of it.
     pub fn end(&mut self, phase: &'static str) {
-        let (peak, took) = (field("/proc/self/status", "VmHWM:"), self.began.elapsed());
+        let most = self.most.swap(0, Ordering::Relaxed);
+        let (peak, took) = (own_memory().map(|now| most.max(now)), self.began.elapsed());
         match self.phases.iter_mut().find(|(name, ..)| *name == phase) {
             Some((_, most, time)) => {
                 *most = peak.max(*most);
@@ -357,7 +384,6 @@ impl Peaks {
             None => self.phases.push((phase, peak, took)),
         }
         self.began = Instant::now();
-        forget_peak();
     }
 
     /// Says it all.
@@ -370,9 +396,9 @@ impl Peaks {
     }
 }
 
-/// The system then measures the peak anew; else it is that of the whole process.
-fn forget_peak() {
-    let _ = fs::write("/proc/self/clear_refs", "5");
+/// What this process has in memory that no file has, in bytes.
+fn own_memory() -> Option<u64> {
+    field("/proc/self/status", "RssAnon:")
 }
 
 /// A number of KiB in a file of the system, in bytes.
@@ -400,6 +426,7 @@ mod tests {
     fn need() -> Need {
         let block = BlockSize {
             weights: 1000,
+            mapped: 0,
             activations: 10,
             results: 4,
         };
@@ -511,6 +538,11 @@ mod tests {
         assert_eq!(estimate(0), always + 6000 + 80 + 400);
         assert_eq!(estimate(2), always + 6000 + 80 + 400);
         assert_eq!(estimate(3), always + 6000 + 160 + 400);
+        // What is mapped is in no memory of the program, unless it is there to stay.
+        let resident = need.estimate(false, some(4, 0));
+        need.sizes.blocks[0].mapped = 2900;
+        assert_eq!(need.estimate(true, some(4, 0)), always + 4000 + 80 + 400);
+        assert_eq!(need.estimate(false, some(4, 0)), resident);
     }
 
     #[test]

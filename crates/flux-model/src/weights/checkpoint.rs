@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
 use lora_core::files::quantised::Stored;
 use lora_core::files::safetensors::TensorSet;
 
@@ -112,15 +113,10 @@ impl Checkpoint {
         }))
     }
 
-    /// The bytes of a tensor that is not in few bits, to where they are wanted, and the index of the first value that is not
-    /// finite.
-    pub(super) fn read_into(
-        &self,
-        location: &Location,
-        out: &mut [u8],
-    ) -> Result<Option<usize>, WeightsError> {
+    /// The bytes of a tensor that is not in few bits where the file is mapped, if that can be.
+    pub(super) fn map(&self, location: &Location) -> Result<Option<Bytes>, WeightsError> {
         let name = format!("{}{}", self.prefix, location.key);
-        Ok(self.tensors.read_into(&name, location.rows.clone(), out)?)
+        Ok(self.tensors.map(&name, location.rows.clone())?)
     }
 
     /// The weight in few bits that a tensor belongs to, both without prefix.

@@ -1,7 +1,7 @@
 //! A parameter's place in a checkpoint, checked, and what is stored there.
 
 use burn::tensor::Device;
-use lora_core::files::host::Dtype;
+use lora_core::files::host::{Dtype, first_non_finite};
 use lora_core::files::quantised::Codec;
 
 use super::checkpoint::Checkpoint;
@@ -144,36 +144,42 @@ impl Checkpoint {
     /// The type of a weight that is computed with as it is stored, byte for byte, if it is such a one.
     pub(super) fn as_stored(
         &self,
-        parameter: &Parameter,
+        location: &Location,
+        is_linear: bool,
         base: BaseDtype,
         device: &Device,
     ) -> Option<Dtype> {
-        let location = &parameter.place.location;
         let storage = self.storage(&location.key)?;
         let Storage::Dense(dtype @ (Dtype::Bf16 | Dtype::F16)) = storage else {
             return None;
         };
-        let is_same = parameter.is_linear
+        let is_same = is_linear
             && base.kept(storage, device) == Kept::Dense(dtype)
             && !location.swap_halves
             && cfg!(target_endian = "little");
         is_same.then_some(dtype)
     }
 
-    /// Reads the bytes of a weight of that kind to where they are wanted.
+    /// As [`ready`](Self::ready), but a weight that is computed with as it is stored is where the file is mapped.
     ///
     /// # Errors
     /// As [`ready`](Self::ready).
-    pub(super) fn read_as_stored(
+    pub(super) fn ready_where_it_lies(
         &self,
         parameter: &Parameter,
-        out: &mut [u8],
-    ) -> Result<(), WeightsError> {
-        let location = &parameter.place.location;
-        match self.read_into(location, out)? {
-            None => Ok(()),
-            Some(index) => Err(self.not_finite(&location.key, index)),
+        base: BaseDtype,
+        device: &Device,
+    ) -> Result<Ready, WeightsError> {
+        let place = &parameter.place;
+        if let Some(dtype) = self.as_stored(&place.location, parameter.is_linear, base, device)
+            && let Some(bytes) = self.map(&place.location)?
+        {
+            return match first_non_finite(dtype, &bytes) {
+                None => Ok(Ready::as_stored(bytes, place.shape(), dtype)),
+                Some(index) => Err(self.not_finite(&place.location.key, index)),
+            };
         }
+        self.ready(parameter, base, device)
     }
 
     fn not_finite(&self, key: &str, index: usize) -> WeightsError {

@@ -16,7 +16,6 @@ pub use self::storage::BaseDtype;
 pub use self::stream::Stream;
 
 mod architecture;
-mod buffers;
 mod checkpoint;
 mod compute;
 mod find;

@@ -27,6 +27,8 @@ pub struct Sizes {
 pub struct BlockSize {
     /// Bytes of its base weights.
     pub weights: u64,
+    /// Of these, bytes of weights that a stream maps from the file.
+    pub mapped: u64,
     /// Numbers that an autodiff graph keeps for a token, about: what its linear layers read and write.
     pub activations: u64,
     /// Numbers of a token that are kept where the block's results are, about: what its linear layers write. Attention writes as
@@ -64,8 +66,14 @@ impl Checkpoint {
             fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
                 let (key, shape) = (self.walk.key(), param.lazy_shape().to_vec());
                 let is_linear = self.walk.is_transposed(D);
-                let stored = (self.layout.locate(&key))
-                    .and_then(|location| self.checkpoint.storage(&location.key));
+                let location = self.layout.locate(&key);
+                let stored = location.as_ref();
+                let stored = stored.and_then(|location| self.checkpoint.storage(&location.key));
+                let is_mapped = location.is_some_and(|location| {
+                    let (base, device) = (self.base, self.device);
+                    let dtype = (self.checkpoint).as_stored(&location, is_linear, base, device);
+                    dtype.is_some()
+                });
                 let kept = match stored {
                     Some(stored) if is_linear => self.base.kept(stored, self.device),
                     _ => Kept::Dense(Dtype::F32),
@@ -80,6 +88,7 @@ impl Checkpoint {
                     Some(index) => {
                         let block = &mut self.sizes.blocks[index];
                         block.weights += bytes;
+                        block.mapped += if is_mapped { bytes } else { 0 };
                         if is_linear {
                             block.activations += shape.iter().sum::<usize>() as u64;
                             if Sees::of(&key) != Sees::Conditioning {

@@ -6,23 +6,20 @@
 //! values from the checkpoint in their places; they are those that a resident network has, bit for bit.
 //!
 //! While one block computes, a thread reads the next. Which one that is depends on what walks over the network (a forward
-//! pass, a backward pass after it), so it is what came next the last time. It is read into the memory of the block before, and
-//! weights that are computed with as they are stored stay where they were read to.
+//! pass, a backward pass after it), so it is what came next the last time. Weights that are computed with as they are stored take
+//! no memory but the system's cache of the file, which is mapped; the thread brings them into it, and looks at every value.
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::ops::Range;
 use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor};
-use lora_core::files::host::Dtype;
 use lora_core::files::quantised::{Codec, Quantised};
 use lora_core::frozen::hold;
 
-use super::buffers::{ALIGNMENT, Buffers};
 use super::checkpoint::Checkpoint;
 use super::find::Parameter;
 use super::storage::{BaseDtype, Held, Ready};
@@ -39,7 +36,6 @@ struct Shared {
     /// Paths in the network, and the parameters there.
     blocks: Vec<(String, Vec<Parameter>)>,
     ahead: Mutex<Ahead>,
-    buffers: Buffers,
 }
 
 /// The values of a block, by the paths of its parameters.
@@ -81,7 +77,6 @@ impl Stream {
             device: device.clone().inner(),
             blocks,
             ahead: Mutex::default(),
-            buffers: Buffers::default(),
         }))
     }
 
@@ -155,9 +150,6 @@ impl Stream {
             None => self.0.read(index)?,
         };
         let next = ahead.next(index, self.0.blocks.len());
-        // Where a walk ends or turns, nobody knows when the block after the next is read.
-        let goes_on = next.is_some_and(|next| next.abs_diff(index) == 1);
-        self.0.buffers.keep(goes_on);
         if let Some(next) = next {
             let shared = self.0.clone();
             let thread = thread::Builder::new().name("weights".into());
@@ -178,38 +170,13 @@ impl fmt::Debug for Stream {
 impl Shared {
     fn read(&self, index: usize) -> Result<Values, WeightsError> {
         let (block, parameters) = &self.blocks[index];
-        let (mut as_stored, mut len) = (Vec::new(), 0);
-        for parameter in parameters {
-            let dtype = (self.checkpoint).as_stored(parameter, self.base, &self.device);
-            as_stored.push(dtype.map(|dtype| {
-                let numel: usize = parameter.place.shape().iter().product();
-                let range = len..len + numel * dtype.size();
-                len = range.end.next_multiple_of(ALIGNMENT);
-                (dtype, range)
-            }));
-        }
-        let Some(mut buffer) = self.buffers.take(len) else {
-            let path = self.checkpoint.path().into();
-            return Err(WeightsError::Memory { path, bytes: len });
-        };
-        for (parameter, as_stored) in parameters.iter().zip(&as_stored) {
-            if let Some((_, range)) = as_stored {
-                let out = &mut buffer.as_mut()[range.clone()];
-                (self.checkpoint).read_as_stored(parameter, out)?;
-            }
-        }
-        let bytes = bytes::Bytes::from_owner(buffer);
-        let ready = |(parameter, as_stored): (&Parameter, Option<(Dtype, Range<usize>)>)| {
+        let ready = |parameter: &Parameter| {
             let path = parameter.within(block).unwrap_or_default().to_string();
-            let ready = match as_stored {
-                Some((dtype, range)) => {
-                    Ready::as_stored(bytes.slice(range), parameter.place.shape(), dtype)
-                }
-                None => (self.checkpoint).ready(parameter, self.base, &self.device)?,
-            };
+            let ready =
+                (self.checkpoint).ready_where_it_lies(parameter, self.base, &self.device)?;
             Ok((path, ready))
         };
-        parameters.iter().zip(as_stored).map(ready).collect()
+        parameters.iter().map(ready).collect()
     }
 }
 

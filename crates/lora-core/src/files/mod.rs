@@ -2,6 +2,7 @@
 
 pub mod digest;
 pub mod host;
+mod mapped;
 pub mod quantised;
 pub mod replace;
 pub mod safetensors;

@@ -6,7 +6,8 @@
 //!
 //! - Everything is checked when a file is opened: what the header says must account for every byte of the file, once.
 //!   Nothing is allocated from a length that has not been compared with the file first.
-//! - Data is read on demand at its offset; there is no memory map, so a file cut short later is an error, not a crash.
+//! - Data is read on demand at its offset, so a file cut short later is an error, not a crash; only what is asked for as a map
+//!   ([`TensorFile::map`]) can be cut short while it is used.
 //! - Whether the *values* are finite is for the caller to ask ([`HostTensor::first_non_finite`](crate::files::host::HostTensor::first_non_finite)).
 //! - Writing is deterministic: equal tensors and metadata give equal bytes.
 

@@ -6,7 +6,10 @@ use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::files::host::{Dtype, HostTensor, first_non_finite};
+use bytes::Bytes;
+
+use crate::files::host::{Dtype, HostTensor};
+use crate::files::mapped::map;
 
 use super::check::{TensorInfo, header_len, locate};
 use super::error::{FileError, TensorProblem};
@@ -109,34 +112,18 @@ impl TensorFile {
         self.read_span(name, self.span(name, Some(rows))?)
     }
 
-    /// Reads the elements of a tensor, or of a slice of its outermost axis, to where they are wanted; returns the index of the first
-    /// that is not finite. They are looked at piece by piece, while they are in the processor's cache.
+    /// The elements of a tensor, or of a slice of its outermost axis, where the system's cache has the file. None where they cannot
+    /// be had so: the system does not map the file, or they begin where elements of their type may not.
     ///
     /// # Errors
     /// As [`read_rows`](Self::read_rows).
-    /// # Panics
-    /// If `out` has not their size.
-    pub fn read_into(
-        &self,
-        name: &str,
-        rows: Option<Range<usize>>,
-        out: &mut [u8],
-    ) -> Result<Option<usize>, FileError> {
-        const PIECE: usize = 1 << 17;
+    pub fn map(&self, name: &str, rows: Option<Range<usize>>) -> Result<Option<Bytes>, FileError> {
         let span = self.span(name, rows)?;
-        assert_eq!(out.len(), span.len(), "bytes of `{name}`");
-        let mut first = None;
-        for (index, piece) in out.chunks_mut(PIECE).enumerate() {
-            let start = index * PIECE;
-            (self.source)
-                .read_exact_at(span.offset + start as u64, piece)
-                .map_err(FileError::read(&self.path))?;
-            first = first.or_else(|| {
-                let within = first_non_finite(span.dtype, piece)?;
-                Some(start / span.dtype.size() + within)
-            });
+        if !span.offset.is_multiple_of(span.dtype.size() as u64) {
+            return Ok(None);
         }
-        Ok(first)
+        let mapped = self.source.map(span.offset, span.len());
+        mapped.map_err(FileError::read(&self.path))
     }
 
     /// Where a tensor is, or a slice of its outermost axis.
@@ -219,6 +206,19 @@ enum Source {
 }
 
 impl Source {
+    fn map(&self, offset: u64, len: usize) -> io::Result<Option<Bytes>> {
+        match self {
+            #[cfg(unix)]
+            Self::Disk(file) => map(file, offset, len),
+            #[cfg(not(unix))]
+            Self::Disk(file) => {
+                let file = file.lock().unwrap_or_else(|lock| lock.into_inner());
+                map(&file, offset, len)
+            }
+            Self::Memory(_) => Ok(None),
+        }
+    }
+
     fn read_exact_at(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
         match self {
             #[cfg(unix)]

@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 
+use bytes::Bytes;
 use serde::de::MapAccess;
 
 use crate::files::host::HostTensor;
@@ -120,20 +121,12 @@ impl TensorSet {
         self.owner(name)?.read_rows(name, rows)
     }
 
-    /// Reads the elements of a tensor, or of a slice of its outermost axis, to where they are wanted; returns the index of the first
-    /// that is not finite.
+    /// The elements of a tensor, or of a slice of its outermost axis, where the system's cache has the file, if they can be had so.
     ///
     /// # Errors
-    /// As [`TensorFile::read_into`].
-    /// # Panics
-    /// If `out` has not their size.
-    pub fn read_into(
-        &self,
-        name: &str,
-        rows: Option<Range<usize>>,
-        out: &mut [u8],
-    ) -> Result<Option<usize>, FileError> {
-        self.owner(name)?.read_into(name, rows, out)
+    /// As [`TensorFile::map`].
+    pub fn map(&self, name: &str, rows: Option<Range<usize>>) -> Result<Option<Bytes>, FileError> {
+        self.owner(name)?.map(name, rows)
     }
 
     /// The path given to [`open`](Self::open).
