@@ -4,7 +4,8 @@
 //! gradients and moments. It takes a block's graph for as large as what its linear layers read and write, which is close
 //! for these networks, and takes what does not grow for a fixed amount.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Seek};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -336,7 +337,8 @@ fn available() -> Option<u64> {
         let text = fs::read_to_string(path).ok()?;
         text.trim().parse().ok()
     };
-    let machine = field("/proc/meminfo", "MemAvailable:")?;
+    let machine = fs::read_to_string("/proc/meminfo").ok()?;
+    let machine = field(&machine, "MemAvailable:")?;
     let group = number("/sys/fs/cgroup/memory.max");
     Some(group.map_or(machine, |group| group.min(machine)) / 10 * 9)
 }
@@ -357,11 +359,14 @@ impl Peaks {
         let most = Arc::new(AtomicU64::new(0));
         let watched = Arc::downgrade(&most);
         let watch = move || {
+            let mut status = File::open(STATUS).ok()?;
             while let Some(most) = watched.upgrade() {
-                most.fetch_max(own_memory().unwrap_or(0), Ordering::Relaxed);
+                status.rewind().ok()?;
+                most.fetch_max(own_memory(&status)?, Ordering::Relaxed);
                 drop(most);
                 thread::sleep(INTERVAL);
             }
+            Some(())
         };
         // Without a thread it is what is taken where phases end.
         let _watching = thread::Builder::new().name("memory".into()).spawn(watch);
@@ -375,7 +380,9 @@ impl Peaks {
     /// What came since the last call was `phase`, or more of it.
     pub fn end(&mut self, phase: &'static str) {
         let most = self.most.swap(0, Ordering::Relaxed);
-        let (peak, took) = (own_memory().map(|now| most.max(now)), self.began.elapsed());
+        let now = File::open(STATUS).ok();
+        let now = now.and_then(|status| own_memory(&status));
+        let (peak, took) = (now.map(|now| most.max(now)), self.began.elapsed());
         match self.phases.iter_mut().find(|(name, ..)| *name == phase) {
             Some((_, most, time)) => {
                 *most = peak.max(*most);
@@ -396,14 +403,16 @@ impl Peaks {
     }
 }
 
+/// Where the system says what this process takes.
+const STATUS: &str = "/proc/self/status";
+
 /// What this process has in memory that no file has, in bytes.
-fn own_memory() -> Option<u64> {
-    field("/proc/self/status", "RssAnon:")
+fn own_memory(status: &File) -> Option<u64> {
+    field(&io::read_to_string(status).ok()?, "RssAnon:")
 }
 
-/// A number of KiB in a file of the system, in bytes.
-fn field(path: &str, name: &str) -> Option<u64> {
-    let text = fs::read_to_string(path).ok()?;
+/// A number of KiB in what the system says, in bytes.
+fn field(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
     Some(kib * 1024)
