@@ -11,7 +11,7 @@ use std::io;
 use bytes::Bytes;
 use memmap2::MmapOptions;
 
-/// `len` bytes at `offset`, which begin where a page and `offset` within it say; none where the system maps no such file.
+/// `len` bytes at `offset`, aligned as that is within a page; none where the system does not map the file.
 ///
 /// # Errors
 /// A file that is shorter, or cannot be read.
