@@ -29,7 +29,7 @@
 //! | `dev/` | reference cases, benchmarks, random weights |
 //! | `device` | the only file that names a backend |
 //! | `kept_base` | base weights that are brought into few bits, once |
-//! | `memory` | how much a run takes, and how it is made to fit |
+//! | `memory`, `taken` | how much a run will take, and how it is made to fit; how much it took |
 //! | `heap` | how the C library keeps memory that is freed |
 //! | `progress`, `output` | bars, lines and events; what is said to whom |
 //! | `canary` | known faults for the fault suite; not in what ships |
@@ -74,6 +74,7 @@ mod rule;
 pub mod run;
 mod sample;
 mod step;
+mod taken;
 pub mod train;
 pub mod validation;
 mod workers;

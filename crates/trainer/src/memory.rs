@@ -1,28 +1,23 @@
-//! How much memory a run will take, how it is made to fit, and how much it took.
+//! How much memory a run will take, and how it is made to fit.
 //!
 //! The estimate is of what grows with the model: base weights, what the blocks keep for the backward pass, the adapter with its
 //! gradients and moments. It takes a block's graph for as large as what its linear layers read and write, which is close
 //! for these networks, and takes what does not grow for a fixed amount.
 
-use std::fs::{self, File};
-use std::io::{self, Seek};
+use std::fs;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use flux_model::family::Family;
 use flux_model::ops::attention_composed::scores_bytes;
 use flux_model::weights::{Base, Compute, Sizes};
 use lora_core::training::recompute::Recomputed;
-use tracing::info;
 
 use crate::config::{BasePlace, Recompute, RunConfig};
 use crate::data::sample::Sample;
 use crate::device::NamedDevice;
 use crate::run::adapter::text_layers;
+use crate::taken::{gib, kib_field};
 use crate::workers::most_on_one;
 
 /// Bytes of the program itself (26 MiB at rest), of its threads, and of what is free in their heaps.
@@ -338,92 +333,9 @@ fn available() -> Option<u64> {
         text.trim().parse().ok()
     };
     let machine = fs::read_to_string("/proc/meminfo").ok()?;
-    let machine = field(&machine, "MemAvailable:")?;
+    let machine = kib_field(&machine, "MemAvailable:")?;
     let group = number("/sys/fs/cgroup/memory.max");
     Some(group.map_or(machine, |group| group.min(machine)) / 10 * 9)
-}
-
-/// What each phase of a run took at most, where the system tells it, and how long. Files that are mapped are not counted: the
-/// system takes their memory back when it needs it.
-pub struct Peaks {
-    phases: Vec<(&'static str, Option<u64>, Duration)>,
-    began: Instant,
-    /// Of this phase so far, as a thread sees it.
-    most: Arc<AtomicU64>,
-}
-
-impl Peaks {
-    /// Begins to measure.
-    pub fn begin() -> Self {
-        const INTERVAL: Duration = Duration::from_millis(20);
-        let most = Arc::new(AtomicU64::new(0));
-        let watched = Arc::downgrade(&most);
-        let watch = move || {
-            let mut status = File::open(STATUS).ok()?;
-            while let Some(most) = watched.upgrade() {
-                status.rewind().ok()?;
-                most.fetch_max(own_memory(&status)?, Ordering::Relaxed);
-                drop(most);
-                thread::sleep(INTERVAL);
-            }
-            Some(())
-        };
-        // Without a thread it is what is taken where phases end.
-        let _watching = thread::Builder::new().name("memory".into()).spawn(watch);
-        Self {
-            phases: Vec::new(),
-            began: Instant::now(),
-            most,
-        }
-    }
-
-    /// What came since the last call was `phase`, or more of it.
-    pub fn end(&mut self, phase: &'static str) {
-        let most = self.most.swap(0, Ordering::Relaxed);
-        let now = File::open(STATUS).ok();
-        let now = now.and_then(|status| own_memory(&status));
-        let (peak, took) = (now.map(|now| most.max(now)), self.began.elapsed());
-        match self.phases.iter_mut().find(|(name, ..)| *name == phase) {
-            Some((_, most, time)) => {
-                *most = peak.max(*most);
-                *time += took;
-            }
-            None => self.phases.push((phase, peak, took)),
-        }
-        self.began = Instant::now();
-    }
-
-    /// Says it all.
-    pub fn say(&self) {
-        let phases = self.phases.iter().map(|(phase, peak, took)| {
-            let peak = peak.map_or_else(|| "unknown".into(), gib);
-            format!("{phase} {peak} ({:.1} s)", took.as_secs_f64())
-        });
-        info!(peak = phases.collect::<Vec<_>>().join(", "), "memory");
-    }
-}
-
-/// Where the system says what this process takes.
-const STATUS: &str = "/proc/self/status";
-
-/// What this process has in memory that no file has, in bytes.
-fn own_memory(status: &File) -> Option<u64> {
-    field(&io::read_to_string(status).ok()?, "RssAnon:")
-}
-
-/// A number of KiB in what the system says, in bytes.
-fn field(text: &str, name: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
-    Some(kib * 1024)
-}
-
-/// For people.
-pub fn gib(bytes: u64) -> String {
-    match bytes as f64 / (1u64 << 20) as f64 {
-        mib if mib < 1000.0 => format!("{mib:.0} MiB"),
-        mib => format!("{:.2} GiB", mib / 1024.0),
-    }
 }
 
 #[cfg(test)]

@@ -39,7 +39,7 @@ use crate::data::scan::{Scan, scan, unreadable};
 use crate::device::{self, NamedDevice};
 use crate::fingerprint::Fingerprint;
 use crate::kept_base::kept;
-use crate::memory::{self, MemoryPlan, Peaks};
+use crate::memory::{self, MemoryPlan};
 use crate::models::open_pipeline;
 use crate::previews::{Previews, prompts_of};
 use crate::progress;
@@ -53,6 +53,7 @@ use crate::run::space;
 use crate::run::timings::Timing;
 use crate::run::vfs::{RealFs, create_dir_durably};
 use crate::step::{check_update, compute, update};
+use crate::taken::Peaks;
 use crate::validation::{Validated, Validation};
 use crate::workers::{Workers, check_shares};
 

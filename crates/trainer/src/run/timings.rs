@@ -12,6 +12,7 @@ use tracing::warn;
 
 use crate::run::metrics::truncate_metrics;
 use crate::run::vfs::Vfs;
+use crate::taken::own_memory;
 
 /// A line of the log: a step, or the start of a part of the run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,7 +27,7 @@ pub struct Timing {
     /// In how many of them it waited for its data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waited: Option<f64>,
-    /// Memory of the program after the step, in megabytes, where the system tells.
+    /// Memory of the program after the step, mapped files not counted, in megabytes, where the system tells.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_mb: Option<f64>,
     /// Device of the part of the run that starts after `step` steps.
@@ -42,7 +43,7 @@ impl Timing {
             time: unix_time(),
             seconds: Some(took.as_secs_f64()),
             waited: Some(waited.as_secs_f64()),
-            memory_mb: memory_mb(),
+            memory_mb: own_memory().map(|bytes| (bytes as f64 / 1e3).round() / 1e3),
             started_on: None,
         }
     }
@@ -64,16 +65,6 @@ impl Timing {
 pub(crate) fn unix_time() -> f64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0.0, |since| since.as_secs_f64())
-}
-
-/// Resident memory of this process in megabytes, on Linux.
-pub(crate) fn memory_mb() -> Option<f64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
-    let kib: f64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
-    Some((kib * 1.024).round() / 1e3)
 }
 
 /// All lines of a log that can be read; none where there is no log.
@@ -169,7 +160,8 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn memory_is_in_megabytes() {
-        let memory = memory_mb().expect("Linux tells");
+        let step = Timing::of_step(6, Duration::ZERO, Duration::ZERO);
+        let memory = step.memory_mb.expect("Linux tells");
         assert!((2.0..100_000.0).contains(&memory), "{memory}");
     }
 }
