@@ -20,7 +20,7 @@ use crate::run::adapter::text_layers;
 use crate::taken::{gib, kib_field};
 use crate::workers::most_on_one;
 
-/// Bytes of the program itself (26 MiB at rest), of its threads, and of what is free in their heaps.
+/// Bytes that do not grow with the model: of the program, its threads, and what is free in their heaps.
 const PROGRAM: u64 = 64 << 20;
 /// Bytes of a number in f32.
 const F32: u64 = 4;
