@@ -1,7 +1,7 @@
 //! How much memory the program takes.
 //!
-//! Of its own: files that are mapped are not counted, whose memory the system takes back when it needs it. The system keeps a peak
-//! with them alone, so a thread looks again and again.
+//! Of its own: files that are mapped are not counted, whose memory the system takes back when it needs it. The one peak that the
+//! system keeps has them in it, so a thread looks again and again.
 
 use std::fs::File;
 use std::io::{self, Seek};
