@@ -104,9 +104,8 @@ mod tests {
     fn a_peak_is_seen_that_is_gone_when_its_phase_ends() {
         let mut peaks = Peaks::begin();
         let before = own_memory().expect("Linux tells");
-        let most = vec![1u8; 256 << 20];
+        let most = std::hint::black_box(vec![1u8; 256 << 20]);
         thread::sleep(Duration::from_millis(500));
-        assert_eq!(most[most.len() - 1], 1);
         drop(most);
         peaks.end("first");
         let (_, peak, _) = peaks.phases[0];
