@@ -181,7 +181,7 @@ fn blocks_on_disk_compute_the_bits_of_blocks_in_memory() {
 
 #[test]
 fn a_value_that_is_not_finite_is_named_when_its_block_is_read() {
-    // bf16 is read to where it is computed with.
+    // bf16 is computed with where the file is mapped.
     for (dtype, not_a_number) in [
         (Dtype::F32, &f32::NAN.to_le_bytes()[..]),
         (Dtype::Bf16, &[0xc0, 0x7f]),

@@ -19,6 +19,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 
 use crate::cli::BenchCommand;
+use crate::taken::kib_field;
 
 /// Runs one benchmark and prints its figures.
 ///
@@ -82,6 +83,5 @@ fn cpu_seconds() -> anyhow::Result<f64> {
 /// Largest resident memory of this process, where the system tells it.
 fn peak_rss_mib() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
-    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1024)
+    Some(kib_field(&status, "VmHWM:")? >> 20)
 }
